@@ -1,0 +1,120 @@
+"""The host-memory arena: one memfd that the daemon and every engine on the node map.
+
+Layout of the memfd: a header page, a table of slot generations (8 bytes per 4 KiB of data), and
+the data. The daemon hands out slots; engines copy between their KV tensors and slots directly.
+
+A slot's generation changes each time the slot changes hands. An engine that copies out of a slot
+reads the generation before and after the copy and takes the bytes only if both are the one it was
+told: a claim that was taken back meanwhile then costs a recompute, never wrong KV.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Arena", "ArenaError"]
+
+PAGE: Final = 4096
+HUGE_PAGE: Final = 2 << 20
+_MAGIC: Final = b"kvbm-arena-1\0\0\0\0"
+_HEADER = np.dtype([("magic", "S16"), ("epoch", "S16"), ("data_at", "<u8"), ("data_bytes", "<u8")])
+
+
+class ArenaError(Exception):
+    """The arena cannot be created or mapped; the message says why and what to do."""
+
+
+class Arena:
+    """A mapping of the arena. `create` is the daemon's, `attach` an engine's."""
+
+    def __init__(self, fd: int, mapping: mmap.mmap, *, owner: bool) -> None:
+        self.fd = fd
+        self._mapping = mapping
+        self._owner = owner
+        header = np.frombuffer(mapping, dtype=_HEADER, count=1)[0]
+        self.epoch: bytes = bytes(header["epoch"]).ljust(16, b"\0")
+        self.capacity_bytes = int(header["data_bytes"])
+        data_at = int(header["data_at"])
+        self.data: memoryview = memoryview(mapping)[data_at : data_at + self.capacity_bytes]
+        count = -(-self.capacity_bytes // PAGE)
+        self._generations: npt.NDArray[np.uint64] = np.frombuffer(
+            mapping, dtype=np.uint64, count=count, offset=PAGE
+        )
+
+    @classmethod
+    def create(cls, capacity_bytes: int, *, huge_pages: bool = False) -> Arena:
+        """A new arena with a random epoch. Memory is taken as it is first used."""
+        capacity_bytes = capacity_bytes // PAGE * PAGE
+        if capacity_bytes <= 0:
+            raise ArenaError("host memory capacity must be at least 4 KiB: raise `dram.capacity`")
+        table = -(-(capacity_bytes // PAGE * 8) // HUGE_PAGE) * HUGE_PAGE
+        data_at = -(-(PAGE + table) // HUGE_PAGE) * HUGE_PAGE  # so that huge pages line up
+        total = -(-(data_at + capacity_bytes) // HUGE_PAGE) * HUGE_PAGE
+        flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB if huge_pages else 0)
+        try:
+            fd = os.memfd_create("kvbm-arena", flags)
+        except OSError as error:
+            raise ArenaError(f"memfd_create failed: {error}") from error
+        try:
+            os.ftruncate(fd, total)
+            mapping = mmap.mmap(fd, total)
+        except OSError as error:
+            os.close(fd)
+            hint = "reserve huge pages (vm.nr_hugepages)" if huge_pages else "lower `dram.capacity`"
+            raise ArenaError(f"cannot map {total} bytes of host memory: {error}; {hint}") from error
+        if not huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        header = np.frombuffer(mapping, dtype=_HEADER, count=1)
+        header[0] = (_MAGIC, _random_epoch(), data_at, capacity_bytes)
+        return cls(fd, mapping, owner=True)
+
+    @classmethod
+    def attach(cls, fd: int) -> Arena:
+        """Map an arena received by file descriptor; the descriptor is the caller's no more."""
+        size = os.fstat(fd).st_size
+        mapping = mmap.mmap(fd, size)
+        header = np.frombuffer(mapping, dtype=_HEADER, count=1)[0]
+        end = int(header["data_at"]) + int(header["data_bytes"])
+        if bytes(header["magic"]) != _MAGIC.rstrip(b"\0") or end > size:
+            os.close(fd)
+            raise ArenaError("the descriptor is no arena of this version: upgrade both sides")
+        return cls(fd, mapping, owner=False)
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes of a slot, writable. Raises ValueError outside the arena."""
+        if offset < 0 or length < 0 or offset + length > self.capacity_bytes:
+            raise ValueError(f"slot [{offset}, +{length}) is outside the arena")
+        return self.data[offset : offset + length]
+
+    def generation(self, offset: int) -> int:
+        """The current generation of the slot at `offset`."""
+        return int(self._generations[offset // PAGE])
+
+    def advance(self, offset: int) -> int:
+        """Give the slot a new generation and return it; the daemon's alone."""
+        assert self._owner, "only the daemon changes generations"
+        self._generations[offset // PAGE] += np.uint64(1)
+        return int(self._generations[offset // PAGE])
+
+    def close(self) -> None:
+        """Unmap if nothing refers to the memory any more; else the mapping lives until then."""
+        self.data.release()
+        del self._generations
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        try:
+            self._mapping.close()
+        except BufferError:  # a view is still in use, e.g. registered with a mover
+            return
+
+
+def _random_epoch() -> bytes:
+    """16 bytes without zeros, because NumPy strips trailing zeros from byte strings."""
+    return bytes(byte or 1 for byte in secrets.token_bytes(16))

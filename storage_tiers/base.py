@@ -1,0 +1,205 @@
+"""The one seam between the block manager and the media that keep chunks.
+
+A *chunk* is the unit kept outside an engine: the KV bytes of one or more blocks of one cache
+group, all ranks' stripes together. A *tier* maps keys to chunks on one medium. The manager
+calls every tier from its event loop; a tier does its I/O off that loop and never blocks it.
+
+Invariants every tier keeps (the conformance suite in `storage_tiers.testing` checks them):
+- `load` reports `Loaded` only for bytes whose checksum matched on arrival.
+- Bytes that do not match are quarantined by the tier: the key is gone before `load` returns.
+- A key that `find` returned may be gone by the time it is loaded; that is `Missing`, no error.
+- `store` never exceeds the tier's capacity; it evicts first, and tells the listener.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType, Protocol
+
+Key = NewType("Key", bytes)
+"""16 bytes: BLAKE2b-128 of (block hash, cache group), keyed with the engine's namespace."""
+
+KEY_BYTES = 16
+
+
+class TierName(StrEnum):
+    """G1 engine memory, G2 host memory, G3 SSD, G4 object store."""
+
+    HBM = "G1"
+    DRAM = "G2"
+    SSD = "G3"
+    S3 = "G4"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What is known of a chunk besides its bytes; travels with it between tiers."""
+
+    key: Key
+    length: int  # payload bytes
+    checksum: int  # storage_tiers.codec.checksum of the payload
+    parent: Key | None  # the chunk before it in its sequence and group
+    position: int  # its index in that sequence, 0 for the first
+
+
+@dataclass(frozen=True, slots=True)
+class StoreItem:
+    chunk: Chunk
+    data: memoryview  # exactly chunk.length bytes, unchanged until `store` returns
+
+
+@dataclass(frozen=True, slots=True)
+class LoadItem:
+    key: Key
+    into: memoryview  # at least the chunk's length; overwritten whatever the outcome
+
+
+# -- outcomes of one item ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The chunk is in the tier, as durable as the tier makes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The tier had the key already; nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """No room could be made (everything claimed, or a budget is spent)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """`into` holds the chunk and its checksum matched."""
+
+    chunk: Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """The tier does not have the key (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """Bytes came back that are not the chunk's; the key was quarantined."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The medium refused or could not be reached; the tier's contents are as before."""
+
+    reason: str
+
+
+StoreOutcome = Stored | Known | Full | Failed
+LoadOutcome = Loaded | Missing | Corrupt | Failed
+
+
+class RemovalReason(StrEnum):
+    CAPACITY = "capacity"
+    AGE = "age"
+    CORRUPT = "corrupt"
+    REQUESTED = "requested"
+
+
+class TierListener(Protocol):
+    """Told of residencies a tier gained or lost other than by the caller's own `store` outcome.
+
+    Called on the event loop, between awaits of the tier; must not block or raise.
+    """
+
+    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None: ...
+
+    def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None: ...
+
+
+class SilentListener:
+    """A listener for callers that need none."""
+
+    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+        pass
+
+    def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryReport:
+    """What a tier found when it opened."""
+
+    tier: TierName
+    chunks: int = 0
+    bytes: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> chunks
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """A snapshot for admin and metrics. Counters run from the tier's opening."""
+
+    tier: TierName
+    mover: str  # what moves the bytes: "nixl-posix", "preadv", "boto3", ...
+    capacity_bytes: int
+    used_bytes: int  # what counts against the capacity, padding included
+    chunks: int
+    stored_bytes_total: int = 0
+    loaded_bytes_total: int = 0
+    evictions_total: dict[str, int] = field(default_factory=dict)  # RemovalReason -> chunks
+    corrupt_total: int = 0
+    errors_total: dict[str, int] = field(default_factory=dict)  # op -> failures
+
+
+class Tier(Protocol):
+    """One medium. All methods are called from one event loop; `find`, `touch`, `usage` do no I/O."""
+
+    @property
+    def name(self) -> TierName: ...
+
+    async def open(self) -> RecoveryReport:
+        """Make the tier usable and say what it found. Raises TierError if it cannot be used."""
+        ...
+
+    async def close(self) -> None:
+        """Finish or abandon what runs, persist what the medium keeps. Idempotent."""
+        ...
+
+    def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
+        """The chunk of each key that is here, in order."""
+        ...
+
+    async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
+        """Write each item, in order; one outcome per item. Cancelling leaves each item stored or not."""
+        ...
+
+    async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
+        """Read each item into its buffer, verified; one outcome per item.
+
+        A cancelled `load` must not write to the buffers after it has raised.
+        """
+        ...
+
+    async def remove(self, keys: Sequence[Key]) -> None:
+        """Forget these keys; unknown ones are ignored."""
+        ...
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        """Mark as used now, later ones more recently: pass a sequence's chunks deepest first."""
+        ...
+
+    def usage(self) -> TierUsage: ...
+
+
+class TierError(Exception):
+    """A tier cannot be opened or used; the message says what was tried, on what, and what to do."""
