@@ -1,0 +1,51 @@
+# Everything on one machine with nothing but Python 3.11+, git and make.
+# Every target makes sure of what it needs first; a second run of `setup` costs nothing.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+CODE   := $(wildcard storage_tiers runtime kvbm connectors examples tools)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup check format test test-fast demo up down lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml tools/install.py tools/constraints.txt
+	@$(PYTHON) tools/install.py
+	@touch $@
+
+setup: $(STAMP) ## install everything into .venv (seconds with a warm cache)
+
+check: $(STAMP) ## ruff, its formatter, mypy --strict and the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(STAMP) ## every test, real engines included
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## every test but those that start an engine
+	$(BIN)/python -m pytest -m "not e2e"
+
+demo: $(STAMP) ## two real engines, one daemon, every tier: build/demo.json and build/demo.svg
+	$(BIN)/python -m examples.demo
+
+up: $(STAMP) ## the demo's stack, left running; prints its addresses
+	$(BIN)/python -m examples.demo up
+
+down: $(STAMP) ## end what `make up` started
+	$(BIN)/python -m examples.demo down
+
+lock: ## write tools/constraints.txt anew
+	$(PYTHON) tools/install.py --lock
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The tests. Engines and servers are real; only `tests/e2e` starts an engine."""
