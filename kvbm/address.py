@@ -1,0 +1,35 @@
+"""Where the daemon's control socket is when nobody says otherwise.
+
+The daemon and its clients derive it with the same rules, so that an engine on the same node and
+of the same user finds the daemon without configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+SOCKET_NAME: Final = "kvbm.sock"
+SYSTEM_SOCKET: Final = Path("/run/kvbm") / SOCKET_NAME  # of a daemon that systemd started
+
+
+def default_socket(environ: Mapping[str, str], uid: int) -> Path:
+    """The daemon's choice: systemd's runtime directory, else the user's, else one in /tmp."""
+    runtime_directory = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    if runtime_directory:
+        return Path(runtime_directory) / SOCKET_NAME
+    return _user_socket(uid)
+
+
+def find_socket(uid: int) -> Path:
+    """A client's choice: the user's own daemon if it has a socket, else the system's, if any."""
+    own = _user_socket(uid)
+    return SYSTEM_SOCKET if not own.exists() and SYSTEM_SOCKET.exists() else own
+
+
+def _user_socket(uid: int) -> Path:
+    run = Path(f"/run/user/{uid}")
+    if run.is_dir():
+        return run / "kvbm" / SOCKET_NAME
+    return Path(f"/tmp/kvbm-{uid}") / SOCKET_NAME  # noqa: S108 (the daemon makes it 0700)

@@ -1,0 +1,297 @@
+"""All settings of kvbm-daemon, one table for code, errors and documentation.
+
+`DaemonSettings.load` is the only place where the daemon reads its configuration. Each field says
+its meaning and unit; what fields demand of each other is checked here, before anything is opened.
+`python -m kvbm.daemon.settings` prints docs/CONFIG.md; with a file as argument it checks the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from kvbm.address import default_socket
+from runtime.events.settings import EventPlaneSettings
+from runtime.settings import Loaded, Section, Settings, SettingsError, load
+from runtime.settings_docs import markdown
+from runtime.units import Duration, Secret, Size, format_size
+
+_SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
+_DRAM_BYTES_MIN: Final = 16 << 20
+_SSD_BYTES_MIN: Final = 64 << 20
+_S3_OBJECT_BYTES_MIN: Final = 64 << 10
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+Mover = Literal["auto", "nixl", "plain"]
+_MOVER_TEXT: Final = (
+    "What moves the bytes: `nixl`, `plain` ({plain}), or `auto`: NIXL where it loads."
+)
+
+
+class DramSettings(Section):
+    capacity: Size = Field(
+        default=4 << 30,
+        ge=_DRAM_BYTES_MIN,
+        description="Host memory for chunks, shared with every engine on the node.",
+    )
+    huge_pages: bool = Field(
+        default=False,
+        description="Back the memory with huge pages; they must be reserved (hugetlbfs).",
+    )
+    scrub_interval: Duration = Field(
+        default=3600.0,
+        description="Time for one pass that checks every chunk in host memory against its "
+        "checksum; 0 for none.",
+    )
+
+
+class SsdSettings(Section):
+    path: Path = Field(
+        description="Directory on the local SSD; made if absent, used by one daemon."
+    )
+    capacity: Size = Field(ge=_SSD_BYTES_MIN, description="Most that may be kept in `ssd.path`.")
+    recover: Literal["none", "quiet", "strict"] = Field(
+        default="quiet",
+        description="What to do with the contents found at start: `none` forgets them, `quiet` "
+        "keeps what is sound, `strict` refuses to start if anything is not.",
+    )
+    mover: Mover = Field(default="auto", description=_MOVER_TEXT.format(plain="preadv and pwritev"))
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+
+class S3Settings(Section):
+    bucket: str = Field(description="Bucket, which must exist; 3 to 63 characters.")
+    prefix: str = Field(
+        default="kvbm/", description="Prefix of every object; nodes that share chunks share it."
+    )
+    endpoint_url: str | None = Field(
+        default=None,
+        description="URL of an S3 other than Amazon's, for example `http://127.0.0.1:8333`.",
+    )
+    region: str | None = Field(default=None, description="Region; by default the AWS chain's.")
+    access_key_id: Secret | None = Field(
+        default=None,
+        description="Access key, or `file:PATH`; by default the AWS chain's credentials.",
+    )
+    secret_access_key: Secret | None = Field(
+        default=None, description="Secret key, or `file:PATH`; goes with `access_key_id`."
+    )
+    capacity: Size | None = Field(
+        default=None, description="Most that this node keeps in the bucket; `null` for no bound."
+    )
+    max_age: Duration | None = Field(
+        default=None, description="Objects older than this are deleted; `null` keeps them."
+    )
+    object_bytes: Size = Field(
+        default=16 << 20,
+        ge=_S3_OBJECT_BYTES_MIN,
+        description="Consecutive chunks of a sequence are packed into objects up to this size.",
+    )
+    linger: Duration = Field(
+        default=1.0, description="How long an object that is not full waits for more chunks."
+    )
+    refresh: Duration = Field(
+        default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
+    )
+    mover: Mover = Field(default="auto", description=_MOVER_TEXT.format(plain="boto3"))
+
+    @field_validator("bucket")
+    @classmethod
+    def _bucket_name(cls, bucket: str) -> str:
+        if not 3 <= len(bucket) <= 63:
+            raise ValueError(f"{bucket!r} has {len(bucket)} characters; accepted: 3 to 63")
+        if _BUCKET.fullmatch(bucket) is None or ".." in bucket:
+            raise ValueError(
+                f"{bucket!r} is no bucket name; accepted: lower-case letters, digits, dots and "
+                "hyphens, beginning and ending with a letter or digit"
+            )
+        return bucket
+
+    @field_validator("prefix")
+    @classmethod
+    def _whole_prefix(cls, prefix: str) -> str:
+        if prefix.startswith("/"):
+            raise ValueError(f"{prefix!r} must not begin with a slash")
+        return prefix if not prefix or prefix.endswith("/") else f"{prefix}/"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.access_key_id is None) != (self.secret_access_key is None):
+            raise ValueError("access_key_id and secret_access_key go together: both or neither")
+        if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
+            raise ValueError(f"endpoint_url: {self.endpoint_url!r} is neither http:// nor https://")
+        if self.capacity is not None and self.capacity < self.object_bytes:
+            raise ValueError(
+                f"capacity {format_size(self.capacity)} does not hold one object of "
+                f"object_bytes {format_size(self.object_bytes)}"
+            )
+        return self
+
+
+class AdminSettings(Section):
+    host: str = Field(default="127.0.0.1", description="Address the admin REST server listens on.")
+    port: int = Field(default=9470, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
+
+
+class LogSettings(Section):
+    format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="`auto` is `console` on a terminal and `json` elsewhere."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least severe level that is logged."
+    )
+
+
+class OffloadSettings(Section):
+    batch_chunks: int = Field(
+        default=32, ge=1, le=4096, description="Chunks written to a lower tier in one go, at most."
+    )
+    queue_chunks: int = Field(
+        default=4096,
+        ge=1,
+        description="Chunks that may wait to be written to a lower tier; more are not offloaded.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.queue_chunks < self.batch_chunks:
+            raise ValueError(
+                f"queue_chunks {self.queue_chunks} is less than batch_chunks {self.batch_chunks}"
+            )
+        return self
+
+
+class LeaseSettings(Section):
+    fraction: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Most of host memory that engines may hold as free slots to store into, "
+        "as a fraction of `dram.capacity`.",
+    )
+
+
+class OnboardSettings(Section):
+    max_bytes_in_flight: Size = Field(
+        default=512 << 20,
+        ge=1,
+        description="Host memory that chunks on their way up may take at a time.",
+    )
+
+
+class DaemonSettings(Settings):
+    socket: Path = Field(
+        default_factory=lambda: default_socket(os.environ, os.getuid()),
+        description="Unix socket that engines connect to.",
+        json_schema_extra={
+            "default_text": "`$RUNTIME_DIRECTORY/kvbm.sock` under systemd, else "
+            "`/run/user/UID/kvbm/kvbm.sock`, else `/tmp/kvbm-UID/kvbm.sock`"
+        },
+    )
+    node: str = Field(
+        default_factory=lambda: _node_name(socket.gethostname()),
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Name of this node in events and metrics.",
+        json_schema_extra={"default_text": "the host's name"},
+    )
+    dram: DramSettings = Field(default=DramSettings(), description="G2: chunks in host memory.")
+    ssd: SsdSettings | None = Field(default=None, description="G3: chunks on the local SSD.")
+    s3: S3Settings | None = Field(
+        default=None, description="G4: chunks in S3, shared by all nodes."
+    )
+    events: EventPlaneSettings = Field(
+        default=EventPlaneSettings(), description="Block events, for routers."
+    )
+    admin: AdminSettings = Field(default=AdminSettings(), description="Admin REST and metrics.")
+    log: LogSettings = Field(default=LogSettings(), description="Logging, to standard error.")
+    offload: OffloadSettings = Field(
+        default=OffloadSettings(), description="Writing down: host memory to SSD to S3."
+    )
+    lease: LeaseSettings = Field(default=LeaseSettings(), description="Slots lent to engines.")
+    onboard: OnboardSettings = Field(
+        default=OnboardSettings(), description="Bringing up: S3 or SSD to host memory."
+    )
+
+    @field_validator("socket")
+    @classmethod
+    def _short_path(cls, path: Path) -> Path:
+        if len(os.fsencode(path)) > _SOCKET_PATH_BYTES_MAX:
+            raise ValueError(f"{path} is longer than {_SOCKET_PATH_BYTES_MAX} bytes")
+        return path
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        room = self.dram.capacity
+        if self.onboard.max_bytes_in_flight > room:
+            raise ValueError(
+                f"onboard.max_bytes_in_flight {format_size(self.onboard.max_bytes_in_flight)} "
+                f"is more than dram.capacity {format_size(room)}"
+            )
+        if self.s3 is not None and self.s3.object_bytes > room:
+            raise ValueError(
+                f"s3.object_bytes {format_size(self.s3.object_bytes)} is more than dram.capacity "
+                f"{format_size(room)}: an object could not be read"
+            )
+        return self
+
+    @classmethod
+    def load(
+        cls,
+        file: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        overrides: Mapping[str, object] | None = None,
+    ) -> Loaded[Self]:
+        """`runtime.settings.load`; `environ` is the process's if not given."""
+        found = os.environ if environ is None else environ
+        return load(cls, file=file, environ=found, overrides=overrides)
+
+
+def config_page() -> str:
+    """docs/CONFIG.md."""
+    return markdown(DaemonSettings, "Settings of kvbm-daemon", _INTRODUCTION)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the page, or check the file given."""
+    if not arguments:
+        sys.stdout.write(config_page())
+        return 0
+    try:
+        DaemonSettings.load(Path(arguments[0]))
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _node_name(hostname: str) -> str:
+    """The host's short name with what events' subjects do not allow replaced."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", hostname.partition(".")[0]) or "node"
+
+
+_INTRODUCTION: Final = """\
+Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
+the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
+
+A **size** is a whole number of bytes or `512MiB`, `64GiB`, `2TB`. A **duration** is a number of
+seconds or `250ms`, `5s`, `10min`, `1h`, `7d`. A **secret** is never shown or logged; `file:PATH`
+reads it from a file, as with systemd's `LoadCredential=`. A section can be given as JSON in one
+variable (`KVBM_SSD='{"path": "/ssd", "capacity": "1TiB"}'`).
+
+This page is generated: `python -m kvbm.daemon.settings > docs/CONFIG.md`.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""What every program here stands on: settings, logging, the event plane, embedded servers."""
