@@ -1,0 +1,175 @@
+"""The SSD tier's catalogue: which chunk lies where, in LMDB. The one file that imports it.
+
+Every `commit` is one synced transaction, so what it recorded is there after a crash, all of it or
+nothing. All of LMDB runs on one thread; the event loop only awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+import lmdb
+
+from storage_tiers.base import KEY_BYTES, Chunk, Key, TierError
+
+__all__ = ["FORMAT_VERSION", "Catalogue", "CatalogueError", "Changes", "Entry", "Meta"]
+
+FORMAT_VERSION: Final = 1
+_ENTRY: Final = struct.Struct("<QQQQI?16s")  # offset, length, checksum, stamp, position, parent?
+_META: Final = struct.Struct("<IQI?")  # format version, capacity, granule, clean
+_META_KEY: Final = b"meta"
+
+T = TypeVar("T")
+
+
+class CatalogueError(Exception):
+    """LMDB refused; nothing of the commit is recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What the directory was made for; `clean` is true only between a close and the next open."""
+
+    version: int
+    capacity_bytes: int
+    granule_bytes: int  # of the allocator that placed the extents
+    clean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A chunk's place in the extents file and its recency."""
+
+    chunk: Chunk
+    offset: int
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """One transaction: deletes first, then puts, then stamps of entries that exist."""
+
+    put: Sequence[Entry] = ()
+    delete: Sequence[Key] = ()
+    stamps: Mapping[Key, int] = field(default_factory=dict)
+    meta: Meta | None = None
+
+
+class Catalogue:
+    """An LMDB environment with two tables. One process at a time opens a directory."""
+
+    def __init__(self, path: Path, map_bytes: int) -> None:
+        self._path = path
+        self._map_bytes = map_bytes
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
+        self._env: lmdb.Environment | None = None
+
+    async def open(self) -> Meta | None:
+        """Open or create; None if it is new. Raises TierError if LMDB cannot use it."""
+
+        def start() -> Meta | None:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self._env = lmdb.open(
+                str(self._path), map_size=self._map_bytes, max_dbs=2, max_readers=4, mode=0o600
+            )
+            self._chunks = self._env.open_db(b"chunks")
+            self._meta = self._env.open_db(b"meta")
+            with self._env.begin(self._meta) as reader:
+                packed = reader.get(_META_KEY)
+            return Meta(*_META.unpack(packed)) if packed is not None else None
+
+        try:
+            return await self._run(start)
+        except (lmdb.Error, struct.error, OSError) as error:
+            raise TierError(
+                f"cannot open the catalogue {self._path}: {error}; move it away or start with "
+                "recover=none, which empties the tier"
+            ) from error
+
+    async def entries(self) -> tuple[list[Entry], list[bytes]]:
+        """Everything recorded, and the keys of records that cannot be read."""
+
+        def read() -> tuple[list[Entry], list[bytes]]:
+            found: list[Entry] = []
+            unreadable: list[bytes] = []
+            with self._opened().begin(self._chunks) as reader:
+                for key, packed in reader.cursor():
+                    if len(key) == KEY_BYTES and len(packed) == _ENTRY.size:
+                        found.append(_unpack(Key(key), packed))
+                    else:
+                        unreadable.append(key)
+            return found, unreadable
+
+        return await self._run(read)
+
+    async def commit(self, changes: Changes) -> None:
+        """Apply durably, or raise CatalogueError."""
+
+        def write() -> None:
+            with self._opened().begin(self._chunks, write=True) as writer:
+                for key in changes.delete:
+                    writer.delete(key)
+                for entry in changes.put:
+                    writer.put(entry.chunk.key, _pack(entry))
+                for key, stamp in changes.stamps.items():
+                    packed = writer.get(key)
+                    if packed is not None:
+                        writer.put(key, _restamp(packed, stamp))
+                if changes.meta is not None:
+                    meta = changes.meta
+                    writer.put(
+                        _META_KEY,
+                        _META.pack(
+                            meta.version, meta.capacity_bytes, meta.granule_bytes, meta.clean
+                        ),
+                        db=self._meta,
+                    )
+
+        try:
+            await self._run(write)
+        except (lmdb.Error, OSError) as error:
+            raise CatalogueError(f"catalogue: {error}") from error
+
+    async def close(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            await self._run(env.close)
+        self._pool.shutdown()
+
+    def _opened(self) -> lmdb.Environment:
+        assert self._env is not None, "the catalogue is used between open and close"
+        return self._env
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+
+def _pack(entry: Entry) -> bytes:
+    chunk = entry.chunk
+    return _ENTRY.pack(
+        entry.offset,
+        chunk.length,
+        chunk.checksum,
+        entry.stamp,
+        chunk.position,
+        chunk.parent is not None,
+        chunk.parent or b"",
+    )
+
+
+def _unpack(key: Key, packed: bytes) -> Entry:
+    offset, length, digest, stamp, position, has_parent, parent = _ENTRY.unpack(packed)
+    chunk = Chunk(key, length, digest, Key(parent) if has_parent else None, position)
+    return Entry(chunk, offset, stamp)
+
+
+def _restamp(packed: bytes, stamp: int) -> bytes:
+    fields = list(_ENTRY.unpack(packed))
+    fields[3] = stamp
+    return _ENTRY.pack(*fields)

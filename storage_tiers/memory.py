@@ -1,0 +1,140 @@
+"""A tier in a dictionary: the reference the conformance suite and the manager's tests run on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from storage_tiers.base import (
+    Chunk,
+    Corrupt,
+    Full,
+    Key,
+    Known,
+    Loaded,
+    LoadItem,
+    LoadOutcome,
+    Missing,
+    RecoveryReport,
+    RemovalReason,
+    Stored,
+    StoreItem,
+    StoreOutcome,
+    TierListener,
+    TierName,
+    TierUsage,
+)
+from storage_tiers.codec import checksum
+from storage_tiers.recency import Recency, Record
+
+__all__ = ["MemoryTier"]
+
+
+class MemoryTier:
+    """Keeps copies of chunks under any tier name. Nothing survives it."""
+
+    def __init__(
+        self, capacity_bytes: int, listener: TierListener, *, name: TierName = TierName.DRAM
+    ) -> None:
+        self._name = name
+        self._capacity_bytes = capacity_bytes
+        self._listener = listener
+        self._index = Recency()
+        self.contents: dict[Key, bytearray] = {}  # tests corrupt chunks here
+        self._used_bytes = self._stored_bytes = self._loaded_bytes = self._corrupt = 0
+        self._evictions: Counter[str] = Counter()
+
+    @property
+    def name(self) -> TierName:
+        return self._name
+
+    async def open(self) -> RecoveryReport:
+        return RecoveryReport(self._name)
+
+    async def close(self) -> None:
+        return None
+
+    def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
+        return [r.chunk if (r := self._index.get(key)) is not None else None for key in keys]
+
+    async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
+        outcomes = [self._store_one(item) for item in items]
+        stored = [item.chunk.key for item in items if item.chunk.key in self._index]
+        self._index.touch(stored[::-1])
+        return outcomes
+
+    async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
+        return [self._load_one(item) for item in items]
+
+    async def remove(self, keys: Sequence[Key]) -> None:
+        self._drop(keys, RemovalReason.REQUESTED)
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        self._index.touch(keys)
+
+    def usage(self) -> TierUsage:
+        return TierUsage(
+            tier=self._name,
+            mover="memory",
+            capacity_bytes=self._capacity_bytes,
+            used_bytes=self._used_bytes,
+            chunks=len(self._index),
+            stored_bytes_total=self._stored_bytes,
+            loaded_bytes_total=self._loaded_bytes,
+            evictions_total=dict(self._evictions),
+            corrupt_total=self._corrupt,
+        )
+
+    def check_integrity(self) -> None:
+        self._index.check_integrity()
+        assert {record.chunk.key for record in self._index.records()} == self.contents.keys()
+        assert self._used_bytes == sum(map(len, self.contents.values())) <= self._capacity_bytes
+
+    def _store_one(self, item: StoreItem) -> StoreOutcome:
+        chunk = item.chunk
+        if chunk.key in self._index:
+            return Known()
+        if not self._make_room(chunk):
+            return Full("nothing but the chunk's own ancestors could be evicted for it")
+        self.contents[chunk.key] = bytearray(item.data)
+        self._used_bytes += chunk.length
+        self._stored_bytes += chunk.length
+        self._index.add(Record(chunk))
+        self._index.touch([chunk.key])
+        return Stored()
+
+    def _make_room(self, chunk: Chunk) -> bool:
+        kept = {record.chunk.key for record in self._index.ancestors(chunk)}
+        excess = self._used_bytes + chunk.length - self._capacity_bytes
+        victims: list[Key] = []
+        for key in self._index.evictable():
+            if excess <= 0:
+                break
+            if key not in kept:
+                victims.append(key)
+                excess -= len(self.contents[key])
+        if excess > 0:
+            return False
+        self._drop(victims, RemovalReason.CAPACITY)
+        return True
+
+    def _load_one(self, item: LoadItem) -> LoadOutcome:
+        record = self._index.get(item.key)
+        if record is None:
+            return Missing()
+        data = self.contents[item.key]
+        if checksum(data) != record.chunk.checksum:
+            self._corrupt += 1
+            self._drop([item.key], RemovalReason.CORRUPT)
+            return Corrupt("the bytes do not match the checksum")
+        item.into[: len(data)] = data
+        self._loaded_bytes += len(data)
+        return Loaded(record.chunk)
+
+    def _drop(self, keys: Iterable[Key], reason: RemovalReason) -> None:
+        removed = [key for key in keys if self._index.pop(key) is not None]
+        for key in removed:
+            self._used_bytes -= len(self.contents.pop(key))
+        if removed:
+            self._evictions[reason.value] += len(removed)
+            self._listener.removed(self._name, removed, reason)

@@ -1,0 +1,379 @@
+"""G3: chunks in one preallocated file on a local SSD, with a crash-exact catalogue.
+
+Order of a store: victims' catalogue entries are deleted durably, data is written, the file synced,
+then the new entries are committed. So whatever the catalogue lists after a crash is on the disk in
+full, and no extent is overwritten while an entry still points to it. Every load is verified.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from storage_tiers.base import (
+    Chunk,
+    Corrupt,
+    Failed,
+    Full,
+    Key,
+    Known,
+    Loaded,
+    LoadItem,
+    LoadOutcome,
+    Missing,
+    RecoveryReport,
+    RemovalReason,
+    Stored,
+    StoreItem,
+    StoreOutcome,
+    TierError,
+    TierListener,
+    TierName,
+    TierUsage,
+)
+from storage_tiers.catalogue import CatalogueError, Changes, Entry
+from storage_tiers.codec import checksum
+from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover
+from storage_tiers.recency import Recency, Record
+from storage_tiers.recovery import RecoverMode, open_directory
+from storage_tiers.settle import Gate, settled
+
+__all__ = ["Quarantined", "SsdTier"]
+
+_QUARANTINE_MAX: Final = 64  # extents kept aside; the oldest is used again when it is exceeded
+_VICTIMS_TRIED_MAX: Final = 4096
+_RESTAMPED_MAX: Final = 8192  # touches held in memory before a load records them
+_VERIFY_THREADS: Final = 2
+_CLOSED: Final = Failed("the SSD tier is closed")
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """An extent whose bytes did not match; kept out of use for inspection."""
+
+    chunk: Chunk
+    offset: int
+
+
+class SsdTier:
+    """A directory with `extents`, `catalogue/` and `lock`. One event loop calls it."""
+
+    name = TierName.SSD
+
+    def __init__(
+        self,
+        path: Path | str,
+        capacity_bytes: int,
+        listener: TierListener,
+        *,
+        recover: RecoverMode = "quiet",
+        mover: str = "auto",
+    ) -> None:
+        self._path = Path(path)
+        self._capacity_bytes = capacity_bytes // PAGE * PAGE
+        self._listener = listener
+        self._recover = recover
+        self._make_mover = partial(make_mover, kind=mover)
+        self._index = Recency()
+        self._key_at: dict[int, Key] = {}  # extent offset -> resident there
+        self._undeleted: set[Key] = set()  # left the index; deleted before the next write
+        self._gate = Gate()
+        self._storing = asyncio.Lock()
+        self.quarantined: deque[Quarantined] = deque()
+        self._stored_bytes = self._loaded_bytes = self._corrupt = 0
+        self._evictions: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+
+    async def open(self) -> RecoveryReport:
+        began = time.monotonic()
+        if self._capacity_bytes <= 0:
+            raise TierError("SSD capacity must be at least 4 KiB")
+        self._directory = directory = await open_directory(
+            self._path, self._capacity_bytes, self._recover, self._make_mover
+        )
+        self._verifier = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="ssd-verify")
+        self._index.restore([Record(e.chunk, e.offset, e.stamp) for e in directory.entries])
+        self._key_at = {entry.offset: entry.chunk.key for entry in directory.entries}
+        directory.entries = []
+        self._gate.shut = False
+        return RecoveryReport(
+            self.name,
+            chunks=len(self._index),
+            bytes=sum(record.chunk.length for record in self._index.records()),
+            dropped=dict(directory.dropped),
+            seconds=time.monotonic() - began,
+        )
+
+    async def close(self) -> None:
+        if not self._gate.shut:
+            await settled(self._close())
+
+    def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
+        return [r.chunk if (r := self._index.get(key)) is not None else None for key in keys]
+
+    async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
+        if self._gate.shut:
+            return [_CLOSED] * len(items)
+        with self._gate:
+            async with self._storing:
+                return await settled(self._store(items))
+
+    async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
+        if self._gate.shut:
+            return [_CLOSED] * len(items)
+        with self._gate:
+            return await settled(self._load(items))
+
+    async def remove(self, keys: Sequence[Key]) -> None:
+        if self._gate.shut:
+            return
+        with self._gate:
+            self._drop(keys, RemovalReason.REQUESTED)
+            await settled(self._delete_dropped())
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        self._index.touch(keys)
+
+    def usage(self) -> TierUsage:
+        opened = not self._gate.shut
+        return TierUsage(
+            tier=self.name,
+            mover=self._directory.mover.name if opened else "closed",
+            capacity_bytes=self._capacity_bytes,
+            used_bytes=self._directory.slots.used_bytes if opened else 0,
+            chunks=len(self._index),
+            stored_bytes_total=self._stored_bytes,
+            loaded_bytes_total=self._loaded_bytes,
+            evictions_total=dict(self._evictions),
+            corrupt_total=self._corrupt,
+            errors_total=dict(self._errors),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert the module's invariants; call it when nothing is in flight. Cost: linear."""
+        slots = self._directory.slots
+        slots.check_integrity()
+        self._index.check_integrity()
+        resident = {record.at: record.chunk.key for record in self._index.records()}
+        assert resident == self._key_at
+        aside = {extent.offset for extent in self.quarantined}
+        assert not aside & resident.keys()
+        held = sum(slots.size_of(offset) for offset in (*resident, *aside))
+        assert held == slots.used_bytes <= self._capacity_bytes
+
+    # -- store ---------------------------------------------------------------------------
+
+    async def _store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
+        outcomes: list[StoreOutcome] = [Known()] * len(items)
+        placed: dict[Key, tuple[int, int]] = {}  # key -> index of its item, offset
+        kept = [
+            record
+            for item in items
+            if item.chunk.key not in self._index
+            for record in self._index.ancestors(item.chunk)
+        ]
+        for record in kept:
+            record.pins += 1
+        for index, item in enumerate(items):
+            assert len(item.data) == item.chunk.length, "a store item holds exactly its chunk"
+            if item.chunk.key in self._index or item.chunk.key in placed:
+                continue
+            offset = self._reserve(item.chunk.length)
+            if offset is None:
+                outcomes[index] = Full("no chunk on the SSD can be evicted for this one")
+            else:
+                placed[item.chunk.key] = (index, offset)
+        try:
+            written = await self._write(items, placed)
+        finally:
+            for record in kept:
+                self._unpin(record)
+        for key, (index, offset) in placed.items():
+            outcome = outcomes[index] = written[key]
+            if isinstance(outcome, Failed):
+                self._directory.slots.free(offset)
+                self._errors["store"] += 1
+                continue
+            self._index.add(Record(items[index].chunk, offset))
+            self._key_at[offset] = key
+            self._stored_bytes += items[index].chunk.length
+        here = [item.chunk for item in items if item.chunk.key in self._index]
+        self._index.touch([c.key for c in sorted(here, key=lambda chunk: -chunk.position)])
+        return outcomes
+
+    async def _write(
+        self, items: Sequence[StoreItem], placed: dict[Key, tuple[int, int]]
+    ) -> dict[Key, Stored | Failed]:
+        """Victims out of the catalogue, data, sync, new entries into the catalogue."""
+        if not placed:
+            return {}
+        if not await self._delete_dropped():
+            return dict.fromkeys(placed, Failed("the catalogue could not be written"))
+        pieces = [Piece(items[index].data, offset) for index, offset in placed.values()]
+        moved = await self._directory.mover.write(pieces)
+        synced = await self._directory.mover.sync()
+        if isinstance(synced, NotMoved):
+            return dict.fromkeys(placed, Failed(synced.reason))
+        outcomes: dict[Key, Stored | Failed] = {
+            key: Stored() if isinstance(move, Moved) else Failed(move.reason)
+            for key, move in zip(placed, moved, strict=True)
+        }
+        written = [
+            Entry(items[index].chunk, offset, 0)
+            for key, (index, offset) in placed.items()
+            if isinstance(outcomes[key], Stored)
+        ]
+        written.sort(key=lambda entry: -entry.chunk.position)
+        first = self._index.reserve(len(written))
+        put = [replace(entry, stamp=first + index) for index, entry in enumerate(written)]
+        if not await self._commit(Changes(put=put, stamps=self._take_restamped())):
+            self._undeleted.update(placed)  # in case the disk took it although it said no
+            return dict.fromkeys(placed, Failed("the catalogue could not be written"))
+        return outcomes
+
+    def _reserve(self, length: int) -> int | None:
+        """An extent, evicting for it if need be. Each round evicts something or gives up."""
+        slots = self._directory.slots
+        while (offset := slots.allocate(length)) is None and slots.fits(length):
+            victims = self._victims(length)
+            if not victims:
+                return None
+            self._drop(victims, RemovalReason.CAPACITY)
+        return offset
+
+    def _victims(self, length: int) -> list[Key]:
+        """The oldest chunk of this size, or all in the way of a slab of this size."""
+        slots = self._directory.slots
+        wanted = slots.slot_bytes(length)
+        for key in islice(self._index.evictable(), _VICTIMS_TRIED_MAX):
+            record = self._index.get(key)
+            assert record is not None, "evictable keys are resident"
+            if slots.size_of(record.at) == wanted:
+                return [key]
+            blockers = slots.blockers(record.at, length)
+            keys = [self._key_at[at] for at in blockers if at in self._key_at]
+            if not blockers or len(keys) < len(blockers):
+                continue  # the range's tail, or an extent that is being written or kept aside
+            family = self._index.with_descendants(keys)
+            if all((r := self._index.get(k)) is not None and r.pins == 0 for k in family):
+                return family
+        return []
+
+    # -- load ----------------------------------------------------------------------------
+
+    async def _load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
+        outcomes: list[LoadOutcome] = [Missing()] * len(items)
+        pinned: list[tuple[int, LoadItem, Record]] = []
+        for index, item in enumerate(items):
+            record = self._index.get(item.key)
+            if record is None:
+                continue
+            assert len(item.into) >= record.chunk.length, "the buffer is as long as the chunk"
+            record.pins += 1
+            pinned.append((index, item, record))
+        try:
+            pieces = [Piece(i.into[: r.chunk.length], r.at) for _, i, r in pinned]
+            moved = await self._directory.mover.read(pieces)
+            loop = asyncio.get_running_loop()
+            digests = await loop.run_in_executor(self._verifier, _digests, pieces)
+            for (index, _, record), move, digest in zip(pinned, moved, digests, strict=True):
+                if isinstance(move, NotMoved):
+                    self._errors["load"] += 1
+                    outcomes[index] = Failed(move.reason)
+                elif digest != record.chunk.checksum:
+                    self._quarantine(record)
+                    outcomes[index] = Corrupt("the bytes do not match the checksum")
+                else:
+                    self._loaded_bytes += record.chunk.length
+                    outcomes[index] = Loaded(record.chunk)
+        finally:
+            for _, _, record in pinned:
+                self._unpin(record)
+        if self._undeleted or len(self._index.restamped) > _RESTAMPED_MAX:
+            await self._delete_dropped()
+        return outcomes
+
+    # -- what leaves ---------------------------------------------------------------------
+
+    def _drop(self, keys: Iterable[Key], reason: RemovalReason) -> None:
+        """Out of the index now; out of the catalogue before any extent is written again."""
+        removed: list[Key] = []
+        for key in keys:
+            record = self._index.pop(key)
+            if record is None:
+                continue
+            removed.append(key)
+            del self._key_at[record.at]
+            record.gone = record.pins > 0
+            if not record.gone:
+                self._directory.slots.free(record.at)
+        if removed:
+            self._undeleted.update(removed)
+            self._evictions[reason.value] += len(removed)
+            self._listener.removed(self.name, removed, reason)
+
+    def _quarantine(self, record: Record) -> None:
+        key = record.chunk.key
+        self._corrupt += 1
+        if self._index.get(key) is not record:
+            return  # another load saw it first
+        self._index.pop(key)
+        del self._key_at[record.at]
+        self._undeleted.add(key)
+        self._evictions[RemovalReason.CORRUPT.value] += 1
+        self.quarantined.append(Quarantined(record.chunk, record.at))
+        if len(self.quarantined) > _QUARANTINE_MAX:
+            self._directory.slots.free(self.quarantined.popleft().offset)
+        self._listener.removed(self.name, [key], RemovalReason.CORRUPT)
+
+    def _unpin(self, record: Record) -> None:
+        record.pins -= 1
+        if record.gone and record.pins == 0:
+            self._directory.slots.free(record.at)
+
+    async def _delete_dropped(self) -> bool:
+        doomed = list(self._undeleted)
+        if not doomed and len(self._index.restamped) <= _RESTAMPED_MAX:
+            return True
+        if not await self._commit(Changes(delete=doomed, stamps=self._take_restamped())):
+            return False
+        self._undeleted.difference_update(doomed)
+        return True
+
+    async def _commit(self, changes: Changes) -> bool:
+        try:
+            await self._directory.catalogue.commit(changes)
+        except CatalogueError:
+            self._errors["catalogue"] += 1
+            self._index.restamped = {**changes.stamps, **self._index.restamped}
+            return False
+        return True
+
+    def _take_restamped(self) -> dict[Key, int]:
+        taken, self._index.restamped = self._index.restamped, {}
+        return taken
+
+    async def _close(self) -> None:
+        await self._gate.close()
+        changes = Changes(
+            delete=list(self._undeleted),
+            stamps=self._take_restamped(),
+            meta=replace(self._directory.meta, clean=True),
+        )
+        self._verifier.shutdown()
+        try:
+            await self._directory.close(changes)
+        except CatalogueError:
+            self._errors["catalogue"] += 1
+
+
+def _digests(pieces: Sequence[Piece]) -> list[int]:
+    return [checksum(piece.data) for piece in pieces]
