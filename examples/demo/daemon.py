@@ -1,0 +1,143 @@
+"""The daemon of the demo: its settings file, its process, and what its own counters say.
+
+Everything known about the admin API is here; the rest of the demo asks in its own words.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import yaml
+
+from examples.demo.process import Process, ProcessError, free_port
+
+START_TIMEOUT_S = 60.0
+SETTLE_TIMEOUT_S = 120.0
+SETTLE_QUIET_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """Where the daemon keeps what, and the servers it talks to."""
+
+    folder: Path
+    socket: Path
+    logs: Path
+    records: Path
+    s3: Mapping[str, Any]
+    events: Mapping[str, Any]
+    dram: str = "2GiB"
+    ssd: str = "4GiB"
+
+    @property
+    def ssd_folder(self) -> Path:
+        return self.folder / "ssd"
+
+
+class Daemon:
+    """One kvbm-daemon, restarted at will; its port and its socket stay the same."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        self._config = config
+        self._port = free_port()
+        self._settings = config.folder / "kvbm.yaml"
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.socket = config.socket
+        program = Path(sys.executable).parent / "kvbm-daemon"
+        self.process = Process(
+            "kvbm-daemon",
+            [str(program), "serve", "--config", str(self._settings)],
+            log=config.logs / "kvbm-daemon.log",
+            record=config.records / "kvbm-daemon.pid",
+        )
+        self._http = httpx2.Client(base_url=self.url, timeout=10.0, trust_env=False)
+
+    def start(self) -> float:
+        """Seconds until it was ready."""
+        self._write_settings()
+        self.process.start()
+        return self.process.wait_until(self.ready, START_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """SIGTERM and a clean end; raises ProcessError when it ends with an error."""
+        if not self.process.running:
+            return
+        status = self.process.stop()
+        if status != 0:
+            tail = self.process.tail()
+            raise ProcessError(f"kvbm-daemon ended with status {status} on SIGTERM.\n{tail}")
+
+    def empty_ssd(self) -> None:
+        assert not self.process.running, "the SSD belongs to a running daemon"
+        shutil.rmtree(self._config.ssd_folder, ignore_errors=True)
+
+    def ready(self) -> bool:
+        try:
+            return self._http.get("/readyz").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def served_chunks(self) -> dict[str, int]:
+        """Chunks that engines asked for and found, by the tier that had them."""
+        return {tier["tier"]: tier["hits"] for tier in self._tiers()}
+
+    def kept_chunks(self) -> dict[str, int]:
+        """Chunks in each tier."""
+        return {tier["tier"]: tier["chunks"] for tier in self._tiers()}
+
+    def engines(self) -> int:
+        """Engines that are connected, all their ranks included."""
+        return len(self._get("/v1/engines")["engines"])
+
+    def settle(self) -> None:
+        """Wait until every chunk in host memory has reached every lower tier."""
+        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+        last, since_s = self.kept_chunks(), time.monotonic()
+        while time.monotonic() < deadline_s:
+            time.sleep(0.1)
+            kept = self.kept_chunks()
+            if kept != last:
+                last, since_s = kept, time.monotonic()
+            is_level = min(kept.values()) >= kept["G2"]
+            if is_level and time.monotonic() - since_s >= SETTLE_QUIET_S:
+                return
+        raise ProcessError(
+            f"the tiers were not level after {SETTLE_TIMEOUT_S:.0f} s: {last}.\n"
+            f"{self.process.tail()}"
+        )
+
+    def _tiers(self) -> list[dict[str, Any]]:
+        tiers: list[dict[str, Any]] = self._get("/v1/tiers")["tiers"]
+        return tiers
+
+    def _get(self, path: str) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = self._http.get(path).raise_for_status().json()
+        except httpx2.HTTPError as error:
+            self.process.check()
+            raise ProcessError(f"kvbm-daemon did not answer {path}: {error}") from error
+        return answer
+
+    def _write_settings(self) -> None:
+        config = self._config
+        settings = {
+            "socket": str(config.socket),
+            "dram": {"capacity": config.dram},
+            "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd},
+            "s3": dict(config.s3),
+            "events": dict(config.events),
+            "admin": {"host": "127.0.0.1", "port": self._port},
+        }
+        config.folder.mkdir(parents=True, exist_ok=True)
+        # Holds the credentials of the demo's servers.
+        descriptor = os.open(self._settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            yaml.safe_dump(settings, file, sort_keys=False)

@@ -1,0 +1,160 @@
+"""Everything the demo runs: NATS, S3, one daemon and two engines, started and ended together.
+
+A context manager: whatever happens within, nothing of it is left running. All it writes is under
+one build folder. Programs a killed run left behind are ended before new ones are started.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from examples.demo.daemon import Daemon, DaemonConfig
+from examples.demo.engine import Engine, EngineConfig
+from examples.demo.process import end_recorded
+from runtime.embedded import EmbeddedNats, EmbeddedS3
+
+ENGINE_NAMES = ("engine-a", "engine-b")
+BUCKET = "kvbm-demo"
+CONNECT_TIMEOUT_S = 60.0
+
+Say = Callable[[str], None]
+
+
+class Stack:
+    """The servers, the daemon and the engines; `settle` and `restart_daemon` for measurements."""
+
+    daemon: Daemon
+    engines: tuple[Engine, Engine]
+
+    def __init__(self, build: Path, model: str, say: Say, *, block_tokens: int = 32) -> None:
+        self.model = model
+        self.block_tokens = block_tokens
+        self.records = build / "run"
+        self._build = build
+        self._folder = build / "demo"
+        self._logs = build / "logs"
+        self._say = say
+        self._running = ExitStack()
+
+    def __enter__(self) -> Self:
+        for name in end_recorded(self.records):
+            self._say(f"ended {name}, which an earlier run had left")
+        try:
+            self._start()
+        except BaseException:
+            self._running.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def addresses(self) -> Mapping[str, str]:
+        """What a user may want to open or to connect to."""
+        engines = {engine.name: f"{engine.url}/v1" for engine in self.engines}
+        return {
+            **engines,
+            "kvbm-daemon": self.daemon.url,
+            "socket": str(self.daemon.socket),
+            "nats": self._nats.url,
+            "s3": f"{self._s3.endpoint_url}/{BUCKET}",
+            "settings": str(self._folder / "kvbm.yaml"),
+            "logs": str(self._logs),
+        }
+
+    def settle(self) -> None:
+        """Wait until what the engines have stored has reached every tier."""
+        self.daemon.settle()
+
+    def restart_daemon(self, *, empty_ssd: bool) -> None:
+        """End the daemon, which forgets host memory, start it, and wait for the engines."""
+        self.daemon.stop()
+        if empty_ssd:
+            self.daemon.empty_ssd()
+        took_s = self.daemon.start()
+        self._wait_connected()
+        self._say(f"kvbm-daemon was ready after {took_s:.1f} s, it keeps {self._kept()}")
+
+    def check(self) -> None:
+        """Raises ProcessError if any of it has ended on its own."""
+        self.daemon.process.check()
+        for engine in self.engines:
+            engine.process.check()
+
+    def _start(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        self._say("starting NATS and S3")
+        servers = self._running
+        self._nats = servers.enter_context(
+            EmbeddedNats(self._folder / "nats", log_directory=self._logs)
+        )
+        self._s3 = servers.enter_context(
+            EmbeddedS3(self._folder / "s3", buckets=[BUCKET], log_directory=self._logs)
+        )
+        # A socket's path must be short, which a checkout's need not be.
+        socket_folder = servers.enter_context(tempfile.TemporaryDirectory(prefix="kvbm-demo-"))
+        self.daemon = Daemon(self._daemon_config(Path(socket_folder) / "kvbm.sock"))
+        servers.callback(self.daemon.process.stop)
+        self._say("starting kvbm-daemon")
+        self.daemon.start()
+        self._start_engines()
+
+    def _start_engines(self) -> None:
+        config = EngineConfig(self.model, self.daemon.socket, block_tokens=self.block_tokens)
+        first, second = (
+            Engine(name, config, logs=self._logs, records=self.records) for name in ENGINE_NAMES
+        )
+        self.engines = (first, second)
+        # Side by side: a start is mostly imports, which use one core each.
+        for engine in self.engines:
+            self._running.callback(engine.stop)
+            engine.start()
+        self._say("starting two engines, a minute or two on a small machine")
+        start_s = time.monotonic()
+        for engine in self.engines:
+            engine.wait_ready()
+            self._say(f"{engine.name} is ready after {time.monotonic() - start_s:.0f} s")
+        self._wait_connected()
+
+    def _wait_connected(self) -> None:
+        deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+        while self.daemon.engines() < len(self.engines):
+            self.check()
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(
+                    f"{self.daemon.engines()} of {len(self.engines)} engines were connected to "
+                    f"kvbm-daemon after {CONNECT_TIMEOUT_S:.0f} s"
+                )
+            time.sleep(0.1)
+
+    def _daemon_config(self, socket: Path) -> DaemonConfig:
+        return DaemonConfig(
+            folder=self._folder,
+            socket=socket,
+            logs=self._logs,
+            records=self.records,
+            s3={
+                "bucket": BUCKET,
+                "endpoint_url": self._s3.endpoint_url,
+                "region": self._s3.region,
+                "access_key_id": self._s3.access_key_id,
+                "secret_access_key": self._s3.secret_access_key,
+                "linger": "250ms",
+            },
+            events={
+                "plane": "nats",
+                "nats_url": self._nats.url,
+                "nats_user": self._nats.user,
+                "nats_password": self._nats.password,
+            },
+        )
+
+    def _kept(self) -> str:
+        return ", ".join(f"{tier}: {n} chunks" for tier, n in self.daemon.kept_chunks().items())

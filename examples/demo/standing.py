@@ -1,0 +1,112 @@
+"""The demo's stack left running: `up` starts a holder apart from the terminal, `down` ends it.
+
+The holder is this program again; it keeps the stack as long as it lives, and its record names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from examples.demo.process import ProcessError, end_recorded, start_time, write_record
+from examples.demo.stack import Say, Stack
+
+UP_TIMEOUT_S = 900.0
+# The holder ends engines, daemon and servers before it ends itself.
+DOWN_GRACE_S = 90.0
+
+
+def up(build: Path, model: str) -> int:
+    """Start the holder and wait until everything is ready; prints where it can be reached."""
+    if _held_by(build) is not None:
+        print("it is up already:")
+    else:
+        _addresses(build).parent.mkdir(parents=True, exist_ok=True)
+        _addresses(build).unlink(missing_ok=True)
+        log = build / "logs" / "up.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            holder = subprocess.Popen(
+                [sys.executable, "-m", "examples.demo", "hold"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=build.parent,
+                env={**os.environ, "MODEL": model},
+            )
+        try:
+            _follow(holder, log, _addresses(build))
+        except BaseException:
+            holder.terminate()
+            holder.wait(DOWN_GRACE_S)
+            raise
+    for name, address in json.loads(_addresses(build).read_text()).items():
+        print(f"  {name:<12} {address}")
+    print("end it with `make down`")
+    return 0
+
+
+def hold(build: Path, model: str, say: Say) -> int:
+    """Run the stack until told to end; what `up` starts."""
+    with Stack(build, model, say) as stack:
+        write_record(_holder(build), os.getpid())
+        try:
+            _addresses(build).write_text(json.dumps(dict(stack.addresses())))
+            while True:
+                time.sleep(1.0)
+                stack.check()
+        finally:
+            _addresses(build).unlink(missing_ok=True)
+            _holder(build).unlink(missing_ok=True)
+
+
+def down(build: Path) -> int:
+    """End what `up` started, and anything a killed run has left."""
+    ended = []
+    pid = _held_by(build)
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)
+        deadline_s = time.monotonic() + DOWN_GRACE_S
+        while start_time(pid) is not None and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        ended.append("the stack")
+    ended += end_recorded(_holder(build).parent)
+    print(f"ended {', '.join(ended)}" if ended else "nothing was up")
+    return 0
+
+
+def _follow(holder: subprocess.Popen[bytes], log: Path, addresses: Path) -> None:
+    """Show the holder's progress until its addresses are there."""
+    deadline_s = time.monotonic() + UP_TIMEOUT_S
+    with log.open() as lines:
+        while not addresses.exists():
+            has_ended = holder.poll() is not None
+            print(lines.read(), end="", flush=True)
+            if has_ended:
+                raise ProcessError(f"the stack did not come up; see {log}")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the stack was not up after {UP_TIMEOUT_S:.0f} s")
+            time.sleep(0.2)
+
+
+def _held_by(build: Path) -> int | None:
+    """The pid of a running holder."""
+    record = _holder(build)
+    if not record.exists():
+        return None
+    pid, _, started = record.read_text().strip().partition(" ")
+    return int(pid) if start_time(int(pid)) == started else None
+
+
+def _holder(build: Path) -> Path:
+    return build / "run" / "holder.pid"
+
+
+def _addresses(build: Path) -> Path:
+    return build / "run" / "addresses.json"
