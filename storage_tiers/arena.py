@@ -13,12 +13,13 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Arena", "ArenaError"]
+__all__ = ["Arena", "ArenaError", "Slot"]
 
 PAGE: Final = 4096
 HUGE_PAGE: Final = 2 << 20
@@ -28,6 +29,15 @@ _HEADER = np.dtype([("magic", "S16"), ("epoch", "S16"), ("data_at", "<u8"), ("da
 
 class ArenaError(Exception):
     """The arena cannot be created or mapped; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in the arena: who holds this value with this generation holds the bytes."""
+
+    offset: int
+    length: int
+    generation: int
 
 
 class Arena:
@@ -76,15 +86,20 @@ class Arena:
 
     @classmethod
     def attach(cls, fd: int) -> Arena:
-        """Map an arena received by file descriptor; the descriptor is the caller's no more."""
-        size = os.fstat(fd).st_size
-        mapping = mmap.mmap(fd, size)
+        """Map an arena received by file descriptor, and close the descriptor.
+
+        The memory is unmapped when the last reference to the arena and its views goes.
+        """
+        try:
+            size = os.fstat(fd).st_size
+            mapping = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
         header = np.frombuffer(mapping, dtype=_HEADER, count=1)[0]
         end = int(header["data_at"]) + int(header["data_bytes"])
         if bytes(header["magic"]) != _MAGIC.rstrip(b"\0") or end > size:
-            os.close(fd)
             raise ArenaError("the descriptor is no arena of this version: upgrade both sides")
-        return cls(fd, mapping, owner=False)
+        return cls(-1, mapping, owner=False)
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes of a slot, writable. Raises ValueError outside the arena."""

@@ -65,8 +65,8 @@ class SlabAllocator:
             if start is None:
                 return None
             slab = self._add_slab(start, slot)
-        offset = slab.free[-1]
-        self._take(slab, offset)
+        offset = slab.free.pop()
+        self._hand_out(slab, offset)
         return offset
 
     def free(self, offset: int) -> None:
@@ -100,7 +100,8 @@ class SlabAllocator:
             slab = self._add_slab(start, slot)
         if slab.slot_bytes != slot or offset not in slab.free:
             raise ValueError(f"slot at {offset} of {slot} bytes overlaps another slot")
-        self._take(slab, offset)
+        slab.free.remove(offset)
+        self._hand_out(slab, offset)
 
     def blockers(self, offset: int, size: int) -> list[int]:
         """Slots that must be freed for a slab of `size` to be formed around `offset`.
@@ -197,8 +198,7 @@ class SlabAllocator:
         del self._slabs[slab.start]
         self._open.get(slab.slot_bytes, {}).pop(slab.start, None)
 
-    def _take(self, slab: _Slab, offset: int) -> None:
-        slab.free.remove(offset)
+    def _hand_out(self, slab: _Slab, offset: int) -> None:
         slab.used.add(offset)
         self._slot_sizes[offset] = slab.slot_bytes
         self.used_bytes += slab.slot_bytes

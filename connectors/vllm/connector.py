@@ -1,0 +1,213 @@
+"""`KvbmConnector`: vLLM's offloading connector in front of the node's `kvbm-daemon`.
+
+It builds on vLLM's own offloading seam, which keeps cache groups, sliding windows, preemption
+fences, ranks and layouts right, and adds what the seam lacks: a failed load becomes a recompute,
+every wait has a deadline, a request's lookups are one message sent when the request arrives.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_offload.base import OffloadKey, make_offload_key
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from connectors.vllm.identity import SHARED_HASHES, fingerprint_of
+from connectors.vllm.scheduler_side import Group, KvbmManager
+from connectors.vllm.transfer import KvbmWorkerMetadata
+from connectors.vllm.worker_side import KvbmWorker
+from kvbm.fingerprint import namespace_of
+from kvbm.protocol import VERSION, Hello
+
+logger = logging.getLogger("kvbm.connector")
+
+
+class KvbmConnector(OffloadingConnector):
+    """Named by `--kv-transfer-config`; see `connectors.vllm.options` for its own settings."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        _use_our_spec(vllm_config)
+        parallel = vllm_config.parallel_config
+        if parallel.nnodes_within_dp > 1:
+            raise ValueError(
+                f"KvbmConnector needs all {parallel.world_size} ranks of an engine on one node, "
+                "because they share the node's arena: use one engine per node"
+            )
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._failed_loads: set[str] = set()
+        self._failed_stores: set[int] = set()
+        self._failed_load_count = 0
+        if role == KVConnectorRole.SCHEDULER:
+            self._start_manager(vllm_config, kv_cache_config)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> Any:
+        _use_our_spec(vllm_config)
+        return super().build_prom_metrics(
+            vllm_config, metric_types, labelnames, per_engine_labelvalues
+        )
+
+    # -- scheduler half ------------------------------------------------------------------
+
+    @property
+    def _manager(self) -> KvbmManager:
+        manager = self.scheduler.manager
+        assert isinstance(manager, KvbmManager)
+        return manager
+
+    def on_new_request(self, request: Request) -> None:
+        super().on_new_request(request)
+        self._open(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        # A preempted request comes back with more keys than it was opened with, and its claims
+        # ended when it was first scheduled.
+        if not self._manager.is_open(request.request_id):
+            self._open(request)
+        return super().get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if num_external_tokens == 0:
+            self._manager.release(request.request_id)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, KvbmWorkerMetadata):
+            self._manager.note_worker_results(
+                meta.failed_stores, meta.loaded_bytes, meta.failed_loads
+            )
+        super().update_connector_output(connector_output)
+
+    def _open(self, request: Request) -> None:
+        if not request.skip_reading_prefix_cache:
+            self._manager.open(request.request_id, list(self._keys(request)))
+
+    def _keys(self, request: Request) -> Iterator[list[OffloadKey]]:
+        """Keys of the request's whole chunks, by cache group."""
+        for group in self.scheduler.config.kv_group_configs:
+            step = group.hashes_per_chunk
+            hashes = islice(request.block_hashes, step - 1, None, step)
+            yield [make_offload_key(block_hash, group.group_idx) for block_hash in hashes]
+
+    def _start_manager(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        config = self.scheduler.config
+        groups = [
+            Group(g.group_idx, g.tokens_per_chunk, g.sliding_window_size_in_chunks or 0)
+            for g in config.kv_group_configs
+        ]
+        step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        lease_targets = [-(-step_tokens // group.tokens_per_chunk) + 1 for group in groups]
+        options = self._manager.options
+        fingerprint = fingerprint_of(vllm_config, kv_cache_config, options.tenant)
+        offloading = vllm_config.kv_transfer_config
+        index = vllm_config.parallel_config.data_parallel_index
+
+        def hello() -> Hello:
+            return Hello(
+                version=VERSION,
+                role="scheduler",
+                engine=f"{offloading.engine_id}/{index}",
+                rank=0,
+                world_size=config.num_workers,
+                fingerprint=fingerprint,
+                group_bytes=[],
+                replicated=False,
+                pid=os.getpid(),
+            )
+
+        self._manager.start(groups, hello, lease_targets, _namespaces(vllm_config, fingerprint))
+        if offloading.kv_load_failure_policy == "fail":
+            logger.warning(
+                "kv_load_failure_policy is 'fail' (vLLM's default): a load that fails ends its "
+                "request with an error; set it to 'recompute' to compute such requests instead"
+            )
+
+    # -- worker half ---------------------------------------------------------------------
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        sent, received = self.get_finished(finished_req_ids)
+        assert self.connector_worker is not None
+        worker = self.connector_worker.worker
+        assert isinstance(worker, KvbmWorker)
+        failed_loads, failed_stores = worker.take_failed()
+        self._failed_load_count += len(failed_loads)
+        self._failed_loads |= failed_loads
+        self._failed_stores |= failed_stores
+        # A failed request must be named as received in the same answer.
+        failed = self._failed_loads & received
+        self._failed_loads -= failed
+        return KVConnectorTransferResults(
+            finished_sending=sent, finished_recving=received, failed_recving=failed
+        )
+
+    def build_connector_worker_meta(self) -> KvbmWorkerMetadata | None:
+        meta = super().build_connector_worker_meta()
+        if meta is None:
+            return None
+        failed_stores, self._failed_stores = self._failed_stores, set()
+        failed_loads, self._failed_load_count = self._failed_load_count, 0
+        return KvbmWorkerMetadata(
+            completed_jobs=meta.completed_jobs,
+            transfer_stats=meta.transfer_stats,
+            failed_stores=failed_stores,
+            loaded_bytes=meta.transfer_stats.load.bytes,
+            failed_loads=failed_loads,
+        )
+
+
+def _use_our_spec(vllm_config: VllmConfig) -> None:
+    """Point vLLM's spec factory at our spec, and set the seam's options as we need them."""
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    extra["spec_name"] = "KvbmOffloadingSpec"
+    extra["spec_module_path"] = "connectors.vllm.spec"
+    # The next turn of a conversation needs the answer's KV too.
+    extra.setdefault("offload_prompt_only", False)
+    # vLLM 0.33 can load inside a step; such a load cannot be turned into a recompute.
+    extra["sync_load_budget_bytes"] = 0
+
+
+def _namespaces(vllm_config: VllmConfig, fingerprint: dict[str, str]) -> Callable[[], bytes]:
+    """The engine's key space: shared by its fingerprint at first, its own after each reset."""
+    algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+    shared = algorithm in SHARED_HASHES
+    if not shared:
+        logger.warning(
+            "prefix_caching_hash_algo %r differs from process to process, so this engine shares "
+            "no KV with others or with its own restarts; use one of %s",
+            algorithm,
+            sorted(SHARED_HASHES),
+        )
+    calls = 0
+
+    def make() -> bytes:
+        nonlocal calls
+        calls += 1
+        if calls == 1 and shared:
+            return namespace_of(fingerprint)
+        return namespace_of({**fingerprint, "private": uuid.uuid4().hex})
+
+    return make

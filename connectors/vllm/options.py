@@ -1,0 +1,68 @@
+"""What an operator may put into `kv_connector_extra_config`, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvbm.address import find_socket
+
+# Keys that vLLM's own offloading seam reads from the same dictionary.
+_SEAM_KEYS = frozenset(
+    {
+        "spec_name",
+        "spec_module_path",
+        "block_size",
+        "blocks_per_chunk",
+        "offload_prompt_only",
+        "self_describing_kv_events",
+        "sync_load_budget_bytes",
+    }
+)
+
+
+class OptionError(ValueError):
+    """A bad `kv_connector_extra_config`; the message names the key and what is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The connector's own keys."""
+
+    socket: str
+    """Path of the daemon's control socket."""
+    tenant: str = ""
+    """Engines share KV only with engines of the same tenant."""
+    match_deadline_s: float = 1.0
+    """How long a request waits for the daemon's first answer before it counts as a miss."""
+    onboard_deadline_s: float = 5.0
+    """How long a request waits for chunks on their way up before it goes on without them."""
+    load_deadline_s: float = 10.0
+    """How long a load may wait for its turn to be copied before it is given up."""
+
+    @classmethod
+    def parse(cls, extra_config: Mapping[str, Any]) -> Options:
+        """Raises OptionError for an unknown key or a value of the wrong kind."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(extra_config.keys() - known - _SEAM_KEYS)
+        if unknown:
+            accepted = ", ".join(sorted(known | _SEAM_KEYS))
+            raise OptionError(f"kv_connector_extra_config: unknown {unknown}; accepted: {accepted}")
+        values: dict[str, Any] = {"socket": str(find_socket(os.getuid()))}
+        for name in known & extra_config.keys():
+            value = extra_config[name]
+            if name.endswith("_s"):
+                if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                    raise OptionError(
+                        f"kv_connector_extra_config: {name} must be seconds above 0, not {value!r}"
+                    )
+                values[name] = float(value)
+            elif isinstance(value, str):
+                values[name] = value
+            else:
+                raise OptionError(
+                    f"kv_connector_extra_config: {name} must be a string, not {value!r}"
+                )
+        return cls(**values)

@@ -1,0 +1,278 @@
+"""The connector's half in each vLLM worker: copies between the engine's pages and the arena.
+
+vLLM submits jobs and polls for results on the worker's thread; one copy thread runs them in order.
+The link's thread maps the arena and answers the daemon's fences. Rules that keep KV right:
+
+- A load counts only if every slot's generation was the expected one before and after the copy.
+- A store runs only while the session that leased its slots is open here; a fence, or the end of
+  the connection, waits for the copy in progress, and jobs of that session fail from then on.
+- Nothing is abandoned half-way: a job past its deadline is failed only if it has not started.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCaches,
+    GPULoadStoreSpec,
+    LoadStoreSpec,
+    OffloadingWorker,
+    TransferResult,
+)
+
+from connectors.vllm.transfer import ArenaSlots
+from kvbm.link import Link
+from kvbm.protocol import Fence, Fenced, FromDaemon, Hello, Welcome
+from storage_tiers.arena import Arena, ArenaError
+from storage_tiers.hbm import CopyPlan, HostPages, PageAccess
+
+logger = logging.getLogger("kvbm.worker")
+
+
+class TransferError(Exception):
+    """A job cannot be done; its bytes must not be used."""
+
+
+@dataclass(slots=True)
+class _Job:
+    number: int
+    is_load: bool
+    pages: GPULoadStoreSpec
+    slots: ArenaSlots
+    arena: Arena | None  # the one the slots are in; None if it is not mapped here
+    submitted_at: float
+
+
+class KvbmWorker(OffloadingWorker):
+    """Thread-safe as vLLM uses it: submit, poll and wait on one thread."""
+
+    def __init__(
+        self,
+        pages: PageAccess,
+        *,
+        socket_path: str,
+        hello: Callable[[], Hello],
+        rank: int,
+        blocks_per_chunk: int,
+        load_deadline_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pages = pages
+        self._rank = rank
+        self._blocks_per_chunk = blocks_per_chunk
+        self._load_deadline_s = load_deadline_s
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._queue: deque[_Job] = deque()
+        self._unfinished: set[int] = set()
+        self._results: list[TransferResult] = []
+        self._failed: list[_Job] = []
+        self._arena: Arena | None = None
+        self._connection = 0
+        self._session: tuple[bytes, int] | None = None  # (epoch, number) that stores may use
+        self._storing = False  # a store is being copied right now
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="kvbm-copy", daemon=True)
+        self._thread.start()
+        self._link = Link(socket_path, hello, self)
+        self._link.start()
+
+    # -- vLLM's side ---------------------------------------------------------------------
+
+    def submit_store(
+        self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: LoadStoreSpec
+    ) -> bool:
+        assert isinstance(dst_spec, ArenaSlots)
+        self._submit(job_id, src_spec, dst_spec, is_load=False)
+        return True
+
+    def submit_load(
+        self,
+        job_id: int,
+        src_spec: LoadStoreSpec,
+        dst_spec: GPULoadStoreSpec,
+        expedited: bool = False,
+    ) -> bool:
+        # `expedited` is vLLM 0.33's; such loads are switched off by the connector.
+        assert isinstance(src_spec, ArenaSlots)
+        self._submit(job_id, dst_spec, src_spec, is_load=True)
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        """Ended jobs. All say success, because vLLM asserts it; see `take_failed`."""
+        with self._changed:
+            results, self._results = self._results, []
+            return results
+
+    def take_failed(self) -> tuple[set[str], set[int]]:
+        """Requests whose load failed and transfers whose store failed, since the last call.
+
+        Call right after `get_finished`, with no poll between: a failure is listed at the latest
+        together with its result.
+        """
+        with self._changed:
+            failed, self._failed = self._failed, []
+        loads = {job.slots.request for job in failed if job.is_load}
+        return loads, {job.slots.transfer for job in failed if not job.is_load}
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Until these jobs have ended; bounded by the copies queued before them."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._unfinished & job_ids or self._stopping)
+
+    def shutdown(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(timeout=10)
+        self._link.close()
+
+    # -- the link's thread ---------------------------------------------------------------
+
+    def connected(self, connection: int, welcome: Welcome, arena_fd: int | None) -> None:
+        if arena_fd is None:
+            logger.error("kvbm-daemon sent no arena; serving without it")
+            return
+        try:
+            arena = Arena.attach(arena_fd)
+        except (ArenaError, OSError) as error:
+            logger.error("cannot map the daemon's arena (%s); serving without it", error)
+            return
+        with self._changed:
+            # Jobs hold on to the arena they were submitted with, so a load that is queued while
+            # the daemon restarts still finds its bytes.
+            self._arena = arena
+            self._connection = connection
+            self._session = (welcome.epoch, welcome.session)
+
+    def received(self, message: FromDaemon) -> None:
+        if isinstance(message, Fence):
+            self._end_session()
+            self._link.send(self._connection, Fenced())
+
+    def disconnected(self) -> None:
+        self._end_session()
+
+    def _end_session(self) -> None:
+        with self._changed:
+            self._session = None
+            self._changed.wait_for(lambda: not self._storing)
+
+    # -- the copy thread -----------------------------------------------------------------
+
+    def _submit(
+        self, number: int, pages: GPULoadStoreSpec, slots: ArenaSlots, *, is_load: bool
+    ) -> None:
+        with self._changed:
+            arena = self._arena
+            if arena is not None and arena.epoch != slots.epoch:
+                arena = None
+            self._queue.append(_Job(number, is_load, pages, slots, arena, self._clock()))
+            self._unfinished.add(number)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._stopping)
+                if self._stopping:
+                    return
+                job = self._queue.popleft()
+            copied, seconds, failed = 0, 0.0, True
+            try:
+                start = time.perf_counter()
+                copied = self._load(job) if job.is_load else self._store(job)
+                seconds = time.perf_counter() - start
+                failed = False
+            except (TransferError, ValueError, IndexError) as error:
+                what = "load" if job.is_load else "store"
+                logger.warning("%s of request %s failed: %s", what, job.slots.request, error)
+            finally:
+                with self._changed:
+                    if failed:
+                        self._failed.append(job)
+                    self._results.append(TransferResult(job.number, True, copied, seconds))
+                    self._unfinished.discard(job.number)
+                    self._changed.notify_all()
+
+    def _load(self, job: _Job) -> int:
+        waited_s = self._clock() - job.submitted_at
+        if waited_s > self._load_deadline_s:
+            raise TransferError(f"it waited {waited_s:.1f} s, longer than its deadline")
+        arena = _arena_of(job)
+        self._check_generations(job, arena)
+        copied = sum(self._pages.scatter(plan) for plan in self._plans(job, arena))
+        self._check_generations(job, arena)
+        return copied
+
+    def _store(self, job: _Job) -> int:
+        with self._changed:
+            if self._session != (job.slots.epoch, job.slots.session):
+                raise TransferError("the session that leased its slots has ended")
+            self._storing = True
+        try:
+            arena = _arena_of(job)
+            self._check_generations(job, arena)
+            return sum(self._pages.gather(plan) for plan in self._plans(job, arena))
+        finally:
+            with self._changed:
+                self._storing = False
+                self._changed.notify_all()
+
+    def _check_generations(self, job: _Job, arena: Arena) -> None:
+        for offset, generation in zip(job.slots.offsets, job.slots.generations, strict=True):
+            if arena.generation(offset) != generation:
+                raise TransferError(f"the slot at {offset} has changed hands")
+
+    def _plans(self, job: _Job, arena: Arena) -> list[CopyPlan]:
+        """Match the job's blocks with its slots, group by group."""
+        sizes, firsts = job.pages.group_sizes, job.pages.block_indices
+        blocks = job.pages.block_ids.tolist()
+        plans: list[CopyPlan] = []
+        slot = at = 0
+        for group, (count, first_block) in enumerate(zip(sizes, firsts, strict=True)):
+            end = at + count
+            first = first_block % self._blocks_per_chunk
+            while at < end:
+                if slot >= len(job.slots.groups) or job.slots.groups[slot] != group:
+                    raise TransferError("its blocks and slots do not match")
+                take = min(self._blocks_per_chunk - first, end - at)
+                stripe = self._stripe(job.slots, slot, arena)
+                plans.append(CopyPlan(group, blocks[at : at + take], first, stripe))
+                at, slot, first = at + take, slot + 1, 0
+        if slot != len(job.slots.groups):
+            raise TransferError("its blocks and slots do not match")
+        return plans
+
+    def _stripe(self, slots: ArenaSlots, index: int, arena: Arena) -> memoryview:
+        group = slots.groups[index]
+        start = slots.rank_offsets[group][self._rank]
+        length = self._pages.block_bytes(group) * self._blocks_per_chunk
+        if start + length > slots.lengths[group]:
+            raise TransferError("this rank's stripe does not fit the slot")
+        return arena.view(slots.offsets[index] + start, length)
+
+
+def _arena_of(job: _Job) -> Arena:
+    if job.arena is None:
+        raise TransferError("its slots are not in the arena of the running daemon")
+    return job.arena
+
+
+def host_pages(caches: CanonicalKVCaches) -> HostPages:
+    """Access to vLLM's KV tensors in host memory. Raises ValueError for tensors on a device."""
+    for cache in caches.tensors:
+        if cache.tensor.device.type != "cpu":
+            raise ValueError(f"KV tensors are on {cache.tensor.device}, not in host memory")
+    tensors = [cache.tensor.numpy().view(np.uint8) for cache in caches.tensors]
+    groups: Sequence[Sequence[int]] = [
+        list(dict.fromkeys(ref.tensor_idx for ref in refs)) for refs in caches.group_data_refs
+    ]
+    return HostPages(tensors, groups)

@@ -1,0 +1,290 @@
+"""An engine's scheduler as the daemon's client: tickets, answers and a pool of leased slots.
+
+All methods return at once. What the daemon says is queued by the link's thread and applied when
+the owner calls `pump`, so that state changes only between the owner's own steps. While the daemon
+is away every lookup is a miss and every store is skipped; nothing waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvbm.link import Link
+from kvbm.protocol import (
+    COMING,
+    HERE,
+    MISS,
+    Arrived,
+    Commit,
+    FromClient,
+    FromDaemon,
+    GiveBack,
+    Hello,
+    Lease,
+    Leased,
+    Loaded,
+    Match,
+    Matched,
+    MatchGroup,
+    Ready,
+    Unmatch,
+    Welcome,
+    pack_slots,
+    unpack_slots,
+)
+from storage_tiers.arena import Slot
+from storage_tiers.base import KEY_BYTES, Key
+
+LEASE_RETRY_S: Final = 0.05
+UNANSWERED_MAX: Final = 3
+"""Lookups in a row that the daemon let run into their deadline before the link is renewed."""
+
+_logger = logging.getLogger("kvbm.client")
+
+
+@dataclass(slots=True)
+class Lookup:
+    """One request's keys and what is known of them. `answered` once the daemon replied."""
+
+    ticket: int
+    keys: list[Key]
+    states: bytearray
+    asked_at: float
+    answered: bool = False
+    slots: dict[int, tuple[Slot, int]] = field(default_factory=dict)  # index -> (slot, source)
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Leased slots of one length, and what is asked for."""
+
+    target: int
+    slots: deque[Slot] = field(default_factory=deque)
+    asked: bool = False
+    asked_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A slot that holds a chunk now."""
+
+    key: Key
+    parent: Key | None
+    position: int
+    slot: Slot
+
+
+class _Inbox:
+    """The link's handler: keeps events in order until the owner's next `pump`."""
+
+    def __init__(self) -> None:
+        self.events: deque[FromDaemon | int | None] = deque()  # int: connected, None: disconnected
+
+    def connected(self, connection: int, welcome: Welcome, arena_fd: int | None) -> None:
+        self.events.append(connection)
+        self.events.append(welcome)
+
+    def received(self, message: FromDaemon) -> None:
+        self.events.append(message)
+
+    def disconnected(self) -> None:
+        self.events.append(None)
+
+
+class SchedulerClient:
+    """Single-threaded but for the link it owns."""
+
+    def __init__(
+        self,
+        path: str,
+        hello: Callable[[], Hello],
+        lease_targets: Sequence[int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._inbox = _Inbox()
+        self._link = Link(path, hello, self._inbox)
+        self._clock = clock
+        self._lease_targets = lease_targets  # by cache group
+        self._pools: dict[int, _Pool] = {}  # by slot length
+        self._lookups: dict[int, Lookup] = {}
+        self._next_ticket = 0
+        self._unanswered = 0
+        self.connection = 0  # what was leased or asked on another one means nothing any more
+        self.epoch = b""
+        self.session = 0
+        self.layout: Ready | None = None  # set while the engine's members are all connected
+
+    @property
+    def ready(self) -> bool:
+        """Whether chunks can be looked up and stored now."""
+        return self.layout is not None
+
+    @property
+    def problem(self) -> str:
+        return self._link.problem
+
+    def start(self) -> None:
+        self._link.start()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def renew(self) -> None:
+        """Start over with a new connection: the daemon takes back everything safely."""
+        self._forget()
+        self._link.reconnect()
+
+    def pump(self) -> None:
+        """Apply what the daemon has said. O(1) when it said nothing."""
+        events = self._inbox.events
+        while events:
+            event = events.popleft()
+            match event:
+                case None:
+                    self._forget()
+                case int():
+                    self.connection = event
+                case Welcome():
+                    self.epoch, self.session = event.epoch, event.session
+                case Ready():
+                    self._become_ready(event)
+                case Matched():
+                    self._matched(event)
+                case Arrived():
+                    self._arrived(event)
+                case Leased():
+                    self._leased(event)
+                case _:
+                    _logger.warning("unexpected %s from the daemon", type(event).__name__)
+
+    # -- lookups -------------------------------------------------------------------------
+
+    def look_up(self, groups: Sequence[MatchGroup], keys: list[Key]) -> Lookup | None:
+        """Ask for these keys (`groups` in order hold exactly `keys`). None: no daemon."""
+        if not self.ready or not keys:
+            return None
+        self._next_ticket += 1
+        lookup = Lookup(self._next_ticket, keys, bytearray(len(keys)), self._clock())
+        if not self._send(Match(lookup.ticket, list(groups))):
+            return None
+        self._lookups[lookup.ticket] = lookup
+        return lookup
+
+    def holds(self, lookup: Lookup | None) -> bool:
+        """Whether the ticket is open: what it says is here stays here."""
+        return lookup is not None and lookup.ticket in self._lookups
+
+    def forget(self, lookup: Lookup) -> None:
+        """Close a ticket. Idempotent, also after the connection it belonged to."""
+        if self._lookups.pop(lookup.ticket, None) is not None:
+            self._send(Unmatch([lookup.ticket]))
+
+    def note_unanswered(self) -> None:
+        """A lookup ran into its deadline without any answer: the daemon may hang."""
+        self._unanswered += 1
+        if self._unanswered >= UNANSWERED_MAX:
+            _logger.warning("kvbm-daemon does not answer; serving without it until it does")
+            self._unanswered = 0
+            self.renew()
+
+    # -- slots ---------------------------------------------------------------------------
+
+    def take_slots(self, group: int, count: int) -> list[Slot]:
+        """Up to `count` leased slots for chunks of a cache group."""
+        if self.layout is None:
+            return []
+        pool = self._pools[self.layout.lengths[group]]
+        taken = [pool.slots.popleft() for _ in range(min(count, len(pool.slots)))]
+        self._refill()
+        return taken
+
+    def commit(self, filled: Sequence[Filled]) -> None:
+        """These leased slots hold chunks now."""
+        none = bytes(KEY_BYTES)
+        self._send(
+            Commit(
+                b"".join(item.key for item in filled),
+                b"".join(item.parent or none for item in filled),
+                [item.position for item in filled],
+                pack_slots((i, 0, item.slot) for i, item in enumerate(filled)),
+            )
+        )
+        self._refill()
+
+    def give_back(self, slots: Sequence[Slot]) -> None:
+        """These leased slots are not needed, or what was written to them is no chunk."""
+        if slots:
+            self._send(GiveBack(pack_slots((i, 0, slot) for i, slot in enumerate(slots))))
+            self._refill()
+
+    def report_loaded(self, size: int, failed: int) -> None:
+        self._send(Loaded(size, failed))
+
+    # -- below ---------------------------------------------------------------------------
+
+    def _send(self, message: FromClient) -> bool:
+        return self._link.send(self.connection, message)
+
+    def _forget(self) -> None:
+        self.layout = None
+        self._pools.clear()
+        for lookup in self._lookups.values():
+            lookup.answered = True
+            lookup.states = bytearray(len(lookup.keys))
+            lookup.slots.clear()
+        self._lookups.clear()
+
+    def _become_ready(self, message: Ready) -> None:
+        self.layout = message
+        self._unanswered = 0
+        for length, target in zip(message.lengths, self._lease_targets, strict=True):
+            self._pools.setdefault(length, _Pool(0)).target += target
+        self._refill()
+
+    def _matched(self, message: Matched) -> None:
+        self._unanswered = 0
+        lookup = self._lookups.get(message.ticket)
+        if lookup is None or len(message.states) != len(lookup.keys):
+            return
+        lookup.answered = True
+        lookup.states[:] = message.states
+        for index, source, slot in unpack_slots(message.slots):
+            lookup.slots[index] = (slot, source)
+
+    def _arrived(self, message: Arrived) -> None:
+        lookup = self._lookups.get(message.ticket)
+        if lookup is None:
+            return
+        for index, source, slot in unpack_slots(message.slots):
+            lookup.states[index] = HERE
+            lookup.slots[index] = (slot, source)
+        for index in message.failed:
+            if lookup.states[index] == COMING:
+                lookup.states[index] = MISS
+
+    def _leased(self, message: Leased) -> None:
+        slots = [slot for _, _, slot in unpack_slots(message.slots)]
+        for pool in self._pools.values():
+            pool.asked = pool.asked and bool(slots)
+        for slot in slots:
+            pool = self._pools[slot.length]
+            pool.slots.append(slot)
+            pool.asked = False
+
+    def _refill(self) -> None:
+        """Ask for slots where less than half of the target is left; not again until answered."""
+        now = self._clock()
+        for length, pool in self._pools.items():
+            wait = pool.asked and now - pool.asked_at < LEASE_RETRY_S * 20
+            if 2 * len(pool.slots) >= pool.target or wait:
+                continue
+            if now - pool.asked_at < LEASE_RETRY_S:
+                continue
+            if self._send(Lease(length, pool.target - len(pool.slots))):
+                pool.asked, pool.asked_at = True, now

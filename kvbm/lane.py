@@ -1,0 +1,73 @@
+"""A bounded queue of chunks waiting to move to or from one tier, taken in batches.
+
+Offload and onboard each keep one lane per tier. A lane never blocks who offers: full is an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+from storage_tiers.base import Chunk, Key
+
+
+class Lane:
+    """First in, first out, each key once; single event loop."""
+
+    def __init__(self, capacity_chunks: int) -> None:
+        self._capacity_chunks = capacity_chunks
+        self._waiting: OrderedDict[Key, Chunk] = OrderedDict()
+        self._filled = asyncio.Event()
+        self.waiting_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._waiting
+
+    def offer(self, chunk: Chunk) -> bool:
+        """Queue it unless it is queued already. False: the lane is full."""
+        if chunk.key in self._waiting:
+            return True
+        if len(self._waiting) >= self._capacity_chunks:
+            return False
+        self._waiting[chunk.key] = chunk
+        self.waiting_bytes += chunk.length
+        self._filled.set()
+        return True
+
+    def withdraw(self, key: Key) -> bool:
+        """Take one key out again; False if it was not waiting (or is on its way already)."""
+        chunk = self._waiting.pop(key, None)
+        if chunk is None:
+            return False
+        self.waiting_bytes -= chunk.length
+        return True
+
+    async def take(self, chunks_max: int, *, enough_bytes: int = 0, linger_s: float = 0) -> list[Chunk]:
+        """The next batch, at least one chunk. Waits up to `linger_s` for `enough_bytes`."""
+        while not self._waiting:
+            self._filled.clear()
+            await self._filled.wait()
+        if linger_s > 0:
+            await self._linger(chunks_max, enough_bytes, linger_s)
+        batch: list[Chunk] = []
+        while self._waiting and len(batch) < chunks_max:
+            _, chunk = self._waiting.popitem(last=False)
+            self.waiting_bytes -= chunk.length
+            batch.append(chunk)
+        return batch
+
+    async def _linger(self, chunks_max: int, enough_bytes: int, linger_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + linger_s
+        while self.waiting_bytes < enough_bytes and len(self) < chunks_max:
+            remaining = end - loop.time()
+            if remaining <= 0:
+                return
+            self._filled.clear()
+            try:
+                await asyncio.wait_for(self._filled.wait(), remaining)
+            except TimeoutError:
+                return

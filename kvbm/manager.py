@@ -1,0 +1,254 @@
+"""The block manager: which chunk is in which tier, for whom it is held, and what moves when.
+
+Called by the engine sessions on the daemon's event loop; never blocks it. Host memory is the only
+gateway: engines read and write G2 slots, lower tiers are filled behind (`offload`) and emptied
+ahead (`onboard`) of them. What the manager promises: a chunk reported HERE stays until its ticket
+is closed; a chunk reported COMING is followed by one arrival or failure; nothing waits for ever,
+because a tier's failure, a full queue and a lack of room are all answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvbm.meter import Meter
+from kvbm.offload import LaneSettings, Offloader
+from kvbm.onboard import Onboarder
+from kvbm.protocol import COMING, HERE, MISS, PRESENT
+from storage_tiers.arena import Slot
+from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
+from storage_tiers.dram import DramTier, Resident
+
+SOURCE_DRAM = 2
+"""Source number of a hit in host memory; a lower tier's is its place below it: 3, 4, ..."""
+
+
+class BlockEvents(Protocol):
+    """Where residencies gained and lost are announced."""
+
+    def stored(self, tier: TierName, keys: Sequence[Key]) -> None: ...
+
+    def removed(self, tier: TierName, keys: Sequence[Key]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One cache group's chunks of a request, in sequence order."""
+
+    tokens_per_chunk: int
+    window: int  # 0: all of them; else only the last `window` before the hit's end
+    keys: Sequence[Key]
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """Chunks of one ticket whose onboarding ended: (index, source, slot), and failed indexes."""
+
+    landed: list[tuple[int, int, Slot]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Ticket:
+    """What one request holds. Made by `match`, ended by `close`."""
+
+    notify: Callable[[Arrivals], None]
+    states: bytearray = field(default_factory=bytearray)
+    here: list[tuple[int, int, Slot]] = field(default_factory=list)
+    claims: list[Resident] = field(default_factory=list)
+    coming: dict[Key, int] = field(default_factory=dict)  # key -> index in the request
+    closed: bool = False
+
+
+class Catalogue:
+    """Residencies of the tiers as told by them; the listener that every tier is built with."""
+
+    def __init__(self, events: BlockEvents) -> None:
+        self._events = events
+
+    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+        self._events.stored(tier, keys)
+
+    def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
+        self._events.removed(tier, keys)
+
+
+class BlockManager:
+    """Not thread-safe: one event loop calls it."""
+
+    def __init__(
+        self,
+        dram: DramTier,
+        lower: Sequence[tuple[Tier, LaneSettings]],
+        events: BlockEvents,
+        meter: Meter,
+        *,
+        lease_bytes_max: int,
+    ) -> None:
+        self.dram = dram
+        self.tiers: list[Tier] = [tier for tier, _ in lower]
+        self._events = events
+        self._meter = meter
+        self._lease_bytes_max = lease_bytes_max
+        self.offloader = Offloader(dram, lower, self._offloaded, meter)
+        self.onboarder = Onboarder(dram, self.tiers, self._landed, meter)
+        self._waiting: dict[Key, list[Ticket]] = {}
+
+    # -- lookups -------------------------------------------------------------------------
+
+    def match(self, groups: Sequence[Wanted], notify: Callable[[Arrivals], None]) -> Ticket:
+        """Claim what is in host memory of the longest usable hit, and start bringing up the rest.
+
+        `notify` is called later, never from within this call, for the chunks that are COMING.
+        """
+        ticket = Ticket(notify)
+        found = [self._residencies(group.keys) for group in groups]
+        reach = _usable_tokens(groups, found)
+        base = 0
+        for group, residencies in zip(groups, found, strict=True):
+            self._match_group(ticket, base, group, residencies, reach)
+            base += len(group.keys)
+        for group in groups:
+            used = group.keys[: -(-reach // group.tokens_per_chunk)]
+            for tier in (self.dram, *self.tiers):
+                tier.touch(used[::-1])
+        return ticket
+
+    def close(self, ticket: Ticket) -> None:
+        """End a ticket: its claims and what is still coming for it alone. Idempotent."""
+        ticket.closed = True
+        for resident in ticket.claims:
+            self.dram.unclaim(resident)
+        ticket.claims.clear()
+        for key in ticket.coming:
+            waiting = self._waiting[key]
+            waiting.remove(ticket)
+            if not waiting:
+                del self._waiting[key]
+                self.onboarder.withdraw(key)
+        ticket.coming.clear()
+
+    # -- slots ---------------------------------------------------------------------------
+
+    def lease(self, length: int, count: int) -> list[Slot]:
+        """Up to `count` free slots for an engine to fill; fewer when room or the budget ends."""
+        slots: list[Slot] = []
+        while len(slots) < count and self.dram.leased_bytes + length <= self._lease_bytes_max:
+            slot = self.dram.reserve(length)
+            if slot is None:
+                self._meter.dropped("lease", "no_room", count - len(slots))
+                break
+            slots.append(slot)
+        return slots
+
+    def give_back(self, slots: Iterable[Slot]) -> None:
+        """Leased slots that nobody writes to any more."""
+        for slot in slots:
+            self.dram.release(slot)
+
+    def commit(self, filled: Sequence[tuple[Slot, Chunk]]) -> None:
+        """Leased slots that now hold chunks (checksum not known yet) become residencies."""
+        added: list[Key] = []
+        for slot, chunk in filled:
+            if isinstance(self.dram.commit(slot, chunk), Known):
+                continue
+            added.append(chunk.key)
+            self.offloader.offer(chunk)
+        self.dram.touch([chunk.key for _, chunk in reversed(filled)])
+        self._meter.transfer(TierName.HBM.value, TierName.DRAM.value, _total(filled), 0.0)
+        if added:
+            self._events.stored(TierName.DRAM, added)
+
+    # -- below ---------------------------------------------------------------------------
+
+    def _residencies(self, keys: Sequence[Key]) -> list[int]:
+        """Per key: 2 for host memory, 3 and up for the first lower tier that has it, 0 if none."""
+        places = [SOURCE_DRAM if key in self.dram else 0 for key in keys]
+        self._meter.lookup(TierName.DRAM, "hit", sum(1 for place in places if place))
+        self._meter.lookup(TierName.DRAM, "miss", sum(1 for place in places if not place))
+        for number, tier in enumerate(self.tiers, start=SOURCE_DRAM + 1):
+            missing = [index for index, place in enumerate(places) if not place]
+            if not missing:
+                break
+            chunks = tier.find([keys[index] for index in missing])
+            hits = [index for index, c in zip(missing, chunks, strict=True) if c is not None]
+            for index in hits:
+                places[index] = number
+            self._meter.lookup(tier.name, "hit", len(hits))
+            self._meter.lookup(tier.name, "miss", len(missing) - len(hits))
+        return places
+
+    def _match_group(
+        self, ticket: Ticket, base: int, group: Wanted, places: list[int], reach: int
+    ) -> None:
+        end = -(-reach // group.tokens_per_chunk)
+        # A window's chunks are looked for from the end of the hit backwards; one more than the
+        # window covers an end that is not on a chunk boundary. Only these are worth bringing up.
+        start = max(0, end - group.window - 1) if group.window else 0
+        for index, (key, place) in enumerate(zip(group.keys, places, strict=True)):
+            state = PRESENT if place else MISS
+            if place == SOURCE_DRAM and index < end:
+                self._claim(ticket, base + index, key, SOURCE_DRAM)
+                state = HERE
+            elif place and start <= index < end:
+                tier = place - SOURCE_DRAM - 1
+                (chunk,) = self.tiers[tier].find([key])
+                if chunk is not None and self.onboarder.request(chunk, tier):
+                    ticket.coming[key] = base + index
+                    self._waiting.setdefault(key, []).append(ticket)
+                    state = COMING
+            ticket.states.append(state)
+
+    def _claim(self, ticket: Ticket, index: int, key: Key, source: int) -> Slot:
+        resident = self.dram.claim(key)
+        assert resident is not None, "claimed between two looks on one event loop"
+        ticket.claims.append(resident)
+        ticket.here.append((index, source, resident.slot))
+        return resident.slot
+
+    def _landed(self, ended: Sequence[tuple[Key, int]]) -> None:
+        arrivals: dict[int, tuple[Ticket, Arrivals]] = {}
+        keys = [key for key, tier in ended if tier >= 0]
+        for key, tier in ended:
+            for ticket in self._waiting.pop(key, ()):
+                index = ticket.coming.pop(key)
+                _, arrival = arrivals.setdefault(id(ticket), (ticket, Arrivals()))
+                if tier >= 0 and key in self.dram:
+                    source = SOURCE_DRAM + 1 + tier
+                    arrival.landed.append((index, source, self._claim(ticket, index, key, source)))
+                else:
+                    arrival.failed.append(index)
+        if keys:
+            self.dram.touch(keys[::-1])
+            self._events.stored(TierName.DRAM, keys)
+            for chunk in self.dram.find(keys):
+                if chunk is not None:
+                    self.offloader.offer_sealed(chunk)
+        for ticket, arrival in arrivals.values():
+            ticket.notify(arrival)
+
+    def _offloaded(self, tier: Tier, keys: Sequence[Key]) -> None:
+        self._events.stored(tier.name, keys)
+
+    def check_integrity(self) -> None:
+        """Assert that claims, tickets and waiters agree. Cost: linear in tickets and residents."""
+        self.dram.check_integrity()
+        for key, tickets in self._waiting.items():
+            assert tickets and all(key in t.coming and not t.closed for t in tickets)
+            assert key in self.onboarder
+
+
+def _usable_tokens(groups: Sequence[Wanted], found: Sequence[list[int]]) -> int:
+    """How far the groups that need every chunk reach; without such groups, the whole request."""
+    reach = min((len(g.keys) * g.tokens_per_chunk for g in groups), default=0)
+    for group, places in zip(groups, found, strict=True):
+        if not group.window:
+            first_gap = next((i for i, place in enumerate(places) if not place), len(places))
+            reach = min(reach, first_gap * group.tokens_per_chunk)
+    return reach
+
+
+def _total(filled: Sequence[tuple[Slot, Chunk]]) -> int:
+    return sum(chunk.length for _, chunk in filled)

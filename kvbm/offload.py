@@ -1,0 +1,200 @@
+"""Offload: write committed chunks through to every lower tier, behind the engines' backs.
+
+Two stages. *Seal*: compute the checksum of a chunk that an engine committed, off the event loop.
+*Lanes*: one per tier, each with its own batching, so that a slow tier holds nobody up. Queues hold
+keys, not bytes: a chunk is claimed only while it is copied; one that host memory has evicted by
+then is read from the tier above, or counted as dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvbm.lane import Lane
+from kvbm.meter import Meter
+from storage_tiers.base import (
+    Chunk,
+    Failed,
+    Full,
+    Key,
+    Known,
+    Loaded,
+    LoadItem,
+    Stored,
+    StoreItem,
+    Tier,
+)
+from storage_tiers.codec import checksum
+from storage_tiers.dram import DramTier, Resident
+
+SEAL_BATCH_CHUNKS: Final = 16
+BACKOFF_S_MAX: Final = 30.0
+IDLE_POLL_S: Final = 0.02
+
+StoredCallback = Callable[[Tier, Sequence[Key]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSettings:
+    """How one tier wants its writes."""
+
+    batch_chunks: int = 32
+    queue_chunks: int = 4096
+    enough_bytes: int = 0  # linger until this much waits ...
+    linger_s: float = 0.0  # ... but no longer than this
+    attempts: int = 3  # per chunk, while the medium fails
+
+
+class Offloader:
+    """Call from one event loop; `run` until cancelled."""
+
+    def __init__(
+        self,
+        dram: DramTier,
+        tiers: Sequence[tuple[Tier, LaneSettings]],
+        stored: StoredCallback,
+        meter: Meter,
+    ) -> None:
+        self._dram = dram
+        self._tiers = [tier for tier, _ in tiers]
+        self._settings = [settings for _, settings in tiers]
+        self._stored = stored
+        self._meter = meter
+        self._to_seal = Lane(max((s.queue_chunks for s in self._settings), default=4096))
+        self._lanes = [Lane(settings.queue_chunks) for settings in self._settings]
+        self._attempts: dict[tuple[int, Key], int] = {}
+        self._busy = 0  # batches on their way
+        self._hurry = False  # draining: do not linger
+
+    def offer(self, chunk: Chunk) -> None:
+        """A chunk was committed to host memory."""
+        if not self._to_seal.offer(chunk):
+            self._meter.dropped("seal", "queue_full", 1)
+
+    def offer_sealed(self, chunk: Chunk) -> None:
+        """A chunk with its checksum known; each tier that lacks it gets it."""
+        for index, tier in enumerate(self._tiers):
+            if tier.find([chunk.key])[0] is None and not self._lanes[index].offer(chunk):
+                self._meter.dropped(f"offload_{tier.name.value}", "queue_full", 1)
+
+    @property
+    def depth(self) -> dict[str, int]:
+        """Chunks waiting, by stage."""
+        lanes = zip(self._tiers, self._lanes, strict=True)
+        return {"seal": len(self._to_seal)} | {t.name.value: len(lane) for t, lane in lanes}
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._seal())
+            for index in range(len(self._tiers)):
+                group.create_task(self._write(index))
+
+    async def drain(self, deadline_s: float) -> int:
+        """Wait until the queues are empty; how many chunks still waited at the deadline."""
+        self._hurry = True
+        end = time.monotonic() + deadline_s
+        while (self._busy or any(self.depth.values())) and time.monotonic() < end:
+            await asyncio.sleep(IDLE_POLL_S)
+        self._hurry = False
+        return sum(self.depth.values())
+
+    # -- stages --------------------------------------------------------------------------
+
+    async def _seal(self) -> None:
+        while True:
+            batch = await self._to_seal.take(SEAL_BATCH_CHUNKS)
+            self._busy += 1
+            residents = [r for chunk in batch if (r := self._dram.claim(chunk.key)) is not None]
+            try:
+                unsealed = [r for r in residents if not r.sealed]
+                views = [self._dram.view(r.slot) for r in unsealed]
+                digests = await asyncio.to_thread(lambda views=views: [checksum(v) for v in views])
+                for resident, digest in zip(unsealed, digests, strict=True):
+                    self._dram.seal(resident.chunk.key, digest)
+                for resident in residents:
+                    self.offer_sealed(resident.chunk)
+            finally:
+                self._unclaim(residents)
+                self._busy -= 1
+
+    async def _write(self, index: int) -> None:
+        settings, lane = self._settings[index], self._lanes[index]
+        backoff_s = 0.0
+        while True:
+            linger_s = 0.0 if self._hurry else settings.linger_s
+            batch = await lane.take(
+                settings.batch_chunks, enough_bytes=settings.enough_bytes, linger_s=linger_s
+            )
+            self._busy += 1
+            try:
+                failed = await self._write_batch(index, batch)
+            finally:
+                self._busy -= 1
+            backoff_s = min(max(2 * backoff_s, 0.5), BACKOFF_S_MAX) if failed else 0.0
+            await asyncio.sleep(backoff_s)
+
+    async def _write_batch(self, index: int, batch: list[Chunk]) -> bool:
+        """Move one batch into a tier. True if the medium failed for any of it."""
+        tier = self._tiers[index]
+        residents: list[Resident] = []
+        items: list[StoreItem] = []
+        for chunk in batch:
+            resident = self._dram.claim(chunk.key)
+            if resident is not None:
+                residents.append(resident)
+                items.append(StoreItem(resident.chunk, self._dram.view(resident.slot)))
+            elif (item := await self._reread(index, chunk)) is not None:
+                items.append(item)
+            else:
+                self._meter.dropped(f"offload_{tier.name.value}", "evicted_first", 1)
+        start = time.perf_counter()
+        try:
+            outcomes = await tier.store(items)
+        finally:
+            self._unclaim(residents)
+        seconds = time.perf_counter() - start
+        stored = [i.chunk for i, o in zip(items, outcomes, strict=True) if isinstance(o, Stored)]
+        if stored:
+            size = sum(chunk.length for chunk in stored)
+            self._meter.transfer(self._dram.name.value, tier.name.value, size, seconds)
+            self._stored(tier, [chunk.key for chunk in stored])
+        failed = False
+        for item, outcome in zip(items, outcomes, strict=True):
+            match outcome:
+                case Stored() | Known():
+                    self._attempts.pop((index, item.chunk.key), None)
+                case Full():
+                    self._meter.dropped(f"offload_{tier.name.value}", "full", 1)
+                case Failed():
+                    failed = True
+                    self._try_again(index, item.chunk)
+        return failed
+
+    async def _reread(self, index: int, chunk: Chunk) -> StoreItem | None:
+        """The chunk's bytes from a tier above this one, for a lane that lags behind."""
+        for tier in self._tiers[:index]:
+            (found,) = tier.find([chunk.key])
+            if found is None:
+                continue
+            buffer = memoryview(bytearray(found.length))
+            (outcome,) = await tier.load([LoadItem(chunk.key, buffer)])
+            if isinstance(outcome, Loaded):
+                return StoreItem(outcome.chunk, buffer)
+        return None
+
+    def _try_again(self, index: int, chunk: Chunk) -> None:
+        tier, key = self._tiers[index], chunk.key
+        self._meter.error(f"store_{tier.name.value}", "failed")
+        attempt = self._attempts.pop((index, key), 0) + 1
+        if attempt < self._settings[index].attempts and self._lanes[index].offer(chunk):
+            self._attempts[index, key] = attempt
+        else:
+            self._meter.dropped(f"offload_{tier.name.value}", "failed", 1)
+
+    def _unclaim(self, residents: Sequence[Resident]) -> None:
+        for resident in residents:
+            self._dram.unclaim(resident)

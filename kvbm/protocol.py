@@ -1,0 +1,214 @@
+"""Messages on the daemon's control socket, and their frames.
+
+A frame is a 4-byte little-endian length and one msgpack array whose first element names the
+message. An engine opens one connection per role: its scheduler (`role="scheduler"`) and each of
+its workers (`role="worker"`). Keys travel concatenated, slots as packed records, because one
+request may carry thousands of either.
+
+Order: Hello -> Welcome (a worker's comes with the arena's file descriptor) or Refused; then, when
+all members of the engine are there, Ready to the scheduler. A connection that breaks an order or
+a bound is closed. `VERSION` changes with any change here; daemon and client must agree.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from storage_tiers.arena import Slot
+from storage_tiers.base import KEY_BYTES, Key
+
+VERSION: Final = 1
+FRAME_BYTES_MAX: Final = 16 << 20
+KEYS_PER_MATCH_MAX: Final = 1 << 17
+GROUPS_MAX: Final = 64
+RANKS_MAX: Final = 1024
+
+# States of one key in `Matched`.
+MISS: Final = 0  # nowhere, or of no use because something before it is missing
+HERE: Final = 1  # in host memory and claimed for the ticket
+COMING: Final = 2  # being brought up; `Arrived` will tell
+PRESENT: Final = 3  # kept somewhere, but not usable: there is no need to store it again
+
+SLOT_RECORD: Final = np.dtype(
+    [("index", "<u4"), ("source", "u1"), ("offset", "<u8"), ("length", "<u8"), ("generation", "<u8")]
+)
+_LENGTH = struct.Struct("<I")
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages."""
+
+
+# -- client to daemon ---------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    version: int
+    role: str  # "scheduler" or "worker"
+    engine: str  # unique per engine process and data-parallel rank
+    rank: int
+    world_size: int
+    fingerprint: dict[str, str]  # for people; the keys are made with it already
+    group_bytes: list[int]  # worker: its stripe's bytes per chunk, by cache group
+    replicated: bool  # every rank holds the same bytes: one stripe serves all
+    pid: int
+
+
+class MatchGroup(Message, frozen=True):
+    tokens_per_chunk: int
+    window: int  # 0: all chunks are needed; else only the last `window` before the hit's end
+    keys: bytes
+
+
+class Match(Message, frozen=True):
+    """What of these sequences is kept? Claims what is in host memory, brings up the rest."""
+
+    ticket: int
+    groups: list[MatchGroup]
+
+
+class Unmatch(Message, frozen=True):
+    tickets: list[int]
+
+
+class Lease(Message, frozen=True):
+    """Ask for free slots of one length."""
+
+    length: int
+    count: int
+
+
+class Commit(Message, frozen=True):
+    """Slots of the lease that now hold chunks: parallel lists, one entry a chunk."""
+
+    keys: bytes
+    parents: bytes  # all zeros: none
+    positions: list[int]
+    slots: bytes
+
+
+class GiveBack(Message, frozen=True):
+    slots: bytes
+
+
+class Loaded(Message, frozen=True):
+    """The engine has loaded this much, for the counters."""
+
+    bytes: int
+    failed: int  # loads that failed and are computed instead
+
+
+class Fenced(Message, frozen=True):
+    """A worker: nothing of mine writes to leased slots any more."""
+
+
+# -- daemon to client ---------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True):
+    version: int
+    epoch: bytes  # of the arena: 16 bytes, new with each daemon
+    session: int  # leases are good within one session only
+
+
+class Refused(Message, frozen=True):
+    reason: str
+
+
+class Ready(Message, frozen=True):
+    """Stripe layout of a chunk by cache group: where each rank's bytes begin, and the length."""
+
+    rank_offsets: list[list[int]]
+    lengths: list[int]
+
+
+class Matched(Message, frozen=True):
+    ticket: int
+    states: bytes  # one state a key, groups one after the other
+    slots: bytes  # of those HERE
+
+
+class Arrived(Message, frozen=True):
+    ticket: int
+    slots: bytes
+    failed: list[int]  # indexes that will not come
+
+
+class Leased(Message, frozen=True):
+    slots: bytes
+    asked: int  # of `Lease.count`
+
+
+class Fence(Message, frozen=True):
+    """To a worker: stop writing to leased slots, then answer Fenced."""
+
+
+FromClient = Hello | Match | Unmatch | Lease | Commit | GiveBack | Loaded | Fenced
+FromDaemon = Welcome | Refused | Ready | Matched | Arrived | Leased | Fence
+
+_encoder = msgspec.msgpack.Encoder()
+decode_from_client = msgspec.msgpack.Decoder(FromClient).decode
+decode_from_daemon = msgspec.msgpack.Decoder(FromDaemon).decode
+
+
+class FrameError(Exception):
+    """The peer sent what is no frame of this protocol."""
+
+
+def encode(message: FromClient | FromDaemon) -> bytes:
+    """The message as one frame. Raises FrameError if it is too large to send."""
+    body = _encoder.encode(message)
+    if len(body) > FRAME_BYTES_MAX:
+        raise FrameError(f"{type(message).__name__} of {len(body)} bytes exceeds a frame")
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into frame bodies, without I/O of its own."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Bodies completed by `data`. Raises FrameError on a length beyond the bound."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer)
+            if length > FRAME_BYTES_MAX:
+                raise FrameError(f"a frame of {length} bytes exceeds {FRAME_BYTES_MAX}")
+            end = _LENGTH.size + length
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            yield body
+
+
+# -- packed lists -------------------------------------------------------------------------
+
+
+def split_keys(packed: bytes) -> list[Key]:
+    """The keys of a concatenation. Raises FrameError if it is not one."""
+    if len(packed) % KEY_BYTES:
+        raise FrameError(f"{len(packed)} bytes are no list of {KEY_BYTES}-byte keys")
+    return [Key(packed[at : at + KEY_BYTES]) for at in range(0, len(packed), KEY_BYTES)]
+
+
+def pack_slots(slots: Iterable[tuple[int, int, Slot]]) -> bytes:
+    """Records of (index, source tier number, slot)."""
+    records = [(i, source, s.offset, s.length, s.generation) for i, source, s in slots]
+    return np.array(records, dtype=SLOT_RECORD).tobytes()
+
+
+def unpack_slots(packed: bytes) -> list[tuple[int, int, Slot]]:
+    """The inverse of `pack_slots`. Raises FrameError on a size that is no whole record count."""
+    if len(packed) % SLOT_RECORD.itemsize:
+        raise FrameError(f"{len(packed)} bytes are no list of slot records")
+    records: npt.NDArray[np.void] = np.frombuffer(packed, dtype=SLOT_RECORD)
+    return [(i, source, Slot(o, n, g)) for i, source, o, n, g in records.tolist()]

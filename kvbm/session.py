@@ -1,0 +1,291 @@
+"""Engines as the daemon sees them: members, leases and tickets of each, and how they end.
+
+A session is one engine: its scheduler's connection and one per worker. It is ready when all are
+there. It ends when any of them leaves, for whatever reason: tickets are closed at once; leased
+slots only when no worker can write to them any more, that is when each has answered a Fence or is
+gone with its connection. The scheduler and the workers then connect anew, as a new session.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Protocol
+
+from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
+from kvbm.protocol import (
+    GROUPS_MAX,
+    KEYS_PER_MATCH_MAX,
+    RANKS_MAX,
+    VERSION,
+    Arrived,
+    Commit,
+    Fence,
+    Fenced,
+    FrameError,
+    FromClient,
+    FromDaemon,
+    GiveBack,
+    Hello,
+    Lease,
+    Leased,
+    Loaded,
+    Match,
+    Matched,
+    Ready,
+    Unmatch,
+    pack_slots,
+    split_keys,
+    unpack_slots,
+)
+from storage_tiers.arena import Slot
+from storage_tiers.base import KEY_BYTES, Chunk, Key
+
+TICKETS_MAX = 65536
+"""Open requests per engine; beyond it a match is answered with misses."""
+
+_NO_PARENT = bytes(KEY_BYTES)
+
+
+class Refusal(Exception):
+    """The peer cannot be a member; the message tells its operator why."""
+
+
+class Member(Protocol):
+    """A connection, as a session uses it."""
+
+    hello: Hello
+
+    def send(self, message: FromDaemon) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Session:
+    """One engine. All calls from the daemon's event loop."""
+
+    def __init__(
+        self, number: int, engine: str, world_size: int, manager: BlockManager
+    ) -> None:
+        self.number = number
+        self.engine = engine
+        self.world_size = world_size
+        self.ending = False
+        self._manager = manager
+        self._scheduler: Member | None = None
+        self._workers: dict[int, Member] = {}
+        self._leased: dict[int, Slot] = {}  # by offset
+        self._tickets: dict[int, Ticket] = {}
+        self._lengths: tuple[int, ...] = ()
+        self.loaded_bytes = 0
+        self.failed_loads = 0
+
+    @property
+    def members(self) -> list[Member]:
+        return [m for m in (self._scheduler, *self._workers.values()) if m is not None]
+
+    @property
+    def is_ready(self) -> bool:
+        return self._scheduler is not None and len(self._workers) == self.world_size
+
+    @property
+    def open_tickets(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def leased_slots(self) -> int:
+        return len(self._leased)
+
+    def join(self, member: Member) -> None:
+        """Add a member. Raises Refusal if it does not fit the engine it names."""
+        hello = member.hello
+        if hello.world_size != self.world_size:
+            raise Refusal(f"world size {hello.world_size} is not its engine's {self.world_size}")
+        if hello.role == "scheduler":
+            if self._scheduler is not None:
+                raise Refusal(f"engine {self.engine} has a scheduler connected already")
+            self._scheduler = member
+        else:
+            if not 0 <= hello.rank < self.world_size or hello.rank in self._workers:
+                raise Refusal(f"rank {hello.rank} is out of range or connected already")
+            if any(len(m.hello.group_bytes) != len(hello.group_bytes) for m in self._workers.values()):
+                raise Refusal("its cache groups differ in number from another worker's")
+            self._workers[hello.rank] = member
+        if self.is_ready:
+            self._announce_ready()
+
+    def leave(self, member: Member) -> None:
+        """A member's connection is gone: end the session."""
+        if self._scheduler is member:
+            self._scheduler = None
+        self._workers = {rank: m for rank, m in self._workers.items() if m is not member}
+        self._end()
+
+    def handle(self, member: Member, message: FromClient) -> None:
+        """One message of a member. Raises FrameError on one that its role may not send."""
+        match message:
+            case Fenced():
+                member.close()  # its `leave` follows and frees the leases if it was the last
+            case Loaded():
+                self.loaded_bytes += message.bytes
+                self.failed_loads += message.failed
+                self._manager.dram.count_loaded(message.bytes)
+            case _ if member is not self._scheduler or self.ending:
+                raise FrameError(f"{type(message).__name__} from a member that may not send it")
+            case Match():
+                self._match(message)
+            case Unmatch():
+                for number in message.tickets:
+                    if (ticket := self._tickets.pop(number, None)) is not None:
+                        self._manager.close(ticket)
+            case Lease():
+                self._lease(message)
+            case Commit():
+                self._commit(message)
+            case GiveBack():
+                self._manager.give_back(self._take_leased(message.slots))
+            case Hello():
+                raise FrameError("a second Hello")
+
+    # -- below ---------------------------------------------------------------------------
+
+    def _announce_ready(self) -> None:
+        assert self._scheduler is not None
+        ranks = [self._workers[rank].hello for rank in range(self.world_size)]
+        rank_offsets: list[list[int]] = []
+        lengths: list[int] = []
+        for group in range(len(ranks[0].group_bytes)):
+            sizes = [hello.group_bytes[group] for hello in ranks]
+            if ranks[0].replicated:
+                rank_offsets.append([0] * len(sizes))
+                lengths.append(sizes[0])
+            else:
+                rank_offsets.append([sum(sizes[:rank]) for rank in range(len(sizes))])
+                lengths.append(sum(sizes))
+        self._lengths = tuple(lengths)
+        self._scheduler.send(Ready(rank_offsets, lengths))
+
+    def _match(self, message: Match) -> None:
+        groups = [
+            Wanted(group.tokens_per_chunk, group.window, split_keys(group.keys))
+            for group in message.groups
+        ]
+        count = sum(len(group.keys) for group in groups)
+        if not 0 < len(groups) <= GROUPS_MAX or count > KEYS_PER_MATCH_MAX:
+            raise FrameError(f"a match of {len(groups)} groups and {count} keys")
+        if any(group.tokens_per_chunk <= 0 or group.window < 0 for group in groups):
+            raise FrameError("a match group without tokens per chunk")
+        if len({key for group in groups for key in group.keys}) != count:
+            raise FrameError("a match that names a key twice")
+        number = message.ticket
+        if number in self._tickets:
+            raise FrameError(f"ticket {number} is open already")
+        assert self._scheduler is not None
+        if len(self._tickets) >= TICKETS_MAX:
+            self._scheduler.send(Matched(number, bytes(count), b""))
+            return
+        ticket = self._manager.match(groups, self._notifier(number))
+        self._tickets[number] = ticket
+        self._scheduler.send(Matched(number, bytes(ticket.states), pack_slots(ticket.here)))
+
+    def _notifier(self, number: int) -> Callable[[Arrivals], None]:
+        def notify(arrivals: Arrivals) -> None:
+            if self._scheduler is not None:
+                slots = pack_slots(arrivals.landed)
+                self._scheduler.send(Arrived(number, slots, arrivals.failed))
+
+        return notify
+
+    def _lease(self, message: Lease) -> None:
+        if message.length not in self._lengths or not 0 < message.count <= 1 << 20:
+            raise FrameError(f"a lease of {message.count} slots of {message.length} bytes")
+        slots = self._manager.lease(message.length, message.count)
+        self._leased.update({slot.offset: slot for slot in slots})
+        assert self._scheduler is not None
+        packed = pack_slots((index, 0, slot) for index, slot in enumerate(slots))
+        self._scheduler.send(Leased(packed, message.count))
+
+    def _commit(self, message: Commit) -> None:
+        keys, parents = split_keys(message.keys), split_keys(message.parents)
+        if not len(keys) == len(parents) == len(message.positions):
+            raise FrameError("a commit whose lists differ in length")
+        slots = self._take_leased(message.slots)
+        if len(slots) != len(keys):
+            raise FrameError("a commit whose lists differ in length")
+        filled: list[tuple[Slot, Chunk]] = []
+        for slot, key, parent, position in zip(slots, keys, parents, message.positions, strict=True):
+            before = None if parent == _NO_PARENT else Key(parent)
+            filled.append((slot, Chunk(key, slot.length, 0, before, position)))
+        self._manager.commit(filled)
+
+    def _take_leased(self, packed: bytes) -> list[Slot]:
+        """Slots of this session's lease, out of it. Raises FrameError for any other slot."""
+        slots = [slot for _, _, slot in unpack_slots(packed)]
+        if len({slot.offset for slot in slots}) != len(slots) or any(
+            self._leased.get(slot.offset) != slot for slot in slots
+        ):
+            raise FrameError("a slot that is not in this engine's lease")
+        for slot in slots:
+            del self._leased[slot.offset]
+        return slots
+
+    def _end(self) -> None:
+        for ticket in self._tickets.values():
+            self._manager.close(ticket)
+        self._tickets.clear()
+        if not self.ending:
+            self.ending = True
+            if self._scheduler is not None:
+                self._scheduler.close()
+            for worker in self._workers.values():
+                worker.send(Fence())
+        if not self._workers:
+            self._manager.give_back(self._leased.values())
+            self._leased.clear()
+
+
+class Sessions:
+    """All engines of the node."""
+
+    def __init__(self, manager: BlockManager) -> None:
+        self._manager = manager
+        self._numbers = itertools.count(1)
+        self._forming: dict[str, Session] = {}  # engine -> its session that is not ending
+        self._of: dict[int, Session] = {}  # id(member) -> session
+
+    @property
+    def all(self) -> list[Session]:
+        return list({id(session): session for session in self._of.values()}.values())
+
+    def join(self, member: Member) -> Session:
+        """Admit a connection by its Hello. Raises Refusal with the reason."""
+        hello = member.hello
+        _check(hello)
+        session = self._forming.get(hello.engine)
+        if session is None:
+            session = Session(next(self._numbers), hello.engine, hello.world_size, self._manager)
+        session.join(member)
+        self._forming[hello.engine] = session
+        self._of[id(member)] = session
+        return session
+
+    def leave(self, member: Member) -> None:
+        session = self._of.pop(id(member), None)
+        if session is None:
+            return
+        if self._forming.get(session.engine) is session:
+            del self._forming[session.engine]
+        session.leave(member)
+
+
+def _check(hello: Hello) -> None:
+    if hello.version != VERSION:
+        raise Refusal(f"protocol {hello.version} is not the daemon's {VERSION}: upgrade both sides")
+    if hello.role not in ("scheduler", "worker"):
+        raise Refusal(f"unknown role {hello.role!r}")
+    if not 0 < hello.world_size <= RANKS_MAX:
+        raise Refusal(f"world size {hello.world_size} is out of range")
+    if hello.role == "worker":
+        sizes = hello.group_bytes
+        if not 0 < len(sizes) <= GROUPS_MAX or any(size <= 0 for size in sizes):
+            raise Refusal("a worker must name the bytes per chunk of each cache group")
