@@ -54,8 +54,10 @@ class EventPlaneSettings(Section):
         le=65536,
         description="A batch of this many block events is sent at once.",
     )
-    ring_events: int = Field(
-        default=65536, ge=1, description="Recent block events kept for consumers that missed some."
+    ring_keys: int = Field(
+        default=1 << 18,
+        ge=1,
+        description="Keys in the recent block events that are kept for consumers that missed some.",
     )
 
     @model_validator(mode="after")

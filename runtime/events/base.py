@@ -1,0 +1,124 @@
+"""The event plane: small messages from one program to all that listen, at most a moment late.
+
+A plane carries bytes on dotted subjects. Publishing costs the caller a queue append: it never
+waits, never raises, and says by its return value whether the message was taken. Delivery is not
+guaranteed; a message may be lost (counted where it is known) or, over a reconnect, come twice.
+What must survive that carries an epoch and a sequence, as block events do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+SUBSCRIPTION_MESSAGES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    subject: str
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PlaneStatus:
+    kind: str
+    connected: bool
+    error: str | None  # why it is not connected
+    published_total: int
+    dropped_total: int
+    queued: int
+    queue_limit: int
+
+
+class EventPlane(Protocol):
+    """All methods are called from one event loop."""
+
+    async def start(self) -> None:
+        """Begin to work; returns at once, whether the other side can be reached or not."""
+        ...
+
+    async def close(self) -> None:
+        """Send what is queued if that is quick, then stop. Idempotent."""
+        ...
+
+    def publish(self, subject: str, payload: bytes) -> bool:
+        """Queue a message; False if it was dropped. Never blocks, never raises."""
+        ...
+
+    def subscribe(self, subject: str, limit: int = SUBSCRIPTION_MESSAGES) -> Subscription:
+        """Messages from now on whose subject matches; `*` is one token, a final `>` the rest."""
+        ...
+
+    def status(self) -> PlaneStatus: ...
+
+
+class Subscription:
+    """Messages of one subscriber, as an async iterator that ends when it is closed.
+
+    Holds at most `limit` messages: when more wait, the oldest are dropped and counted.
+    """
+
+    def __init__(self, subject: str, limit: int, on_close: Callable[[Subscription], None]) -> None:
+        assert limit > 0
+        self.subject = subject
+        self.dropped_total = 0
+        self.active = asyncio.Event()  # the plane delivers; set and cleared by the plane
+        self._messages: deque[Message] = deque(maxlen=limit)
+        self._arrived = asyncio.Event()
+        self._on_close = on_close
+        self._closed = False
+
+    def deliver(self, message: Message) -> None:
+        """Called by the plane."""
+        if self._closed:
+            return
+        if len(self._messages) == self._messages.maxlen:
+            self.dropped_total += 1
+        self._messages.append(message)
+        self._arrived.set()
+
+    def close(self) -> None:
+        """End the iteration after what is held. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._arrived.set()
+            self._on_close(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        while not self._messages:
+            if self._closed:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._messages.popleft()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def matches(pattern: str, subject: str) -> bool:
+    """NATS's rules: `*` matches one token, `>` at the end one or more."""
+    wanted = pattern.split(".")
+    given = subject.split(".")
+    for index, part in enumerate(wanted):
+        if part == ">":
+            return index == len(wanted) - 1 and len(given) > index
+        if index >= len(given) or part not in {"*", given[index]}:
+            return False
+    return len(wanted) == len(given)
