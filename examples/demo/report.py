@@ -31,7 +31,7 @@ COLOURS = {
     G4: "#8a5bb0",
 }
 _HEADINGS = ("row", "KV from", "tier", "TTFT", "faster", "reused", "equal")
-_WIDTH, _LEFT, _BAR, _ROW, _TOP = 860, 280, 400, 44, 92
+_WIDTH, _LABEL, _LEFT, _BAR, _ROW, _TOP = 860, 160, 300, 410, 44, 92
 
 
 def write_json(path: Path, *, ok: bool, model: str, engine: str, rows: Sequence[Row]) -> None:
@@ -79,6 +79,9 @@ def write_svg(path: Path, rows: Sequence[Row], *, model: str, engine: str) -> No
     slowest_s = max(row.ttft_s for row in rows)
     bars = [bar for at, row in enumerate(rows) for bar in _bar(at, row, rows, slowest_s)]
     prompt = max(row.prompt_tokens for row in rows)
+    same = "Every answer had the same tokens as the cold one."
+    if not all(row.output_equal for row in rows):
+        same = "Some answers differ from the cold ones."
     font = "ui-sans-serif, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
     size = f'viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}"'
     parts = [
@@ -88,13 +91,7 @@ def write_svg(path: Path, rows: Sequence[Row], *, model: str, engine: str) -> No
         _text(32, 42, "Time to first token, by where the KV cache came from", 20, weight=600),
         _text(32, 66, f"{model} on {engine}, prompts of about {prompt} tokens", 13, "#5f6672"),
         *bars,
-        _text(
-            32,
-            height - 22,
-            "Medians. Every answer had the same tokens as the cold one.",
-            12,
-            "#5f6672",
-        ),
+        _text(32, height - 22, f"Medians. {same}", 12, "#5f6672"),
         "</svg>",
     ]
     path.write_text("\n".join(parts) + "\n")
@@ -104,11 +101,11 @@ def _bar(at: int, row: Row, rows: Sequence[Row], slowest_s: float) -> list[str]:
     top = _TOP + at * _ROW
     middle = top + _ROW / 2
     width = max(2.0, _BAR * row.ttft_s / slowest_s)
-    value = f"{_seconds(row.ttft_s)}" + (f"  {_faster(row, rows)}" if row.source != COLD else "")
+    value = _seconds(row.ttft_s) + (f", {_faster(row, rows)} faster" if row.source != COLD else "")
     place = f'x="{_LEFT}" y="{top + 9}" width="{width:.1f}" height="{_ROW - 18}"'
     return [
         _text(32, middle + 5, row.source, 14, weight=600),
-        _text(130, middle + 5, LABELS[row.source], 13, "#3a404a"),
+        _text(_LABEL, middle + 5, LABELS[row.source], 13, "#3a404a"),
         f'<rect {place} rx="3" fill="{COLOURS[row.source]}"/>',
         _text(_LEFT + width + 10, middle + 5, value, 13),
     ]
