@@ -58,7 +58,6 @@ class Daemon:
             log=config.logs / "kvbm-daemon.log",
             record=config.records / "kvbm-daemon.pid",
         )
-        self._http = httpx2.Client(base_url=self.url, timeout=10.0, trust_env=False)
 
     def start(self) -> float:
         """Seconds until it was ready."""
@@ -81,7 +80,7 @@ class Daemon:
 
     def ready(self) -> bool:
         try:
-            return self._http.get("/readyz").status_code == 200
+            return httpx2.get(f"{self.url}/readyz", timeout=2.0, trust_env=False).status_code == 200
         except httpx2.TransportError:
             return False
 
@@ -120,7 +119,8 @@ class Daemon:
 
     def _get(self, path: str) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = self._http.get(path).raise_for_status().json()
+            response = httpx2.get(f"{self.url}{path}", timeout=10.0, trust_env=False)
+            answer: dict[str, Any] = response.raise_for_status().json()
         except httpx2.HTTPError as error:
             self.process.check()
             raise ProcessError(f"kvbm-daemon did not answer {path}: {error}") from error

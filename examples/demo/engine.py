@@ -117,7 +117,7 @@ class Engine:
             record=records / f"{name}.pid" if records else None,
             env=config.variables(),
         )
-        self._http = httpx2.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+        self._http = self._client()
 
     def __enter__(self) -> Self:
         try:
@@ -133,6 +133,8 @@ class Engine:
 
     def start(self) -> None:
         self.process.log.unlink(missing_ok=True)
+        if self._http.is_closed:
+            self._http = self._client()
         self.process.start()
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> float:
@@ -146,7 +148,13 @@ class Engine:
             return False
 
     def stop(self) -> None:
+        self._http.close()
         self.process.stop()
+
+    def kill(self) -> None:
+        """End it the hard way, as a crash would; `start` starts it again."""
+        self._http.close()
+        self.process.kill()
 
     def complete(self, prompt: str | Sequence[int], *, max_tokens: int = 24, **more: Any) -> Answer:
         """Greedy continuation of exactly `max_tokens` tokens."""
@@ -168,6 +176,9 @@ class Engine:
                 return
             time.sleep(0.2)
         raise EngineError(f"{self.name} still held blocks {RESET_TIMEOUT_S:.0f} s after a request")
+
+    def _client(self) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, trust_env=False)
 
     def _stream(self, path: str, body: dict[str, Any]) -> Answer:
         request = {
