@@ -1,0 +1,199 @@
+"""All Prometheus metrics of the daemon, in one table, on a registry of their own.
+
+`Metrics` is the block manager's `Meter`: what happens is counted here when it happens; what is
+the case is read from the `NodeView` when it is asked for, so no number is kept twice.
+`python -m kvbm.daemon.metrics` prints docs/METRICS.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvbm.daemon.view import NodeView
+from storage_tiers.base import TierName, TierUsage
+
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+SPECS: Final = (
+    Spec("kvbm_build_info", "gauge", "Always 1; what runs, and where.", ("version", "node")),
+    Spec("kvbm_ready", "gauge", "1 if the check passes.", ("check",)),
+    Spec("kvbm_tier_capacity_bytes", "gauge", "Most a tier may hold.", ("tier",)),
+    Spec("kvbm_tier_used_bytes", "gauge", "What a tier holds, padding included.", ("tier",)),
+    Spec("kvbm_tier_blocks", "gauge", "Chunks in a tier.", ("tier",)),
+    Spec("kvbm_tier_stored_bytes_total", "counter", "Bytes written to a tier.", ("tier",)),
+    Spec("kvbm_tier_loaded_bytes_total", "counter", "Bytes read from a tier.", ("tier",)),
+    Spec("kvbm_evictions_total", "counter", "Chunks a tier removed.", ("tier", "reason")),
+    Spec("kvbm_corrupt_chunks_total", "counter", "Chunks failing their checksum.", ("tier",)),
+    Spec("kvbm_tier_errors_total", "counter", "Operations a medium failed.", ("tier", "op")),
+    Spec("kvbm_lookup_blocks_total", "counter", "Chunks asked for.", ("tier", "outcome")),
+    Spec("kvbm_transfer_bytes_total", "counter", "Bytes moved.", ("source", "target")),
+    Spec(
+        "kvbm_transfer_duration_seconds",
+        "histogram",
+        "Time of one batch of chunks from source to target.",
+        ("source", "target"),
+    ),
+    Spec("kvbm_dropped_chunks_total", "counter", "Chunks not moved.", ("queue", "reason")),
+    Spec("kvbm_queue_depth", "gauge", "What waits in a queue.", ("queue",)),
+    Spec("kvbm_queue_limit", "gauge", "Most that may wait in a queue.", ("queue",)),
+    Spec("kvbm_errors_total", "counter", "Failures the daemon survived.", ("op", "kind")),
+    Spec("kvbm_sessions", "gauge", "Connections of engines.", ("role",)),
+    Spec("kvbm_claims", "gauge", "Chunks held against eviction for engines."),
+    Spec("kvbm_leased_bytes", "gauge", "Host memory lent to engines to store into."),
+    Spec("kvbm_events_published_total", "counter", "Block events sent."),
+    Spec("kvbm_events_dropped_total", "counter", "Block events not sent: the queue was full."),
+)
+DURATION: Final = "kvbm_transfer_duration_seconds"
+_DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_ROLES: Final = ("scheduler", "worker")
+
+Labels = tuple[str, ...]
+Samples = dict[str, dict[Labels, float]]  # metric name -> label values -> value
+
+
+class Metrics:
+    def __init__(self, version: str, node: str) -> None:
+        self.version = version
+        self.node = node
+        self.registry = CollectorRegistry()
+        self._counts: defaultdict[str, Counter[Labels]] = defaultdict(Counter)
+        duration = next(spec for spec in SPECS if spec.name == DURATION)
+        self._durations = Histogram(
+            duration.name,
+            duration.help,
+            duration.labels,
+            buckets=_DURATION_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    # -- the manager's Meter --------------------------------------------------------------
+
+    def lookup(self, tier: TierName, outcome: str, chunks: int) -> None:
+        self._counts["kvbm_lookup_blocks_total"][tier.value, outcome] += chunks
+
+    def transfer(self, source: str, target: str, size: int, seconds: float) -> None:
+        self._counts["kvbm_transfer_bytes_total"][source, target] += size
+        if seconds > 0:
+            self._durations.labels(source, target).observe(seconds)
+
+    def dropped(self, queue: str, reason: str, chunks: int) -> None:
+        self._counts["kvbm_dropped_chunks_total"][queue, reason] += chunks
+
+    def error(self, op: str, kind: str, count: int = 1) -> None:
+        self._counts["kvbm_errors_total"][op, kind] += count
+
+    # -- reading --------------------------------------------------------------------------
+
+    def lookups(self, tier: TierName, outcome: str) -> int:
+        return self._counts["kvbm_lookup_blocks_total"][tier.value, outcome]
+
+    def attach(self, view: NodeView) -> None:
+        """From now on a scrape also tells what is the case in `view`. Called once."""
+        self.registry.register(_NodeCollector(self, view))
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus's text format, of CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+    def counted(self) -> Samples:
+        return {name: {**counts} for name, counts in self._counts.items()}
+
+
+class _NodeCollector(Collector):
+    def __init__(self, metrics: Metrics, view: NodeView) -> None:
+        self._metrics = metrics
+        self._view = view
+
+    def describe(self) -> Iterable[Metric]:
+        """Registering asks for names only; nothing is read before the first scrape."""
+        return [_family(spec, {}) for spec in SPECS if spec.kind != "histogram"]
+
+    def collect(self) -> Iterator[Metric]:
+        samples = {**self._metrics.counted(), **self._seen()}
+        for spec in SPECS:
+            if spec.kind != "histogram":
+                yield _family(spec, samples.get(spec.name, {}))
+
+    def _seen(self) -> Samples:
+        view = self._view
+        sessions, events = view.sessions(), view.events()
+        roles = Counter(dict.fromkeys(_ROLES, 0))
+        roles.update(session.role for session in sessions)
+        build = (self._metrics.version, self._metrics.node)
+        samples: Samples = {
+            "kvbm_build_info": {build: 1},
+            "kvbm_ready": {(c,): float(r is None) for c, r in view.readiness().items()},
+            "kvbm_sessions": {(role,): count for role, count in roles.items()},
+            "kvbm_claims": {(): sum(session.claims for session in sessions)},
+            "kvbm_leased_bytes": {(): sum(session.leased_bytes for session in sessions)},
+            "kvbm_events_published_total": {(): events.published_total},
+            "kvbm_events_dropped_total": {(): events.dropped_total},
+            "kvbm_queue_depth": {(queue.name,): queue.depth for queue in view.queues()},
+            "kvbm_queue_limit": {(queue.name,): queue.limit for queue in view.queues()},
+        }
+        for usage in view.tiers():
+            for name, values in _of_tier(usage).items():
+                samples.setdefault(name, {}).update(values)
+        return samples
+
+
+def _of_tier(usage: TierUsage) -> Samples:
+    tier = usage.tier.value
+    return {
+        "kvbm_tier_capacity_bytes": {(tier,): usage.capacity_bytes},
+        "kvbm_tier_used_bytes": {(tier,): usage.used_bytes},
+        "kvbm_tier_blocks": {(tier,): usage.chunks},
+        "kvbm_tier_stored_bytes_total": {(tier,): usage.stored_bytes_total},
+        "kvbm_tier_loaded_bytes_total": {(tier,): usage.loaded_bytes_total},
+        "kvbm_evictions_total": {(tier, r): count for r, count in usage.evictions_total.items()},
+        "kvbm_corrupt_chunks_total": {(tier,): usage.corrupt_total},
+        "kvbm_tier_errors_total": {(tier, op): count for op, count in usage.errors_total.items()},
+    }
+
+
+def _family(spec: Spec, values: dict[Labels, float]) -> Metric:
+    kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
+    family = kind(spec.name, spec.help, labels=spec.labels)
+    for labels, value in values.items():
+        assert len(labels) == len(spec.labels)
+        family.add_metric(labels, value)
+    return family
+
+
+def metrics_page() -> str:
+    """docs/METRICS.md."""
+    lines = [
+        "# Metrics of kvbm-daemon",
+        "",
+        "Served at `/metrics` of the admin address, in Prometheus's text format. `tier` is `G2`",
+        "(host memory), `G3` (SSD) or `G4` (S3). Generated:",
+        "`python -m kvbm.daemon.metrics > docs/METRICS.md`.",
+        "",
+        "| name | kind | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    for spec in SPECS:
+        labels = ", ".join(f"`{label}`" for label in spec.labels)
+        lines.append(f"| `{spec.name}` | {spec.kind} | {labels} | {spec.help} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(metrics_page())

@@ -1,0 +1,78 @@
+"""What systemd is told, over a real datagram socket; and the unit that expects it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+from kvbm.daemon.systemd import Notifier
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(5)
+        yield sock
+
+
+def test_each_fact_is_one_datagram(systemd: socket.socket) -> None:
+    notifier = Notifier.from_environ({"NOTIFY_SOCKET": systemd.getsockname()})
+    assert notifier.ready("recovered 12 chunks")
+    assert notifier.stopping()
+    assert systemd.recv(1024) == b"READY=1\nSTATUS=recovered 12 chunks"
+    assert systemd.recv(1024) == b"STOPPING=1"
+
+
+def test_an_abstract_address_is_understood() -> None:
+    name = f"kvbm-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(f"\0{name}")
+        assert Notifier(f"@{name}", None).status("busy")
+        assert sock.recv(1024) == b"STATUS=busy"
+
+
+def test_without_systemd_nothing_happens(tmp_path: Path) -> None:
+    assert not Notifier.from_environ({}).ready("x")
+    assert not Notifier(str(tmp_path / "absent"), None).ready("x")
+
+
+async def test_the_watchdog_is_fed_twice_a_period(systemd: socket.socket) -> None:
+    environ = {"NOTIFY_SOCKET": systemd.getsockname(), "WATCHDOG_USEC": "40000"}
+    notifier = Notifier.from_environ(environ)
+    assert notifier.watchdog_s == pytest.approx(0.04)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(notifier.feed_watchdog(), 0.15)
+    systemd.setblocking(False)
+    assert [systemd.recv(1024) for _ in range(4)] == [b"WATCHDOG=1"] * 4
+
+
+@pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "x"}])
+async def test_without_a_watchdog_there_is_nothing_to_feed(environ: dict[str, str]) -> None:
+    await asyncio.wait_for(Notifier.from_environ(environ).feed_watchdog(), 1)
+
+
+def test_a_watchdog_meant_for_another_process_is_not_ours() -> None:
+    environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
+    assert Notifier.from_environ(environ).watchdog_s is None
+
+
+def test_the_unit_waits_for_ready_and_keeps_what_the_daemon_needs() -> None:
+    unit = ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(ROOT / "deploy/kvbm-daemon.service")
+    service = unit["Service"]
+    assert service["Type"] == "notify"
+    assert service["LimitMEMLOCK"] == "infinity"
+    assert service["RuntimeDirectory"] == "kvbm"
+    assert "AF_UNIX" in service["RestrictAddressFamilies"]
+    assert "PrivateDevices" not in service
+    assert "MemoryDenyWriteExecute" not in service
