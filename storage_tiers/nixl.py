@@ -1,9 +1,9 @@
-"""NIXL: bytes between memory and the SSD's file through its POSIX plugin. The one file that
-imports it, and only when asked.
+"""NIXL: the agent and the thread that owns it, and bytes between memory and the SSD's file through
+the POSIX plugin. The one file that imports NIXL, and only when asked.
 
-One thread owns an agent: it registers memory and files, starts transfers and polls them; callers
-on the event loop only queue transfers and await their outcome. Registrations are cached. What
-O_DIRECT cannot take as it lies (an unaligned end) goes through the plain mover on the same file.
+One thread owns an agent: it registers memory and targets, starts transfers and polls them; callers
+on the event loop only queue transfers and await their outcome. Registrations of memory and files
+are cached. What O_DIRECT cannot take as it lies (an unaligned end) goes through the plain mover.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,12 +28,19 @@ from storage_tiers.files import (
     split,
 )
 
-__all__ = ["NixlFileMover", "NixlUnavailableError", "availability"]
+__all__ = [
+    "AgentOwner",
+    "NixlFileMover",
+    "NixlUnavailableError",
+    "Target",
+    "availability",
+]
 
 _IN_FLIGHT_MAX: Final = 16  # transfers; more did not move faster
 _REGIONS_MAX: Final = 64  # memory registrations kept
 _POLL_S: Final = 0.0001
 _START_TIMEOUT_S: Final = 60.0  # the import alone takes seconds on a cold page cache
+_STOP_TIMEOUT_S: Final = 10.0  # then the thread is left to die with the process
 
 
 class NixlUnavailableError(Exception):
@@ -41,39 +48,21 @@ class NixlUnavailableError(Exception):
 
 
 def availability(plugin: str = "POSIX") -> str | None:
-    """Why NIXL cannot be used here, or None if it can. Imports it: seconds the first time."""
+    """Why NIXL's plugin cannot be used here, or None if it can. Seconds the first time."""
     try:
-        _new_agent("availability", plugin)
+        agent, _ = _new_agent("availability")
     except NixlUnavailableError as error:
         return str(error)
-    return None
-
-
-@dataclass(slots=True)
-class _Transfer:
-    write: bool
-    piece: Piece
-    done: asyncio.Future[MoveOutcome]
-    handle: Any = None
+    return None if plugin in agent.get_plugin_list() else f"NIXL has no {plugin} plugin here"
 
 
 class NixlFileMover:
-    """A `FileMover` on NIXL's POSIX plugin. The constructor blocks until it runs, or raises."""
+    """A `FileMover` on the POSIX plugin. The constructor blocks until it runs, or raises."""
 
     def __init__(self, file: BlockFile) -> None:
         self._file = file
+        self._owner = AgentOwner("POSIX", {})
         self._plain = PlainFileMover(file, threads=2)
-        self._queue: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
-        self._started = threading.Event()
-        self._trouble: str | None = None
-        self._regions: dict[tuple[int, int], Any] = {}  # (address, length) -> registration
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._own_agent, name="nixl", daemon=True)
-        self._thread.start()
-        if not self._started.wait(_START_TIMEOUT_S):
-            self._trouble = f"NIXL did not start within {_START_TIMEOUT_S:.0f} s"
-        if self._trouble is not None:
-            raise NixlUnavailableError(self._trouble)
 
     @property
     def name(self) -> str:
@@ -89,61 +78,109 @@ class NixlFileMover:
         return await self._plain.sync()
 
     async def close(self) -> None:
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._owner.close)
         await self._plain.close()
 
     async def _each(self, pieces: Sequence[Piece], *, write: bool) -> list[MoveOutcome]:
-        loop = self._loop = asyncio.get_running_loop()
-        transfers: list[tuple[int, _Transfer]] = []
+        target = Target("FILE", self._file.fd, self._file.size_bytes)
+        moving: list[tuple[int, asyncio.Future[MoveOutcome]]] = []
         bounced: list[tuple[int, Piece]] = []
         for index, piece in enumerate(pieces):
             whole, rest = split(piece, direct=self._file.direct)
             if whole is not None:
-                transfers.append((index, _Transfer(write, whole, loop.create_future())))
+                done = self._owner.move(whole.data, target, whole.offset, write=write)
+                moving.append((index, done))
             if rest is not None:
                 bounced.append((index, rest))
-        for _, transfer in transfers:
-            self._queue.put(transfer)
         outcomes: list[MoveOutcome] = [Moved()] * len(pieces)
         if bounced:
             move = self._plain.write if write else self._plain.read
             results = await move([piece for _, piece in bounced])
             for (index, _), outcome in zip(bounced, results, strict=True):
                 outcomes[index] = outcome
-        for index, transfer in transfers:
-            outcome = await transfer.done
+        for index, done in moving:
+            outcome = await done
             if isinstance(outcome, NotMoved):
                 outcomes[index] = outcome
         return outcomes
 
-    # -- below: on the owning thread only ------------------------------------------------
 
-    def _own_agent(self) -> None:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file or an object; files stay registered, objects for one transfer."""
+
+    kind: str
+    device: int  # the descriptor of a file, any unique number for an object
+    size_bytes: int
+    name: str = ""
+
+
+@dataclass(slots=True)
+class _Transfer:
+    data: memoryview  # keeps the memory alive until NIXL is done with it
+    target: Target
+    offset: int
+    write: bool
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[MoveOutcome]
+    handle: Any = None
+    registration: Any = None
+
+
+class AgentOwner:
+    """One agent with one plugin, and the thread that alone touches it."""
+
+    def __init__(self, plugin: str, options: Mapping[str, str]) -> None:
+        self._plugin = plugin
+        self._options = dict(options)
+        self._queue: queue.SimpleQueue[_Transfer | None] = queue.SimpleQueue()
+        self._started = threading.Event()
+        self._trouble: str | None = None
+        self._agent: Any = None
+        self._errors: tuple[type[Exception], ...] = ()
+        self._regions: dict[tuple[int, int], Any] = {}  # (address, length) -> registration
+        self._files: dict[Target, Any] = {}
+        self._thread = threading.Thread(target=self._run, name=f"nixl-{plugin}", daemon=True)
+        self._thread.start()
+        if not self._started.wait(_START_TIMEOUT_S):
+            self._trouble = f"NIXL did not start within {_START_TIMEOUT_S:.0f} s"
+        if self._trouble is not None:
+            raise NixlUnavailableError(self._trouble)
+
+    def move(
+        self, data: memoryview, target: Target, offset: int, *, write: bool
+    ) -> asyncio.Future[MoveOutcome]:
+        """Queue one contiguous transfer; called on an event loop."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[MoveOutcome] = loop.create_future()
+        self._queue.put(_Transfer(data, target, offset, write, loop, done))
+        return done
+
+    def close(self) -> None:
+        """Finish what is queued and end the thread. Blocks."""
+        self._queue.put(None)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
         try:
-            agent, errors = _new_agent("kvbm-files", "POSIX")
-            file = [(0, self._file.size_bytes, self._file.fd, "")]
-            try:
-                registration = agent.register_memory(file, "FILE", backends=["POSIX"])
-            except errors as error:
-                raise NixlUnavailableError(f"NIXL refused the file: {error}") from error
+            self._agent, self._errors = _new_agent(f"kvbm-{self._plugin}")
+            _add_plugin(self._agent, self._errors, self._plugin, self._options)
         except NixlUnavailableError as error:
             self._trouble = str(error)
             return
         finally:
             self._started.set()
         live: list[_Transfer] = []
-        open_ = True
-        while open_ or live:
-            open_ = self._start_queued(agent, errors, live) and open_
-            live = [transfer for transfer in live if not self._ended(agent, errors, transfer)]
+        running = True
+        while running or live:
+            running = running and self._start_queued(live)
+            live = [transfer for transfer in live if not self._ended(transfer)]
             if live:
                 time.sleep(_POLL_S)
-        agent.deregister_memory(registration)
-        for region in self._regions.values():
-            agent.deregister_memory(region)
+        for registration in (*self._regions.values(), *self._files.values()):
+            self._agent.deregister_memory(registration)
 
-    def _start_queued(self, agent: Any, errors: Any, live: list[_Transfer]) -> bool:
+    def _start_queued(self, live: list[_Transfer]) -> bool:
         """Start what fits in flight, waiting for work when idle. False: asked to end."""
         while len(live) < _IN_FLIGHT_MAX:
             try:
@@ -152,62 +189,81 @@ class NixlFileMover:
                 return True
             if transfer is None:
                 return False
+            if transfer.done.cancelled():
+                continue
             try:
-                transfer.handle = self._start(agent, transfer, idle=not live)
-            except errors as error:
-                self._finish(transfer, NotMoved(f"NIXL: {error} at {transfer.piece.offset}"))
+                self._start(transfer, idle=not live)
+            except self._errors as error:
+                self._finish(transfer, NotMoved(f"NIXL: {error} at {transfer.offset}"))
             else:
                 live.append(transfer)
         return True
 
-    def _start(self, agent: Any, transfer: _Transfer, *, idle: bool) -> Any:
-        piece = transfer.piece
-        address, length = address_of(piece.data), len(piece.data)
-        self._register(agent, piece.data, address, idle=idle)
+    def _start(self, transfer: _Transfer, *, idle: bool) -> None:
+        agent, target, plugin = self._agent, transfer.target, self._plugin
+        address, length = address_of(transfer.data), len(transfer.data)
+        self._register_memory(transfer.data, address, idle=idle)
+        self._register_target(transfer)
         local = agent.get_xfer_descs([(address, length, 0)], "DRAM")
-        remote = agent.get_xfer_descs([(piece.offset, length, self._file.fd)], "FILE")
+        remote = agent.get_xfer_descs([(transfer.offset, length, target.device)], target.kind)
         operation = "WRITE" if transfer.write else "READ"
-        handle = agent.initialize_xfer(operation, local, remote, agent.name, b"", ["POSIX"])
-        try:
-            agent.transfer(handle)
-        except BaseException:
-            agent.release_xfer_handle(handle)
-            raise
-        return handle
+        handle = agent.initialize_xfer(operation, local, remote, agent.name, b"", [plugin])
+        transfer.handle = handle
+        agent.transfer(handle)
 
-    def _register(self, agent: Any, data: memoryview, address: int, *, idle: bool) -> None:
+    def _register_memory(self, data: memoryview, address: int, *, idle: bool) -> None:
         """Make sure a registration covers the view; registers the whole buffer it is part of."""
         end = address + len(data)
         if any(at <= address and end <= at + length for at, length in self._regions):
             return
         if idle and len(self._regions) >= _REGIONS_MAX:
-            oldest = next(iter(self._regions))
-            agent.deregister_memory(self._regions.pop(oldest))
+            for registration in self._regions.values():
+                self._agent.deregister_memory(registration)
+            self._regions.clear()
         whole = memoryview(data.obj)
         start = address_of(whole) if whole.contiguous else address
         region = (start, whole.nbytes if whole.contiguous else len(data))
-        self._regions[region] = agent.register_memory(
-            [(*region, 0, "")], "DRAM", backends=["POSIX"]
-        )
+        self._regions[region] = self._register("DRAM", (*region, 0, ""))
 
-    def _ended(self, agent: Any, errors: Any, transfer: _Transfer) -> bool:
+    def _register_target(self, transfer: _Transfer) -> None:
+        target = transfer.target
+        if target in self._files:
+            return
+        descriptor = (0, target.size_bytes, target.device, target.name)
+        registration = self._register(target.kind, descriptor)
+        if target.kind == "FILE":
+            self._files[target] = registration
+        else:
+            transfer.registration = registration
+
+    def _register(self, kind: str, descriptor: tuple[int, int, int, str]) -> Any:
+        return self._agent.register_memory([descriptor], kind, backends=[self._plugin])
+
+    def _ended(self, transfer: _Transfer) -> bool:
         outcome: MoveOutcome = Moved()
         try:
-            state = agent.check_xfer_state(transfer.handle)
+            state = self._agent.check_xfer_state(transfer.handle)
             if state == "PROC":
                 return False
             if state != "DONE":
-                outcome = NotMoved(f"NIXL: {state} at {transfer.piece.offset}")
-            agent.release_xfer_handle(transfer.handle)
-        except errors as error:
-            outcome = NotMoved(f"NIXL: {error} at {transfer.piece.offset}")
+                outcome = NotMoved(f"NIXL: {state} at {transfer.offset}")
+        except self._errors as error:
+            outcome = NotMoved(f"NIXL: {error} at {transfer.offset}")
         self._finish(transfer, outcome)
         return True
 
     def _finish(self, transfer: _Transfer, outcome: MoveOutcome) -> None:
-        assert self._loop is not None, "a transfer was queued from a loop"
-        transfer.handle = None
-        self._loop.call_soon_threadsafe(_resolve, transfer.done, outcome)
+        try:
+            if transfer.handle is not None:
+                self._agent.release_xfer_handle(transfer.handle)
+            if transfer.registration is not None:
+                self._agent.deregister_memory(transfer.registration)
+        except self._errors as error:
+            outcome = NotMoved(f"NIXL: {error} at {transfer.offset}")
+        try:
+            transfer.loop.call_soon_threadsafe(_resolve, transfer.done, outcome)
+        except RuntimeError:
+            return  # the loop has ended: nobody waits any more
 
 
 def _resolve(future: asyncio.Future[MoveOutcome], outcome: MoveOutcome) -> None:
@@ -215,8 +271,8 @@ def _resolve(future: asyncio.Future[MoveOutcome], outcome: MoveOutcome) -> None:
         future.set_result(outcome)
 
 
-def _new_agent(name: str, plugin: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """An agent with one plugin, and the exceptions its calls raise."""
+def _new_agent(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """An agent without plugins, and the exceptions its calls raise."""
     try:
         from nixl import _bindings
         from nixl._api import nixl_agent, nixl_agent_config
@@ -225,14 +281,23 @@ def _new_agent(name: str, plugin: str) -> tuple[Any, tuple[type[Exception], ...]
     logging.getLogger("nixl").setLevel(logging.WARNING)  # it reports to stdout otherwise
     errors = tuple(
         kind
-        for name, kind in vars(_bindings).items()
-        if name.endswith("Error") and isinstance(kind, type) and issubclass(kind, Exception)
+        for kind_name, kind in vars(_bindings).items()
+        if kind_name.endswith("Error") and isinstance(kind, type) and issubclass(kind, Exception)
     )
+    raised: tuple[type[Exception], ...] = (RuntimeError, *errors)
     try:
-        agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=[]))
-        if plugin not in agent.get_plugin_list():
-            raise NixlUnavailableError(f"NIXL has no {plugin} plugin here")
-        agent.create_backend(plugin, {})
+        config = nixl_agent_config(enable_prog_thread=False, backends=[])
+        return nixl_agent(name, config), errors
+    except raised as error:
+        raise NixlUnavailableError(f"NIXL makes no agent: {error}") from error
+
+
+def _add_plugin(
+    agent: Any, errors: tuple[type[Exception], ...], plugin: str, options: dict[str, str]
+) -> None:
+    if plugin not in agent.get_plugin_list():
+        raise NixlUnavailableError(f"NIXL has no {plugin} plugin here")
+    try:
+        agent.create_backend(plugin, options)
     except errors as error:
         raise NixlUnavailableError(f"NIXL's {plugin} plugin does not load: {error}") from error
-    return agent, errors

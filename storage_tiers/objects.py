@@ -1,0 +1,159 @@
+"""Format and names of the S3 tier's objects; no I/O here.
+
+An object is a run of equal-sized records, one a chunk: payload, zeros up to a multiple of 64, and a
+64-byte trailer with the chunk's identity, so that any record verifies itself. The object's *name*
+lists the keys it holds, so that one LIST tells a node everything others have written:
+
+    {prefix}/v1/{created_ms}-{node}-{sequence}/{payload length}.{keys, base64url, "/" every 200}
+
+Names sort by time of creation. The name is a hint; a record's trailer decides.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from storage_tiers.base import KEY_BYTES, Chunk, Key, StoreItem
+from storage_tiers.codec import checksum
+
+__all__ = [
+    "CHUNKS_MAX",
+    "BadRecord",
+    "ObjectName",
+    "build",
+    "group",
+    "parse_record",
+    "record_bytes",
+]
+
+CHUNKS_MAX: Final = 32  # an object; keeps names well below S3's 1024 bytes
+PREFIX_LENGTH_MAX: Final = 180
+NODE_PATTERN: Final = re.compile(r"[A-Za-z0-9_.-]{1,48}")
+_SEGMENT_LENGTH: Final = 200  # some servers keep each part of a name in a 255-byte file name
+_UNIT: Final = 64
+_MAGIC: Final = b"KVB1"
+# magic, seal, key, parent, position, has parent, length, checksum of the payload
+_TRAILER: Final = struct.Struct("<4sI16s16sIIQQ")
+_STEM: Final = re.compile(r"(\d{13})-(.+)-([0-9a-f]+)/(\d{1,12})\.(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectName:
+    """What an object's name says."""
+
+    created_ms: int
+    node: str
+    sequence: str  # hexadecimal, unique for the node
+    length: int  # payload bytes of every chunk
+    keys: tuple[Key, ...]
+
+    def encode(self, prefix: str) -> str:
+        packed = base64.urlsafe_b64encode(b"".join(self.keys)).decode().rstrip("=")
+        parts = [packed[at : at + _SEGMENT_LENGTH] for at in range(0, len(packed), _SEGMENT_LENGTH)]
+        stem = f"{self.created_ms:013d}-{self.node}-{self.sequence}"
+        return f"{root(prefix)}{stem}/{self.length}.{'/'.join(parts)}"
+
+    @classmethod
+    def parse(cls, prefix: str, name: str) -> ObjectName | None:
+        """None if the name is not one of ours."""
+        match = _STEM.fullmatch(name.removeprefix(root(prefix)))
+        if match is None or not name.startswith(root(prefix)):
+            return None
+        created, node, sequence, length, packed = match.groups()
+        packed = packed.replace("/", "")
+        try:
+            keys = base64.b64decode(packed + "=" * (-len(packed) % 4), b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            return None
+        count, rest = divmod(len(keys), KEY_BYTES)
+        if rest or not 0 < count <= CHUNKS_MAX or int(length) == 0:
+            return None
+        split = tuple(Key(keys[at : at + KEY_BYTES]) for at in range(0, len(keys), KEY_BYTES))
+        return cls(int(created), node, sequence, int(length), split)
+
+    @property
+    def size_bytes(self) -> int:
+        """How large the object must be."""
+        return record_bytes(self.length) * len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that is not the chunk that was asked for, or not whole."""
+
+    reason: str
+
+
+def root(prefix: str) -> str:
+    """Where the names of this format's version begin."""
+    return f"{prefix}/v1/" if prefix else "v1/"
+
+
+def record_bytes(length: int) -> int:
+    """Size of the record of a chunk with `length` bytes of payload."""
+    return -(-length // _UNIT) * _UNIT + _TRAILER.size
+
+
+def group(items: Sequence[StoreItem], object_bytes: int) -> list[list[StoreItem]]:
+    """Runs of chunks that follow each other and are equally long, one an object."""
+    groups: list[list[StoreItem]] = []
+    for item in items:
+        if groups:
+            run = groups[-1]
+            last = run[-1].chunk
+            fits = (len(run) + 1) * record_bytes(last.length) <= object_bytes
+            follows = item.chunk.parent == last.key and item.chunk.length == last.length
+            if fits and follows and len(run) < CHUNKS_MAX:
+                run.append(item)
+                continue
+        groups.append([item])
+    return groups
+
+
+def build(items: Sequence[StoreItem]) -> bytearray:
+    """The object of one group. Copies every payload once."""
+    size = record_bytes(items[0].chunk.length)
+    body = bytearray(size * len(items))
+    for index, item in enumerate(items):
+        start = index * size
+        body[start : start + item.chunk.length] = item.data
+        body[start + size - _TRAILER.size : start + size] = _trailer(item.chunk)
+    return body
+
+
+def parse_record(record: memoryview, key: Key) -> Chunk | BadRecord:
+    """The chunk in a record, verified: the trailer, the key and the payload's checksum."""
+    trailer = bytes(record[-_TRAILER.size :])
+    magic, seal, found, parent, position, has_parent, length, digest = _TRAILER.unpack(trailer)
+    if magic != _MAGIC or seal != _seal(trailer):
+        return BadRecord("the record's trailer is damaged")
+    if found != key:
+        return BadRecord("the record holds another chunk")
+    if record_bytes(length) != len(record):
+        return BadRecord("the record has another length")
+    if checksum(record[:length]) != digest:
+        return BadRecord("the bytes do not match the checksum")
+    return Chunk(key, length, digest, Key(parent) if has_parent else None, position)
+
+
+def _trailer(chunk: Chunk) -> bytes:
+    fields = (
+        chunk.key,
+        chunk.parent or bytes(KEY_BYTES),
+        chunk.position,
+        int(chunk.parent is not None),
+        chunk.length,
+        chunk.checksum,
+    )
+    return _TRAILER.pack(_MAGIC, _seal(_TRAILER.pack(_MAGIC, 0, *fields)), *fields)
+
+
+def _seal(trailer: bytes) -> int:
+    """Covers everything in the trailer behind the seal."""
+    return checksum(trailer[8:]) & 0xFFFFFFFF

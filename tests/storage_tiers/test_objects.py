@@ -1,0 +1,96 @@
+"""Names and records of S3 objects, without any server."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from storage_tiers.base import Chunk, Key
+from storage_tiers.objects import (
+    CHUNKS_MAX,
+    BadRecord,
+    ObjectName,
+    build,
+    group,
+    parse_record,
+    record_bytes,
+)
+from storage_tiers.testing import make_items, make_key
+
+NAMES = st.builds(
+    ObjectName,
+    created_ms=st.integers(0, 10**13 - 1),
+    node=st.from_regex(r"\A[A-Za-z0-9_.-]{1,48}\Z"),
+    sequence=st.from_regex(r"\A[0-9a-f]{1,16}\Z"),
+    length=st.integers(1, 10**12 - 1),
+    keys=st.lists(
+        st.binary(min_size=16, max_size=16).map(Key), min_size=1, max_size=CHUNKS_MAX
+    ).map(tuple),
+)
+
+
+@given(NAMES, st.sampled_from(["", "kvbm", "a/b"]))
+def test_a_name_says_what_was_put_into_it(name: ObjectName, prefix: str) -> None:
+    assert ObjectName.parse(prefix, name.encode(prefix)) == name
+
+
+@given(st.text(max_size=60))
+def test_any_other_name_is_not_ours(text: str) -> None:
+    for name in (text, f"p/v1/{text}", f"p/v1/0000000000001-n-1/{text}"):
+        parsed = ObjectName.parse("p", name)
+        assert parsed is None or ObjectName.parse("p", parsed.encode("p")) == parsed
+
+
+def test_the_longest_name_fits_s3_and_a_directory_entry() -> None:
+    keys = tuple(make_key(index) for index in range(CHUNKS_MAX))
+    name = ObjectName(10**13 - 1, "n" * 48, "f" * 16, 10**12 - 1, keys).encode("p" * 180)
+    assert len(name) <= 1024
+    assert all(len(part) <= 255 for part in name.split("/"))
+
+
+def test_names_sort_by_time() -> None:
+    first, second = (ObjectName(ms, "z", "1", 1, (make_key(1),)) for ms in (999, 1000))
+    assert first.encode("p") < second.encode("p")
+
+
+def test_records_verify_themselves() -> None:
+    items = make_items("a", 3, 1000)
+    body = memoryview(build(items))
+    size = record_bytes(1000)
+    assert len(body) == 3 * size
+    for index, item in enumerate(items):
+        record = body[index * size : (index + 1) * size]
+        assert parse_record(record, item.chunk.key) == item.chunk
+        assert isinstance(parse_record(record, make_key("other")), BadRecord)
+
+
+@given(st.integers(0, record_bytes(1000) * 8 - 1))
+def test_a_flipped_bit_is_found_unless_it_is_padding(bit: int) -> None:
+    [item] = make_items("a", 1, 1000)
+    body = build([item])
+    body[bit // 8] ^= 1 << bit % 8
+    parsed = parse_record(memoryview(body), item.chunk.key)
+    in_padding = 1000 <= bit // 8 < record_bytes(1000) - 64
+    assert (parsed == item.chunk) if in_padding else isinstance(parsed, BadRecord)
+
+
+@pytest.mark.parametrize("object_bytes", [1, 3 * record_bytes(100), 1 << 30])
+def test_only_consecutive_chunks_of_one_length_share_an_object(object_bytes: int) -> None:
+    first, second = make_items("a", 40, 100), make_items("b", 2, 100)
+    other = make_items("c", 2, 101)
+    orphan = replace(other[1], chunk=Chunk(make_key("x"), 101, other[1].chunk.checksum, None, 0))
+    items = [*first, *second, *other, orphan]
+    groups = group(items, object_bytes)
+    assert [item for run in groups for item in run] == items
+    for run in groups:
+        assert len(run) == 1 or len(run) * record_bytes(run[0].chunk.length) <= object_bytes
+        assert len(run) <= CHUNKS_MAX
+        for parent, child in itertools.pairwise(run):
+            assert child.chunk.parent == parent.chunk.key
+            assert child.chunk.length == parent.chunk.length
+    if object_bytes > 1 << 20:
+        assert [len(run) for run in groups] == [32, 8, 2, 2, 1]
