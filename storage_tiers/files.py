@@ -10,6 +10,7 @@ page-aligned bounce buffer.
 from __future__ import annotations
 
 import asyncio
+import errno
 import mmap
 import os
 import threading
@@ -104,21 +105,18 @@ class BlockFile:
         assert size_bytes > 0 and size_bytes % PAGE == 0, "the file is whole pages"
         fd, direct = _open_direct(path)
         try:
-            before = os.fstat(fd).st_size
-            try:
-                os.posix_fallocate(fd, 0, size_bytes)
-            except OSError as error:
-                os.ftruncate(fd, before)
-                free = os.statvfs(path.parent)
-                raise TierError(
-                    f"cannot reserve {size_bytes} bytes in {path}: {error.strerror} "
-                    f"({free.f_bavail * free.f_frsize} bytes are free); lower the capacity or "
-                    "make room"
-                ) from error
-        except BaseException:
+            before = os.fstat(fd)
+            free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+            if size_bytes - before.st_blocks * 512 > free:  # else the attempt would fill the disk
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.posix_fallocate(fd, 0, size_bytes)
+        except OSError as error:
             os.close(fd)
-            raise
-        return cls(fd, path, max(before, size_bytes), direct=direct)
+            raise TierError(
+                f"cannot reserve {size_bytes} bytes in {path}: {error.strerror}; lower the "
+                "capacity or make room"
+            ) from error
+        return cls(fd, path, max(before.st_size, size_bytes), direct=direct)
 
     def shrink(self, size_bytes: int) -> None:
         """Give back what lies behind `size_bytes`."""

@@ -39,6 +39,7 @@ MakeMover = Callable[[BlockFile], FileMover]
 SHRUNK: Final = "beyond the smaller capacity"
 _GRANULE_BYTES: Final = 2 << 20
 _MAP_BASE_BYTES: Final = 64 << 20
+_MAP_MAX_BYTES: Final = 1 << 40  # address space only; the file grows with its entries
 _VERIFY_BATCH: Final = 8
 _NAMED_MAX: Final = 8
 
@@ -74,7 +75,8 @@ async def open_directory(
     if mode not in {"none", "quiet", "strict"}:
         raise TierError(f"unknown recover mode {mode!r}: use none, quiet or strict")
     lock_fd = _lock(path)
-    catalogue = Catalogue(path / "catalogue", _MAP_BASE_BYTES + capacity_bytes // 8)
+    map_bytes = min(_MAP_BASE_BYTES + capacity_bytes // 8, _MAP_MAX_BYTES)
+    catalogue = Catalogue(path / "catalogue", map_bytes)
     file: BlockFile | None = None
     mover: FileMover | None = None
     try:
