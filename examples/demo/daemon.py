@@ -93,8 +93,11 @@ class Daemon:
         return {tier["tier"]: tier["chunks"] for tier in self._tiers()}
 
     def engines(self) -> int:
-        """Engines that are connected, all their ranks included."""
-        return len(self._get("/v1/engines")["engines"])
+        """Engines whose scheduler and worker are both connected."""
+        roles: dict[str, set[str]] = {}
+        for session in self._get("/v1/sessions")["sessions"]:
+            roles.setdefault(session["engine"], set()).add(session["role"])
+        return sum({"scheduler", "worker"} <= seen for seen in roles.values())
 
     def settle(self) -> None:
         """Wait until every chunk in host memory has reached every lower tier."""
