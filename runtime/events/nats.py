@@ -25,7 +25,7 @@ from runtime.events.settings import EventPlaneSettings
 
 CONNECT_TIMEOUT_S: Final = 5.0
 CONFIRM_TIMEOUT_S: Final = 5.0
-CLOSE_TIMEOUT_S: Final = 1.0
+CLOSE_TIMEOUT_S: Final = 2.0
 RETRY_S: Final = 0.1  # doubles up to
 RETRY_S_MAX: Final = 2.0
 BURST_MESSAGES_MAX: Final = 256

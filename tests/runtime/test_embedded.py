@@ -144,7 +144,7 @@ def test_a_server_dies_with_a_parent_that_is_killed(tmp_path: Path, kind: str) -
         f"from runtime.embedded import {kind}\n"
         f"server = {kind}(pathlib.Path(sys.argv[1]))\n"
         "server.start()\n"
-        "print(server.pid, flush=True)\n"
+        "print(server.pid, *getattr(server, '_ports', ()), flush=True)\n"
         "time.sleep(60)\n"
     )
     parent = subprocess.Popen(
@@ -152,8 +152,12 @@ def test_a_server_dies_with_a_parent_that_is_killed(tmp_path: Path, kind: str) -
     )
     assert parent.stdout is not None
     with parent.stdout:
-        pid = int(parent.stdout.readline())
+        pid, *ports = map(int, parent.stdout.readline().split())
         assert not gone(pid)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     assert gone_soon(pid)
+    # Nobody was left to remove them.
+    for port in ports:
+        for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +42,11 @@ def settings_for(server: EmbeddedNats, **other: int) -> EventPlaneSettings:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> EmbeddedNats:
+def server(tmp_path: Path) -> Iterator[EmbeddedNats]:
     """On a fixed port, so that it can be stopped and started again; the test starts it."""
-    return EmbeddedNats(tmp_path, port=free_ports(1)[0])
+    server = EmbeddedNats(tmp_path, port=free_ports(1)[0])
+    yield server
+    server.stop()
 
 
 @pytest.fixture(params=["memory", "nats"])
@@ -162,7 +164,6 @@ async def test_a_restart_of_the_server_loses_nothing_while_the_queue_has_room(
     assert await take(subscription, 1) == [b"after"]
     assert plane.status().error is None
     await plane.close()
-    server.stop()
 
 
 async def test_without_a_server_publishing_is_quick_bounded_and_counted(
@@ -182,7 +183,6 @@ async def test_without_a_server_publishing_is_quick_bounded_and_counted(
     await until(lambda: plane.status().published_total == 100)
     assert plane.publish("s", b"x")
     await plane.close()
-    server.stop()
 
 
 async def test_bytes_are_bounded_too(server: EmbeddedNats) -> None:
@@ -203,7 +203,6 @@ async def test_a_message_over_the_servers_limit_is_dropped_alone(server: Embedde
     assert await take(subscription, 1) == [b"small"]
     await until(lambda: plane.status().dropped_total == 1)
     await plane.close()
-    server.stop()
 
 
 async def test_a_wrong_password_is_told_and_ends_nothing(server: EmbeddedNats) -> None:
@@ -214,7 +213,6 @@ async def test_a_wrong_password_is_told_and_ends_nothing(server: EmbeddedNats) -
     await until(lambda: "authorization" in str(plane.status().error).lower())
     assert plane.publish("s", b"x")
     await plane.close()
-    server.stop()
 
 
 async def test_a_server_that_hangs_delays_neither_publisher_nor_close(
@@ -234,7 +232,6 @@ async def test_a_server_that_hangs_delays_neither_publisher_nor_close(
         assert time.perf_counter() - begin_s < 5
     finally:
         os.kill(server.pid, signal.SIGCONT)
-        server.stop()
 
 
 async def test_what_is_queued_is_sent_before_closing(server: EmbeddedNats) -> None:
@@ -251,4 +248,3 @@ async def test_what_is_queued_is_sent_before_closing(server: EmbeddedNats) -> No
     await plane.close()
     assert len(await take(subscription, 1000)) == 1000
     await listener.close()
-    server.stop()
