@@ -4,13 +4,13 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-CODE   := $(wildcard storage_tiers runtime kvbm connectors examples tools)
+CODE   := $(wildcard storage_tiers runtime kvbm connectors examples tools benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-fast demo up down lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml tools/install.py tools/constraints.txt
 	@$(PYTHON) tools/install.py
@@ -42,6 +42,9 @@ up: $(STAMP) ## the demo's stack, left running; prints its addresses
 
 down: $(STAMP) ## end what `make up` started
 	$(BIN)/python -m examples.demo down
+
+bench-%: $(STAMP) ## one benchmark of benchmarks/, for example bench-tiers
+	$(BIN)/python -m benchmarks.$(subst -,_,$*)
 
 lock: ## write tools/constraints.txt anew
 	$(PYTHON) tools/install.py --lock
