@@ -19,7 +19,6 @@ import botocore.exceptions
 __all__ = [
     "Bucket",
     "BucketError",
-    "Credentials",
     "Listed",
     "ObjectMissingError",
     "S3Bucket",
@@ -54,15 +53,6 @@ class Listed:
 
     name: str
     size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """What the AWS chain resolved, for movers that sign by themselves."""
-
-    access_key_id: str
-    secret_access_key: str
-    session_token: str | None
 
 
 class Bucket(Protocol):
@@ -111,9 +101,8 @@ class S3Bucket:
         attempts: int = 3,
     ) -> None:
         self.bucket = bucket
-        self.endpoint_url = endpoint_url
-        self.region = region
-        self.addressing_style = addressing_style
+        self._endpoint_url = endpoint_url
+        self._region = region
         self._access_key_id = access_key_id
         self._secret_access_key = secret_access_key
         self._config = botocore.config.Config(
@@ -129,7 +118,6 @@ class S3Bucket:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
         self._client: Any = None
         self._tagging = True
-        self.credentials: Credentials | None = None  # known once open
 
     @property
     def mover(self) -> str:
@@ -140,21 +128,17 @@ class S3Bucket:
             session = boto3.Session(
                 aws_access_key_id=self._access_key_id,
                 aws_secret_access_key=self._secret_access_key,
-                region_name=self.region,
+                region_name=self._region,
             )
-            found = session.get_credentials()
-            if found is None:
+            if session.get_credentials() is None:
                 raise BucketError(
                     "no AWS credentials were found; set AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, a profile or a role"
                 )
-            frozen = found.get_frozen_credentials()
-            self.credentials = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
-            self.region = session.region_name or "us-east-1"
             self._client = session.client(
                 "s3",
-                endpoint_url=self.endpoint_url,
-                region_name=self.region,
+                endpoint_url=self._endpoint_url,
+                region_name=session.region_name or "us-east-1",
                 config=self._config,
             )
             self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)

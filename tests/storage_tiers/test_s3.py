@@ -22,9 +22,7 @@ from storage_tiers.base import (
     TierError,
     TierListener,
 )
-from storage_tiers.bucket import Bucket, BucketError, Listed, ObjectMissingError, S3Bucket
-from storage_tiers.nixl import availability
-from storage_tiers.object_reads import NixlReads
+from storage_tiers.bucket import BucketError, Listed, ObjectMissingError, S3Bucket
 from storage_tiers.s3 import S3Tier
 from storage_tiers.testing import (
     RecordingListener,
@@ -39,7 +37,7 @@ MakeBucket = Callable[[], S3Bucket]
 PREFIXES = itertools.count()
 
 
-class S3Conformance(TierConformance):
+class TestS3Tier(TierConformance):
     evicts_by_recency = False
     durable = True
     removes_durably = False
@@ -49,38 +47,14 @@ class S3Conformance(TierConformance):
         self.make_bucket = make_bucket
         self.prefix = f"conformance/{next(PREFIXES)}"
 
-    def bucket(self) -> Bucket:
-        return self.make_bucket()
-
     def make(self, listener: TierListener) -> S3Tier:
         return S3Tier(
-            self.bucket(), self.capacity_bytes, listener, node="node-1", prefix=self.prefix
+            self.make_bucket(), self.capacity_bytes, listener, node="node-1", prefix=self.prefix
         )
 
     async def corrupt(self, tier: Tier, key: Key) -> None:
         assert isinstance(tier, S3Tier)
         await flip_bit(tier, key)
-
-
-class TestS3TierWithBoto3(S3Conformance):
-    pass
-
-
-@pytest.mark.skipif(availability("OBJ") is not None, reason=f"NIXL: {availability('OBJ')}")
-class TestS3TierWithNixl(S3Conformance):
-    def bucket(self) -> Bucket:
-        return NixlReads(self.make_bucket(), required=True)
-
-    async def test_it_is_nixl_that_reads(self) -> None:
-        async with self.opened() as (tier, _):
-            assert isinstance(tier, S3Tier)
-            assert isinstance(tier._bucket, NixlReads)
-            items = make_items("a", 3)
-            await store_all(tier, items)
-            tier._bucket._plain.get_range = None  # type: ignore[assignment,method-assign]
-            for item in items:
-                assert (await load_one(tier, item))[0] == Loaded(item.chunk)
-            assert tier.usage().mover == "nixl-obj"
 
 
 async def flip_bit(tier: S3Tier, key: Key) -> None:
