@@ -162,7 +162,7 @@ class TierUsage:
 
 
 class Tier(Protocol):
-    """One medium. All methods are called from one event loop; `find`, `touch`, `usage` do no I/O."""
+    """One medium, called from one event loop. `find`, `touch` and `usage` do no I/O."""
 
     @property
     def name(self) -> TierName: ...
@@ -176,11 +176,18 @@ class Tier(Protocol):
         ...
 
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
-        """The chunk of each key that is here, in order."""
+        """The chunk of each key that is here, in order.
+
+        S3 knows another node's chunk by key and length alone until it was loaded once: checksum
+        and position are then 0 and the parent None. `Loaded.chunk` has everything.
+        """
         ...
 
     async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
-        """Write each item, in order; one outcome per item. Cancelling leaves each item stored or not."""
+        """Write each item, in order; one outcome per item.
+
+        Cancelling leaves each item stored or not.
+        """
         ...
 
     async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
