@@ -84,9 +84,9 @@ class Daemon:
         except httpx2.TransportError:
             return False
 
-    def served_chunks(self) -> dict[str, int]:
-        """Chunks that engines asked for and found, by the tier that had them."""
-        return {tier["tier"]: tier["hits"] for tier in self._tiers()}
+    def loaded_bytes(self) -> dict[str, int]:
+        """Bytes read from each tier: from G2 by engines, from the others into G2."""
+        return {tier["tier"]: tier["loaded_bytes"] for tier in self._tiers()}
 
     def kept_chunks(self) -> dict[str, int]:
         """Chunks in each tier."""
