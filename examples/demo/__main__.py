@@ -36,7 +36,8 @@ def main() -> int:
     parser.add_argument("verb", nargs="?", choices=("run", "up", "down", "hold"), default="run")
     parser.add_argument("--documents", type=int, default=3, help="medians are taken over these")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     verbs: dict[str, Callable[[], int]] = {
         "run": lambda: run(options.documents),
         "up": lambda: up(BUILD, _model()),
@@ -96,7 +97,9 @@ def _engine_version() -> str:
 
 
 def _interrupt(*_: object) -> None:
-    """SIGTERM ends the demo the way Ctrl-C does: through every `finally`."""
+    """Ctrl-C and SIGTERM end the demo through every `finally`, which a second one may not stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
