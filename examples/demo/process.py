@@ -141,13 +141,21 @@ def write_record(path: Path, pid: int) -> None:
     path.write_text(f"{pid} {start_time(pid)}\n")
 
 
+def recorded(path: Path) -> int | None:
+    """The pid of a record, if the very program that it names is still running."""
+    if not path.exists():
+        return None
+    pid, _, started = path.read_text().strip().partition(" ")
+    return int(pid) if pid.isdigit() and start_time(int(pid)) == started else None
+
+
 def end_recorded(folder: Path, grace_s: float = 20.0) -> list[str]:
     """End every program whose record lies in `folder` and is still the one recorded; its names."""
     ended = []
     for record in sorted(folder.glob("*.pid")):
-        pid, _, started = record.read_text().strip().partition(" ")
-        if pid.isdigit() and start_time(int(pid)) == started:
-            stop_group(int(pid), grace_s)
+        pid = recorded(record)
+        if pid is not None:
+            stop_group(pid, grace_s)
             ended.append(record.stem)
         record.unlink(missing_ok=True)
     return ended

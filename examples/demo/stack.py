@@ -1,11 +1,12 @@
 """Everything the demo runs: NATS, S3, one daemon and two engines, started and ended together.
 
 A context manager: whatever happens within, nothing of it is left running. All it writes is under
-one build folder. Programs a killed run left behind are ended before new ones are started.
+one build folder, so one runs at a time. Programs that a killed run left behind are ended first.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -16,9 +17,10 @@ from typing import Self
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.engine import Engine, EngineConfig
-from examples.demo.process import end_recorded
+from examples.demo.process import ProcessError, end_recorded, recorded, write_record
 from runtime.embedded import EmbeddedNats, EmbeddedS3
 
+HOLDER = "holder.pid"  # the record of the program that runs a stack
 ENGINE_NAMES = ("engine-a", "engine-b")
 BUCKET = "kvbm-demo"
 CONNECT_TIMEOUT_S = 60.0
@@ -43,8 +45,13 @@ class Stack:
         self._running = ExitStack()
 
     def __enter__(self) -> Self:
+        holder = self.records / HOLDER
+        if (pid := recorded(holder)) is not None:
+            raise ProcessError(f"a stack is running already, pid {pid}; end it with `make down`")
         for name in end_recorded(self.records):
             self._say(f"ended {name}, which an earlier run had left")
+        write_record(holder, os.getpid())
+        self._running.callback(holder.unlink, missing_ok=True)
         try:
             self._start()
         except BaseException:

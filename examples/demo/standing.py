@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from examples.demo.process import ProcessError, end_recorded, start_time, write_record
-from examples.demo.stack import Say, Stack
+from examples.demo.process import ProcessError, end_recorded, recorded, start_time
+from examples.demo.stack import HOLDER, Say, Stack
 
 UP_TIMEOUT_S = 900.0
 # The holder ends engines, daemon and servers before it ends itself.
@@ -23,7 +23,7 @@ DOWN_GRACE_S = 90.0
 
 def up(build: Path, model: str) -> int:
     """Start the holder and wait until everything is ready; prints where it can be reached."""
-    if _held_by(build) is not None:
+    if _held_by(build) is not None and _addresses(build).exists():
         print("it is up already:")
     else:
         _addresses(build).parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,6 @@ def up(build: Path, model: str) -> int:
 def hold(build: Path, model: str, say: Say) -> int:
     """Run the stack until told to end; what `up` starts."""
     with Stack(build, model, say) as stack:
-        write_record(_holder(build), os.getpid())
         try:
             _addresses(build).write_text(json.dumps(dict(stack.addresses())))
             while True:
@@ -63,7 +62,6 @@ def hold(build: Path, model: str, say: Say) -> int:
                 stack.check()
         finally:
             _addresses(build).unlink(missing_ok=True)
-            _holder(build).unlink(missing_ok=True)
 
 
 def down(build: Path) -> int:
@@ -76,7 +74,7 @@ def down(build: Path) -> int:
         while start_time(pid) is not None and time.monotonic() < deadline_s:
             time.sleep(0.1)
         ended.append("the stack")
-    ended += end_recorded(_holder(build).parent)
+    ended += end_recorded(build / "run")
     print(f"ended {', '.join(ended)}" if ended else "nothing was up")
     return 0
 
@@ -96,16 +94,8 @@ def _follow(holder: subprocess.Popen[bytes], log: Path, addresses: Path) -> None
 
 
 def _held_by(build: Path) -> int | None:
-    """The pid of a running holder."""
-    record = _holder(build)
-    if not record.exists():
-        return None
-    pid, _, started = record.read_text().strip().partition(" ")
-    return int(pid) if start_time(int(pid)) == started else None
-
-
-def _holder(build: Path) -> Path:
-    return build / "run" / "holder.pid"
+    """The pid of whoever runs a stack."""
+    return recorded(build / "run" / HOLDER)
 
 
 def _addresses(build: Path) -> Path:
