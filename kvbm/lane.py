@@ -45,7 +45,9 @@ class Lane:
         self.waiting_bytes -= chunk.length
         return True
 
-    async def take(self, chunks_max: int, *, enough_bytes: int = 0, linger_s: float = 0) -> list[Chunk]:
+    async def take(
+        self, chunks_max: int, *, enough_bytes: int = 0, linger_s: float = 0
+    ) -> list[Chunk]:
         """The next batch, at least one chunk. Waits up to `linger_s` for `enough_bytes`."""
         while not self._waiting:
             self._filled.clear()

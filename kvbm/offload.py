@@ -112,7 +112,7 @@ class Offloader:
             try:
                 unsealed = [r for r in residents if not r.sealed]
                 views = [self._dram.view(r.slot) for r in unsealed]
-                digests = await asyncio.to_thread(lambda views=views: [checksum(v) for v in views])
+                digests = await asyncio.to_thread(_checksums, views)
                 for resident, digest in zip(unsealed, digests, strict=True):
                     self._dram.seal(resident.chunk.key, digest)
                 for resident in residents:
@@ -198,3 +198,7 @@ class Offloader:
     def _unclaim(self, residents: Sequence[Resident]) -> None:
         for resident in residents:
             self._dram.unclaim(resident)
+
+
+def _checksums(views: Sequence[memoryview]) -> list[int]:
+    return [checksum(view) for view in views]

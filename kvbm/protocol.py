@@ -36,7 +36,13 @@ COMING: Final = 2  # being brought up; `Arrived` will tell
 PRESENT: Final = 3  # kept somewhere, but not usable: there is no need to store it again
 
 SLOT_RECORD: Final = np.dtype(
-    [("index", "<u4"), ("source", "u1"), ("offset", "<u8"), ("length", "<u8"), ("generation", "<u8")]
+    [
+        ("index", "<u4"),
+        ("source", "u1"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("generation", "<u8"),
+    ]
 )
 _LENGTH = struct.Struct("<I")
 

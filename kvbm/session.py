@@ -64,9 +64,7 @@ class Member(Protocol):
 class Session:
     """One engine. All calls from the daemon's event loop."""
 
-    def __init__(
-        self, number: int, engine: str, world_size: int, manager: BlockManager
-    ) -> None:
+    def __init__(self, number: int, engine: str, world_size: int, manager: BlockManager) -> None:
         self.number = number
         self.engine = engine
         self.world_size = world_size
@@ -108,7 +106,9 @@ class Session:
         else:
             if not 0 <= hello.rank < self.world_size or hello.rank in self._workers:
                 raise Refusal(f"rank {hello.rank} is out of range or connected already")
-            if any(len(m.hello.group_bytes) != len(hello.group_bytes) for m in self._workers.values()):
+            if any(
+                len(m.hello.group_bytes) != len(hello.group_bytes) for m in self._workers.values()
+            ):
                 raise Refusal("its cache groups differ in number from another worker's")
             self._workers[hello.rank] = member
         if self.is_ready:
@@ -213,7 +213,9 @@ class Session:
         if len(slots) != len(keys):
             raise FrameError("a commit whose lists differ in length")
         filled: list[tuple[Slot, Chunk]] = []
-        for slot, key, parent, position in zip(slots, keys, parents, message.positions, strict=True):
+        for slot, key, parent, position in zip(
+            slots, keys, parents, message.positions, strict=True
+        ):
             before = None if parent == _NO_PARENT else Key(parent)
             filled.append((slot, Chunk(key, slot.length, 0, before, position)))
         self._manager.commit(filled)

@@ -19,8 +19,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Arena", "ArenaError", "Slot"]
-
 PAGE: Final = 4096
 HUGE_PAGE: Final = 2 << 20
 _MAGIC: Final = b"kvbm-arena-1\0\0\0\0"

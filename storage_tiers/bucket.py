@@ -16,14 +16,6 @@ import boto3
 import botocore.config
 import botocore.exceptions
 
-__all__ = [
-    "Bucket",
-    "BucketError",
-    "Listed",
-    "ObjectMissingError",
-    "S3Bucket",
-]
-
 LIST_MAX: Final = 1000  # S3's own page size, for listing and deleting
 _CONNECT_TIMEOUT_S: Final = 5.0
 _TAG_REFUSALS: Final = {

@@ -18,8 +18,6 @@ import lmdb
 
 from storage_tiers.base import KEY_BYTES, Chunk, Key, TierError
 
-__all__ = ["FORMAT_VERSION", "Catalogue", "CatalogueError", "Changes", "Entry", "Meta"]
-
 FORMAT_VERSION: Final = 1
 _ENTRY: Final = struct.Struct("<QQQQI?16s")  # offset, length, checksum, stamp, position, parent?
 _META: Final = struct.Struct("<IQI?")  # format version, capacity, granule, clean

@@ -6,8 +6,6 @@ from typing import Final
 
 import xxhash
 
-__all__ = ["CHECKSUM_BYTES", "checksum"]
-
 CHECKSUM_BYTES: Final = 8
 
 

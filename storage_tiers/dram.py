@@ -4,13 +4,12 @@ The manager and, through it, engines use the arena by slot: `reserve` a slot, fi
 as a chunk; `claim` a chunk while somebody reads its slot. The `Tier` methods do the same by copy.
 
 Invariants: a slot is free, leased (reserved, not committed) or resident, never two of these; a
-claimed chunk is not evicted; in recency order a resident ancestor comes after its descendants, so
-that eviction takes leaves before parents without counting children.
+claimed chunk is not evicted, and leaves go before their parents (`storage_tiers.recency`).
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,21 +35,22 @@ from storage_tiers.base import (
     TierUsage,
 )
 from storage_tiers.codec import checksum
+from storage_tiers.recency import Recency, Record
 from storage_tiers.slabs import SlabAllocator
 
-__all__ = ["DramTier", "Resident"]
-
-_VICTIMS_TRIED_MAX = 4096  # claimed chunks skipped before a reservation gives up
+_VICTIMS_TRIED_MAX = 4096  # chunks looked at before a reservation gives up
 
 
 @dataclass(slots=True)
-class Resident:
-    """A chunk in host memory. `sealed` once its checksum is known."""
+class Resident(Record):
+    """A chunk in host memory. `sealed` once its checksum is known; its pins are claims."""
 
-    chunk: Chunk
-    slot: Slot
+    generation: int = 0  # of its slot
     sealed: bool = False
-    claims: int = 0
+
+    @property
+    def slot(self) -> Slot:
+        return Slot(self.at, self.chunk.length, self.generation)
 
 
 class DramTier:
@@ -62,7 +62,7 @@ class DramTier:
         self.arena = arena
         self._listener = listener
         self._slots = SlabAllocator(arena.capacity_bytes)
-        self._residents: OrderedDict[Key, Resident] = OrderedDict()  # oldest first
+        self._residents: Recency[Resident] = Recency()
         self._key_at: dict[int, Key] = {}  # slot offset -> resident there
         self._leased: dict[int, Slot] = {}  # slot offset -> slot reserved, not committed
         self._evictions: Counter[str] = Counter()
@@ -96,7 +96,7 @@ class DramTier:
         if chunk.key in self._residents:
             self._free(slot.offset)
             return Known()
-        self._residents[chunk.key] = Resident(chunk, slot, sealed)
+        self._residents.add(Resident(chunk, slot.offset, generation=slot.generation, sealed=sealed))
         self._key_at[slot.offset] = chunk.key
         self._stored_bytes += chunk.length
         return Stored()
@@ -116,18 +116,17 @@ class DramTier:
         """Promise not to evict the chunk until `unclaim`; None if it is not here."""
         resident = self._residents.get(key)
         if resident is not None:
-            resident.claims += 1
+            resident.pins += 1
             self.claims += 1
         return resident
 
     def unclaim(self, resident: Resident) -> None:
         """End one claim. A chunk that was removed meanwhile is freed with its last claim."""
-        assert resident.claims > 0, "unclaim without claim"
-        resident.claims -= 1
+        assert resident.pins > 0, "unclaim without claim"
+        resident.pins -= 1
         self.claims -= 1
-        gone = self._residents.get(resident.chunk.key) is not resident
-        if gone and resident.claims == 0:
-            self._free(resident.slot.offset)
+        if resident.gone and resident.pins == 0:
+            self._free(resident.at)
 
     def view(self, slot: Slot) -> memoryview:
         """The slot's bytes, `length` long."""
@@ -141,7 +140,7 @@ class DramTier:
 
     def oldest(self, count: int) -> list[Key]:
         """The first keys in eviction order; what the scrubber walks and tests look at."""
-        return list(islice(self._residents, count))
+        return [r.chunk.key for r in islice(self._residents.records(), count)]
 
     # -- Tier ----------------------------------------------------------------------------
 
@@ -167,13 +166,7 @@ class DramTier:
         self._remove(keys, RemovalReason.REQUESTED)
 
     def touch(self, keys: Sequence[Key]) -> None:
-        residents = self._residents
-        here = {key: residents[key].chunk for key in keys if key in residents}
-        for key in sorted(here, key=lambda key: -here[key].position):
-            residents.move_to_end(key)
-        for chunk in here.values():
-            if chunk.parent not in here:
-                self._touch_up(chunk.parent)
+        self._residents.touch(keys)
 
     def usage(self) -> TierUsage:
         return TierUsage(
@@ -200,14 +193,12 @@ class DramTier:
     def check_integrity(self) -> None:
         """Assert the invariants of this module. Cost: linear in residents."""
         self._slots.check_integrity()
-        assert {r.slot.offset: key for key, r in self._residents.items()} == self._key_at
+        self._residents.check_integrity()
+        assert self._key_at == {r.at: r.chunk.key for r in self._residents.records()}
         assert not self._key_at.keys() & self._leased.keys()
         assert self.leased_bytes == sum(self._slots.size_of(o) for o in self._leased)
-        order = {key: index for index, key in enumerate(self._residents)}
-        for key, resident in self._residents.items():
-            parent = resident.chunk.parent
-            assert parent not in order or order[parent] > order[key], "a parent is older"
-            assert self.arena.generation(resident.slot.offset) == resident.slot.generation
+        for resident in self._residents.records():
+            assert self.arena.generation(resident.at) == resident.generation
 
     # -- below ---------------------------------------------------------------------------
 
@@ -235,23 +226,18 @@ class DramTier:
         self._loaded_bytes += resident.chunk.length
         return Loaded(resident.chunk)
 
-    def _touch_up(self, key: Key | None) -> None:
-        while key is not None and (resident := self._residents.get(key)) is not None:
-            self._residents.move_to_end(key)
-            key = resident.chunk.parent
-
     def _make_room(self, length: int) -> None:
         """Evict, oldest first, until one slot of this length can be allocated or nothing helps."""
         self._remove(self._victims(length), RemovalReason.CAPACITY)
 
     def _victims(self, length: int) -> list[Key]:
         wanted = self._slots.slot_bytes(length)
-        for key, resident in islice(self._residents.items(), _VICTIMS_TRIED_MAX):
-            if resident.claims:
-                continue
-            if self._slots.size_of(resident.slot.offset) == wanted:
+        for key in self._residents.evictable(_VICTIMS_TRIED_MAX):
+            resident = self._residents.get(key)
+            assert resident is not None
+            if self._slots.size_of(resident.at) == wanted:
                 return [key]
-            victims = self._slab_victims(resident.slot.offset, length)
+            victims = self._slab_victims(resident.at, length)
             if victims:
                 return victims
         return []
@@ -261,7 +247,8 @@ class DramTier:
         victims: list[Key] = []
         for blocker in self._slots.blockers(offset, length):
             key = self._key_at.get(blocker)
-            if key is None or self._residents[key].claims:
+            resident = self._residents.get(key) if key is not None else None
+            if key is None or resident is None or resident.pins:
                 return None
             victims.append(key)
         return victims
@@ -269,13 +256,14 @@ class DramTier:
     def _remove(self, keys: Iterable[Key], reason: RemovalReason) -> None:
         removed: list[Key] = []
         for key in keys:
-            resident = self._residents.pop(key, None)
+            resident = self._residents.pop(key)
             if resident is None:
                 continue
-            del self._key_at[resident.slot.offset]
-            self.arena.advance(resident.slot.offset)
-            if not resident.claims:
-                self._free(resident.slot.offset)
+            del self._key_at[resident.at]
+            resident.gone = True
+            self.arena.advance(resident.at)
+            if not resident.pins:
+                self._free(resident.at)
             removed.append(key)
         if removed:
             self._evictions[reason.value] += len(removed)

@@ -29,8 +29,6 @@ from storage_tiers.base import (
 )
 from storage_tiers.codec import checksum
 
-__all__ = ["Faults", "Faulty"]
-
 
 @dataclass(frozen=True, slots=True)
 class Faults:

@@ -25,20 +25,6 @@ import numpy as np
 
 from storage_tiers.base import TierError
 
-__all__ = [
-    "BlockFile",
-    "FileMover",
-    "Moved",
-    "MoveOutcome",
-    "NotMoved",
-    "Piece",
-    "PlainFileMover",
-    "address_of",
-    "make_mover",
-    "padded",
-    "split",
-]
-
 PAGE: Final = 4096
 _BOUNCE_BYTES: Final = 256 << 10
 

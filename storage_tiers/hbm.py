@@ -17,8 +17,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CopyPlan", "HostPages", "PageAccess"]
-
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -57,14 +55,15 @@ class HostPages:
             if tensor.ndim != 2 or tensor.dtype != np.uint8 or tensor.strides[1] != 1:
                 raise ValueError("KV tensors must be (blocks, page bytes) of contiguous bytes")
         self._tensors = [[tensors[index] for index in group] for group in groups]
-        self._block_bytes = [sum(t.shape[1] for t in group) for group in self._tensors]
+        self._block_bytes: list[int] = [sum(t.shape[1] for t in group) for group in self._tensors]
 
     def block_bytes(self, group: int) -> int:
         return self._block_bytes[group]
 
     def gather(self, plan: CopyPlan) -> int:
         stripe = np.frombuffer(plan.stripe, dtype=np.uint8)
-        at = start = plan.first * self._block_bytes[plan.group]
+        at: int = plan.first * self._block_bytes[plan.group]
+        start = at
         for block in plan.blocks:
             for tensor in self._tensors[plan.group]:
                 end = at + tensor.shape[1]
@@ -74,7 +73,8 @@ class HostPages:
 
     def scatter(self, plan: CopyPlan) -> int:
         stripe = np.frombuffer(plan.stripe, dtype=np.uint8)
-        at = start = plan.first * self._block_bytes[plan.group]
+        at: int = plan.first * self._block_bytes[plan.group]
+        start = at
         for block in plan.blocks:
             for tensor in self._tensors[plan.group]:
                 end = at + tensor.shape[1]

@@ -25,8 +25,6 @@ from storage_tiers.base import (
     TierUsage,
 )
 
-__all__ = ["Instrumented", "TierCall", "TierHook"]
-
 Operation = Literal["open", "store", "load", "remove"]
 
 

@@ -27,8 +27,6 @@ from storage_tiers.base import (
 from storage_tiers.codec import checksum
 from storage_tiers.recency import Recency, Record
 
-__all__ = ["MemoryTier"]
-
 
 class MemoryTier:
     """Keeps copies of chunks under any tier name. Nothing survives it."""
@@ -39,7 +37,7 @@ class MemoryTier:
         self._name = name
         self._capacity_bytes = capacity_bytes
         self._listener = listener
-        self._index = Recency()
+        self._index: Recency[Record] = Recency()
         self.contents: dict[Key, bytearray] = {}  # tests corrupt chunks here
         self._used_bytes = self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()

@@ -28,14 +28,6 @@ from storage_tiers.files import (
     split,
 )
 
-__all__ = [
-    "AgentOwner",
-    "NixlFileMover",
-    "NixlUnavailableError",
-    "Target",
-    "availability",
-]
-
 _IN_FLIGHT_MAX: Final = 16  # transfers; more did not move faster
 _REGIONS_MAX: Final = 64  # memory registrations kept
 _POLL_S: Final = 0.0001

@@ -15,8 +15,6 @@ from typing import Final
 from storage_tiers.base import Chunk, Key
 from storage_tiers.objects import ObjectName
 
-__all__ = ["ObjectIndex", "StoredObject"]
-
 _DELETED_MAX: Final = 4096  # names remembered, so that a listing made before does not bring back
 
 

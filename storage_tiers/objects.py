@@ -22,16 +22,6 @@ from typing import Final
 from storage_tiers.base import KEY_BYTES, Chunk, Key, StoreItem
 from storage_tiers.codec import checksum
 
-__all__ = [
-    "CHUNKS_MAX",
-    "BadRecord",
-    "ObjectName",
-    "build",
-    "group",
-    "parse_record",
-    "record_bytes",
-]
-
 CHUNKS_MAX: Final = 32  # an object; keeps names well below S3's 1024 bytes
 PREFIX_LENGTH_MAX: Final = 180
 NODE_PATTERN: Final = re.compile(r"[A-Za-z0-9_.-]{1,48}")

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
 
 from storage_tiers.base import Chunk, Key
-
-__all__ = ["Record", "Recency"]
 
 
 @dataclass(slots=True)
@@ -28,14 +28,21 @@ class Record:
     gone: bool = False  # removed while pinned: its place is freed with the last pin
 
 
-class Recency:
-    """Records by key, oldest first. All calls are O(1) per key and resident ancestor."""
+R = TypeVar("R", bound=Record)
 
-    def __init__(self) -> None:
-        self._records: OrderedDict[Key, Record] = OrderedDict()
+
+class Recency(Generic[R]):
+    """Records by key, oldest first. All calls are O(1) per key and resident ancestor.
+
+    With `persistent`, `restamped` gathers the stamps that the medium has not been told of.
+    """
+
+    def __init__(self, *, persistent: bool = False) -> None:
+        self._records: OrderedDict[Key, R] = OrderedDict()
         self._children: dict[Key, set[Key]] = {}
         self._stamp = 0
-        self.restamped: dict[Key, int] = {}  # stamps the medium has not been told of
+        self._persistent = persistent
+        self.restamped: dict[Key, int] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._records
@@ -43,14 +50,14 @@ class Recency:
     def __len__(self) -> int:
         return len(self._records)
 
-    def get(self, key: Key) -> Record | None:
+    def get(self, key: Key) -> R | None:
         return self._records.get(key)
 
-    def records(self) -> Iterable[Record]:
+    def records(self) -> Iterable[R]:
         """Every record, oldest first; not to be changed while iterating."""
         return self._records.values()
 
-    def add(self, record: Record) -> None:
+    def add(self, record: R) -> None:
         """Insert as most recently used. The caller touches the batch's keys afterwards."""
         chunk = record.chunk
         assert chunk.key not in self._records, "a key has one residency"
@@ -58,7 +65,7 @@ class Recency:
         if chunk.parent is not None:
             self._children.setdefault(chunk.parent, set()).add(chunk.key)
 
-    def restore(self, records: Sequence[Record]) -> None:
+    def restore(self, records: Sequence[R]) -> None:
         """Fill an empty index from stamps that survived a crash, perhaps not all the latest.
 
         A parent counts as used when its last descendant was.
@@ -81,7 +88,7 @@ class Recency:
         self._stamp += count
         return first
 
-    def pop(self, key: Key) -> Record | None:
+    def pop(self, key: Key) -> R | None:
         record = self._records.pop(key, None)
         if record is None:
             return None
@@ -108,7 +115,8 @@ class Recency:
             self._stamp += 1
             self._records.move_to_end(key)
             self._records[key].stamp = self._stamp
-            self.restamped[key] = self._stamp
+            if self._persistent:
+                self.restamped[key] = self._stamp
 
     def parent(self, key: Key) -> Key | None:
         """The resident parent of a resident chunk."""
@@ -118,9 +126,9 @@ class Recency:
             return None
         return above.chunk.key
 
-    def ancestors(self, chunk: Chunk) -> list[Record]:
+    def ancestors(self, chunk: Chunk) -> list[R]:
         """Resident ancestors, nearest first, of a chunk that need not be resident itself."""
-        found: list[Record] = []
+        found: list[R] = []
         position = chunk.position
         above = self._records.get(chunk.parent) if chunk.parent is not None else None
         while above is not None and above.chunk.position < position:
@@ -130,10 +138,13 @@ class Recency:
             above = self._records.get(parent) if parent is not None else None
         return found
 
-    def evictable(self) -> Iterator[Key]:
-        """Keys from the oldest, without pinned chunks and their ancestors. Cost: one walk."""
+    def evictable(self, tried_max: int | None = None) -> Iterator[Key]:
+        """Keys from the oldest, without pinned chunks and their ancestors. Cost: one walk.
+
+        The walk ends after `tried_max` records.
+        """
         needed: set[Key] = set()
-        for key, record in self._records.items():
+        for key, record in islice(self._records.items(), tried_max):
             if record.pins == 0 and key not in needed:
                 yield key
                 continue

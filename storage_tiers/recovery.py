@@ -31,8 +31,6 @@ from storage_tiers.codec import checksum
 from storage_tiers.files import BlockFile, FileMover, Moved, Piece, padded
 from storage_tiers.slabs import SlabAllocator
 
-__all__ = ["Directory", "MakeMover", "RecoverMode", "open_directory"]
-
 RecoverMode = Literal["none", "quiet", "strict"]
 MakeMover = Callable[[BlockFile], FileMover]
 

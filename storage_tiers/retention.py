@@ -17,8 +17,6 @@ from storage_tiers.bucket import Bucket, BucketError, Listed
 from storage_tiers.object_index import ObjectIndex
 from storage_tiers.objects import ObjectName, root
 
-__all__ = ["Retention"]
-
 _OVERLAP_MS: Final = 120_000  # clocks differ, and a name is older than its object's arrival
 _FULL_LISTING_EVERY: Final = 20  # listings; finds what other nodes deleted
 

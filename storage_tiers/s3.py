@@ -55,8 +55,6 @@ from storage_tiers.objects import (
 from storage_tiers.retention import Retention
 from storage_tiers.settle import Gate, settled
 
-__all__ = ["S3Tier"]
-
 _PUTS_MAX: Final = 4
 _GETS_MAX: Final = 16
 _CLOSED: Final = Failed("the S3 tier is closed")

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["SlabAllocator"]
-
 _WASTE_MAX = 1 / 16  # of a slab, at its tail
 _SLAB_GRANULES_MAX = 16  # unless one slot alone needs more
 _GRANULES_MIN = 64  # small ranges get smaller granules
@@ -30,7 +28,7 @@ class _Slab:
 
 
 class SlabAllocator:
-    """Slots at multiples of `align` within `[0, capacity_bytes)`. All calls O(1) but a new slab's."""
+    """Slots at multiples of `align` within `[0, capacity_bytes)`. O(1) but for a new slab."""
 
     def __init__(
         self, capacity_bytes: int, *, align: int = 4096, granule_bytes: int = 2 << 20

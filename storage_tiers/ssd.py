@@ -46,8 +46,6 @@ from storage_tiers.recency import Recency, Record
 from storage_tiers.recovery import RecoverMode, open_directory
 from storage_tiers.settle import Gate, settled
 
-__all__ = ["Quarantined", "SsdTier"]
-
 _QUARANTINE_MAX: Final = 64  # extents kept aside; the oldest is used again when it is exceeded
 _VICTIMS_TRIED_MAX: Final = 4096
 _RESTAMPED_MAX: Final = 8192  # touches held in memory before a load records them
@@ -82,7 +80,7 @@ class SsdTier:
         self._listener = listener
         self._recover = recover
         self._make_mover = partial(make_mover, kind=mover)
-        self._index = Recency()
+        self._index: Recency[Record] = Recency(persistent=True)
         self._key_at: dict[int, Key] = {}  # extent offset -> resident there
         self._undeleted: set[Key] = set()  # left the index; deleted before the next write
         self._gate = Gate()

@@ -32,15 +32,6 @@ from storage_tiers.base import (
 )
 from storage_tiers.codec import checksum
 
-__all__ = [
-    "RecordingListener",
-    "TierConformance",
-    "load_one",
-    "make_items",
-    "make_key",
-    "store_all",
-]
-
 
 @dataclass(slots=True)
 class RecordingListener:

@@ -21,8 +21,6 @@ from storage_tiers.base import (
     TierUsage,
 )
 
-__all__ = ["Throttled"]
-
 
 class Throttled:
     """Calls take `latency_s` plus their bytes at `bytes_per_s`, which all calls share."""

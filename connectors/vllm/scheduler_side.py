@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
+    OffloadingConnectorStats,
+)
 from vllm.v1.kv_offload.base import (
     LookupResult,
     OffloadingManager,
@@ -90,14 +93,12 @@ class KvbmManager(OffloadingManager):
         lease_targets: Sequence[int],
         namespace: Callable[[], bytes],
     ) -> None:
-        """Connect. `namespace` makes the engine's key space, a new one at each call but the first."""
+        """Connect. `namespace` makes the engine's key space, anew at each call but the first."""
         self._groups = tuple(groups)
         self._position = {group.index: place for place, group in enumerate(groups)}
         self._renew_namespace = namespace
         self._namespace = namespace()
-        self._client = SchedulerClient(
-            self.options.socket, hello, lease_targets, clock=self._clock
-        )
+        self._client = SchedulerClient(self.options.socket, hello, lease_targets, clock=self._clock)
         self._client.start()
 
     @property
@@ -310,7 +311,7 @@ class KvbmManager(OffloadingManager):
             request.chains = [{} for _ in self._groups]
         self.client.renew()
 
-    def get_stats(self) -> stats.OffloadingConnectorStats | None:
+    def get_stats(self) -> OffloadingConnectorStats | None:
         self.client.pump()
         return self._tally.take(connected=self.client.ready)
 

@@ -1,1 +1,1 @@
-"""The `kvbm-daemon` process: settings, control socket, admin API and the loop around the manager."""
+"""The `kvbm-daemon` process: settings, control socket, admin API and the manager's loop."""
