@@ -15,7 +15,7 @@ class Lane:
     """First in, first out, each key once; single event loop."""
 
     def __init__(self, capacity_chunks: int) -> None:
-        self._capacity_chunks = capacity_chunks
+        self.capacity_chunks = capacity_chunks
         self._waiting: OrderedDict[Key, Chunk] = OrderedDict()
         self._filled = asyncio.Event()
         self.waiting_bytes = 0
@@ -30,7 +30,7 @@ class Lane:
         """Queue it unless it is queued already. False: the lane is full."""
         if chunk.key in self._waiting:
             return True
-        if len(self._waiting) >= self._capacity_chunks:
+        if len(self._waiting) >= self.capacity_chunks:
             return False
         self._waiting[chunk.key] = chunk
         self.waiting_bytes += chunk.length
@@ -46,18 +46,30 @@ class Lane:
         return True
 
     async def take(
-        self, chunks_max: int, *, enough_bytes: int = 0, linger_s: float = 0
+        self,
+        chunks_max: int,
+        *,
+        bytes_max: int | None = None,
+        enough_bytes: int = 0,
+        linger_s: float = 0,
     ) -> list[Chunk]:
-        """The next batch, at least one chunk. Waits up to `linger_s` for `enough_bytes`."""
+        """The next batch: at least one chunk, and no second one beyond either bound.
+
+        Waits up to `linger_s` for `enough_bytes` or `chunks_max` chunks.
+        """
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()
         if linger_s > 0:
             await self._linger(chunks_max, enough_bytes, linger_s)
         batch: list[Chunk] = []
+        size = 0
         while self._waiting and len(batch) < chunks_max:
-            _, chunk = self._waiting.popitem(last=False)
-            self.waiting_bytes -= chunk.length
+            chunk = next(iter(self._waiting.values()))
+            size += chunk.length
+            if batch and bytes_max is not None and size > bytes_max:
+                break
+            self.withdraw(chunk.key)
             batch.append(chunk)
         return batch
 

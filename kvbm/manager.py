@@ -15,7 +15,7 @@ from typing import Protocol
 
 from kvbm.meter import Meter
 from kvbm.offload import LaneSettings, Offloader
-from kvbm.onboard import Onboarder
+from kvbm.onboard import BYTES_IN_FLIGHT, Onboarder
 from kvbm.protocol import COMING, HERE, MISS, PRESENT
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
@@ -86,6 +86,7 @@ class BlockManager:
         meter: Meter,
         *,
         lease_bytes_max: int,
+        onboard_bytes_max: int = BYTES_IN_FLIGHT,
     ) -> None:
         self.dram = dram
         self.tiers: list[Tier] = [tier for tier, _ in lower]
@@ -93,7 +94,9 @@ class BlockManager:
         self._meter = meter
         self._lease_bytes_max = lease_bytes_max
         self.offloader = Offloader(dram, lower, self._offloaded, meter)
-        self.onboarder = Onboarder(dram, self.tiers, self._landed, meter)
+        self.onboarder = Onboarder(
+            dram, self.tiers, self._landed, meter, bytes_in_flight=onboard_bytes_max
+        )
         self._waiting: dict[Key, list[Ticket]] = {}
 
     # -- lookups -------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
+
 from kvbm.lane import Lane
 from kvbm.meter import Meter
 from storage_tiers.base import (
@@ -35,6 +37,8 @@ SEAL_BATCH_CHUNKS: Final = 16
 BACKOFF_S_MAX: Final = 30.0
 IDLE_POLL_S: Final = 0.02
 
+_log = structlog.get_logger("kvbm.offload")
+
 StoredCallback = Callable[[Tier, Sequence[Key]], None]
 
 
@@ -43,6 +47,7 @@ class LaneSettings:
     """How one tier wants its writes."""
 
     batch_chunks: int = 32
+    batch_bytes: int = 64 << 20  # claimed at a time, a larger chunk on its own
     queue_chunks: int = 4096
     enough_bytes: int = 0  # linger until this much waits ...
     linger_s: float = 0.0  # ... but no longer than this
@@ -87,6 +92,13 @@ class Offloader:
         lanes = zip(self._tiers, self._lanes, strict=True)
         return {"seal": len(self._to_seal)} | {t.name.value: len(lane) for t, lane in lanes}
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """Most that may wait, by stage."""
+        lanes = zip(self._tiers, self._lanes, strict=True)
+        own = {"seal": self._to_seal.capacity_chunks}
+        return own | {tier.name.value: lane.capacity_chunks for tier, lane in lanes}
+
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._seal())
@@ -127,11 +139,20 @@ class Offloader:
         while True:
             linger_s = 0.0 if self._hurry else settings.linger_s
             batch = await lane.take(
-                settings.batch_chunks, enough_bytes=settings.enough_bytes, linger_s=linger_s
+                settings.batch_chunks,
+                bytes_max=settings.batch_bytes,
+                enough_bytes=settings.enough_bytes,
+                linger_s=linger_s,
             )
             self._busy += 1
             try:
                 failed = await self._write_batch(index, batch)
+            except Exception:  # noqa: BLE001 (task border)
+                # A fault of ours must not end offloading, and with it the node's other tiers.
+                queue = f"offload_{self._tiers[index].name.value}"
+                _log.exception("offload_failed", queue=queue, chunks=len(batch))
+                self._meter.dropped(queue, "fault", len(batch))
+                failed = True
             finally:
                 self._busy -= 1
             backoff_s = min(max(2 * backoff_s, 0.5), BACKOFF_S_MAX) if failed else 0.0

@@ -8,9 +8,12 @@ unreachable) passes it on to the next one that does. Every request ends in one `
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
+
+import structlog
 
 from kvbm.lane import Lane
 from kvbm.meter import Meter
@@ -21,6 +24,9 @@ from storage_tiers.dram import DramTier
 BATCH_CHUNKS: Final = 8
 WORKERS_PER_TIER: Final = 2
 QUEUE_CHUNKS: Final = 1 << 16
+BYTES_IN_FLIGHT: Final = 512 << 20
+
+_log = structlog.get_logger("kvbm.onboard")
 
 Landed = Callable[[Sequence[tuple[Key, int]]], None]
 """Told (key, source) per chunk that landed: the tier's index in `tiers`, or -1 if it did not."""
@@ -37,6 +43,7 @@ class Onboarder:
         meter: Meter,
         *,
         queue_chunks: int = QUEUE_CHUNKS,
+        bytes_in_flight: int = BYTES_IN_FLIGHT,
     ) -> None:
         self._dram = dram
         self._tiers = tiers
@@ -44,6 +51,7 @@ class Onboarder:
         self._meter = meter
         self._lanes = [Lane(queue_chunks) for _ in tiers]
         self._pending: dict[Key, int] = {}  # key -> index of the tier it comes from
+        self._budget = _Budget(bytes_in_flight)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._pending
@@ -52,6 +60,12 @@ class Onboarder:
     def depth(self) -> dict[str, int]:
         """Chunks waiting, by tier name."""
         return {t.name.value: len(lane) for t, lane in zip(self._tiers, self._lanes, strict=True)}
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Most that may wait, by tier name."""
+        lanes = zip(self._tiers, self._lanes, strict=True)
+        return {tier.name.value: lane.capacity_chunks for tier, lane in lanes}
 
     def request(self, chunk: Chunk, tier: int) -> bool:
         """Bring this chunk up from `tiers[tier]`. False: the queue is full, nothing will come."""
@@ -77,17 +91,30 @@ class Onboarder:
 
     async def _work(self, index: int) -> None:
         while True:
-            batch = await self._lanes[index].take(BATCH_CHUNKS)
-            reserved = [(chunk, self._dram.reserve(chunk.length)) for chunk in batch]
-            ready = [(chunk, slot) for chunk, slot in reserved if slot is not None]
-            crowded = [chunk for chunk, slot in reserved if slot is None]
-            if crowded:
-                self._meter.dropped("onboard", "no_room", len(crowded))
-                self._end([(chunk.key, -1) for chunk in crowded])
-            if ready:
-                await self._bring(index, ready)
+            batch = await self._lanes[index].take(BATCH_CHUNKS, bytes_max=self._budget.total_bytes)
+            async with self._budget.held(sum(chunk.length for chunk in batch)):
+                await self._bring_up(index, batch)
 
-    async def _bring(self, index: int, batch: list[tuple[Chunk, Slot]]) -> None:
+    async def _bring_up(self, index: int, batch: list[Chunk]) -> None:
+        reserved = [(chunk, self._dram.reserve(chunk.length)) for chunk in batch]
+        ready = [(chunk, slot) for chunk, slot in reserved if slot is not None]
+        crowded = [chunk for chunk, slot in reserved if slot is None]
+        if crowded:
+            self._meter.dropped("onboard", "no_room", len(crowded))
+            self._end([(chunk.key, -1) for chunk in crowded])
+        if ready:
+            try:
+                await self._load(index, ready)
+            except Exception:  # noqa: BLE001 (task border)
+                # A fault of ours must not end onboarding; who waits must hear of it.
+                _log.exception("onboard_failed", tier=self._tiers[index].name.value)
+                self._meter.error(f"load_{self._tiers[index].name.value}", "fault")
+                for _, slot in ready:
+                    if self._dram.is_leased(slot):
+                        self._dram.release(slot)
+                self._end([(c.key, -1) for c, _ in ready if c.key in self._pending])
+
+    async def _load(self, index: int, batch: list[tuple[Chunk, Slot]]) -> None:
         tier = self._tiers[index]
         items = [LoadItem(chunk.key, self._dram.view(slot)) for chunk, slot in batch]
         start = time.perf_counter()
@@ -127,3 +154,27 @@ class Onboarder:
             self._pending.pop(key, None)
         if ended:
             self._landed(ended)
+
+
+class _Budget:
+    """Bytes that may be in flight at a time; waiters are served in order."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self._free_bytes = total_bytes
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def held(self, size: int) -> AsyncIterator[None]:
+        size = min(size, self.total_bytes)  # one chunk larger than the budget goes alone
+        async with self._turn:
+            while self._free_bytes < size:
+                self._freed.clear()
+                await self._freed.wait()
+            self._free_bytes -= size
+        try:
+            yield
+        finally:
+            self._free_bytes += size
+            self._freed.set()

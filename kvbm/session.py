@@ -55,6 +55,7 @@ class Member(Protocol):
     """A connection, as a session uses it."""
 
     hello: Hello
+    since: float  # when it joined, by the monotonic clock
 
     def send(self, message: FromDaemon) -> None: ...
 
@@ -93,6 +94,15 @@ class Session:
     @property
     def leased_slots(self) -> int:
         return len(self._leased)
+
+    @property
+    def leased_bytes(self) -> int:
+        return sum(slot.length for slot in self._leased.values())
+
+    @property
+    def claims(self) -> int:
+        """Chunks in host memory that its tickets hold."""
+        return sum(len(ticket.claims) for ticket in self._tickets.values())
 
     def join(self, member: Member) -> None:
         """Add a member. Raises Refusal if it does not fit the engine it names."""

@@ -116,6 +116,7 @@ class RemovalReason(StrEnum):
 class TierListener(Protocol):
     """Told of residencies a tier gained or lost other than by the caller's own `store` outcome.
 
+    That includes what a tier found when it opened.
     Called on the event loop, between awaits of the tier; must not block or raise.
     """
 

@@ -107,7 +107,8 @@ class S3Bucket:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="s3")
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
         self._client: Any = None
         self._tagging = True
 
@@ -116,6 +117,8 @@ class S3Bucket:
         return "boto3"
 
     async def open(self) -> None:
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="s3")
+
         def connect() -> None:
             session = boto3.Session(
                 aws_access_key_id=self._access_key_id,
@@ -191,11 +194,13 @@ class S3Bucket:
 
     async def close(self) -> None:
         """Threads still in a call end with its timeout; nobody waits for them."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
         if self._client is not None:
             self._client.close()
 
     async def _run(self, what: str, call: Callable[[], T]) -> T:
+        assert self._pool is not None, "open first"
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, call)
         except botocore.exceptions.ClientError as error:

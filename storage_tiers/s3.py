@@ -122,11 +122,13 @@ class S3Tier:
             self._gate.shut = False
             await self._retention.discover()
             await self._retention.trim()
-        except BucketError as error:
+        except BaseException as error:
             self._gate.shut = True
             self._worker.shutdown()
             await self._bucket.close()
-            raise TierError(f"S3 cannot be used: {error}") from error
+            if isinstance(error, BucketError):
+                raise TierError(f"S3 cannot be used: {error}") from error
+            raise
         self._refresher = asyncio.create_task(self._refresh_forever())
         return RecoveryReport(
             self.name,

@@ -102,6 +102,7 @@ class SsdTier:
         self._key_at = {entry.offset: entry.chunk.key for entry in directory.entries}
         directory.entries = []
         self._gate.shut = False
+        self._listener.appeared(self.name, [r.chunk.key for r in self._index.records()])
         return RecoveryReport(
             self.name,
             chunks=len(self._index),

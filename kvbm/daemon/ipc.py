@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +52,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, hello: Hello, sessions: Sessions, meter: Meter) -> None:
         self.hello = hello
+        self.since = time.monotonic()
         self._sessions = sessions
         self._meter = meter
         self._frames = FrameReader()

@@ -29,11 +29,6 @@ _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
-Mover = Literal["auto", "nixl", "plain"]
-_MOVER_TEXT: Final = (
-    "What moves the bytes: `nixl`, `plain` ({plain}), or `auto`: NIXL where it loads."
-)
-
 
 class DramSettings(Section):
     capacity: Size = Field(
@@ -62,7 +57,11 @@ class SsdSettings(Section):
         description="What to do with the contents found at start: `none` forgets them, `quiet` "
         "keeps what is sound, `strict` refuses to start if anything is not.",
     )
-    mover: Mover = Field(default="auto", description=_MOVER_TEXT.format(plain="preadv and pwritev"))
+    mover: Literal["auto", "nixl", "plain"] = Field(
+        default="auto",
+        description="What moves the bytes: `nixl`, `plain` (preadv and pwritev), or `auto`: NIXL "
+        "where it loads.",
+    )
 
     @field_validator("path")
     @classmethod
@@ -87,8 +86,10 @@ class S3Settings(Section):
     secret_access_key: Secret | None = Field(
         default=None, description="Secret key, or `file:PATH`; goes with `access_key_id`."
     )
-    capacity: Size | None = Field(
-        default=None, description="Most that this node keeps in the bucket; `null` for no bound."
+    capacity: Size = Field(
+        default=1 << 40,
+        description="Most that all nodes together keep under `s3.prefix`; beyond it the oldest "
+        "objects are deleted. Nodes that share the prefix must agree.",
     )
     max_age: Duration | None = Field(
         default=None, description="Objects older than this are deleted; `null` keeps them."
@@ -104,7 +105,6 @@ class S3Settings(Section):
     refresh: Duration = Field(
         default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
     )
-    mover: Mover = Field(default="auto", description=_MOVER_TEXT.format(plain="boto3"))
 
     @field_validator("bucket")
     @classmethod
@@ -131,7 +131,7 @@ class S3Settings(Section):
             raise ValueError("access_key_id and secret_access_key go together: both or neither")
         if self.endpoint_url and not self.endpoint_url.startswith(("http://", "https://")):
             raise ValueError(f"endpoint_url: {self.endpoint_url!r} is neither http:// nor https://")
-        if self.capacity is not None and self.capacity < self.object_bytes:
+        if self.capacity < self.object_bytes:
             raise ValueError(
                 f"capacity {format_size(self.capacity)} does not hold one object of "
                 f"object_bytes {format_size(self.object_bytes)}"
@@ -155,7 +155,13 @@ class LogSettings(Section):
 
 class OffloadSettings(Section):
     batch_chunks: int = Field(
-        default=32, ge=1, le=4096, description="Chunks written to a lower tier in one go, at most."
+        default=32, ge=1, le=4096, description="Chunks written to the SSD in one go, at most."
+    )
+    batch_bytes: Size = Field(
+        default=64 << 20,
+        ge=1,
+        description="Host memory held against eviction while one batch is written to a tier, at "
+        "most; at least one chunk is.",
     )
     queue_chunks: int = Field(
         default=4096,
@@ -201,8 +207,8 @@ class DaemonSettings(Settings):
     )
     node: str = Field(
         default_factory=lambda: _node_name(socket.gethostname()),
-        pattern=r"^[A-Za-z0-9_-]+$",
-        description="Name of this node in events and metrics.",
+        pattern=r"^[A-Za-z0-9_-]{1,48}$",
+        description="Name of this node in events, metrics and the names of its S3 objects.",
         json_schema_extra={"default_text": "the host's name"},
     )
     dram: DramSettings = Field(default=DramSettings(), description="G2: chunks in host memory.")
@@ -277,7 +283,7 @@ def main(arguments: list[str]) -> int:
 
 def _node_name(hostname: str) -> str:
     """The host's short name with what events' subjects do not allow replaced."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", hostname.partition(".")[0]) or "node"
+    return re.sub(r"[^A-Za-z0-9_-]", "-", hostname.partition(".")[0])[:48] or "node"
 
 
 _INTRODUCTION: Final = """\

@@ -1,0 +1,110 @@
+"""`kvbm-daemon`: serve a node, or check its settings.
+
+Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings cannot be used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+
+from kvbm.daemon.admin import AdminError
+from kvbm.daemon.ipc import SocketError
+from kvbm.daemon.node import PROGRAM, Node
+from kvbm.daemon.server import Server
+from kvbm.daemon.settings import DaemonSettings
+from kvbm.daemon.systemd import Notifier
+from runtime import telemetry
+from runtime.settings import Loaded, SettingsError, parse_assignments
+from storage_tiers.arena import ArenaError
+from storage_tiers.base import TierError
+
+_log = structlog.get_logger("kvbm.daemon")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="KV-cache block manager: one per node, shared by every engine on it.",
+)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/CONFIG.md).")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
+]
+
+
+@app.command()
+def serve(config: Config = None, assignments: Assignments = None) -> None:
+    """Serve the engines of this node until SIGTERM or SIGINT."""
+    loaded = _load(config, assignments)
+    settings = loaded.value
+    telemetry.configure(settings.log.format, settings.log.level, sys.stderr, os.environ)
+    for name in loaded.ignored:
+        _log.warning("unknown_variable", name=name)
+    try:
+        asyncio.run(_serve(settings))
+    except (ArenaError, TierError, SocketError, AdminError) as error:
+        _log.error("cannot_run", reason=str(error))
+        raise typer.Exit(1) from None
+
+
+@app.command("check-config")
+def check_config(
+    file: Annotated[Path | None, typer.Argument(help="YAML or TOML file.")] = None,
+    assignments: Assignments = None,
+) -> None:
+    """Check the settings that `serve` would use, and say where each problem is."""
+    loaded = _load(file, assignments)
+    sections = {key.rpartition(".")[0] for key in loaded.origins}
+    for key in sorted(loaded.origins.keys() - sections):
+        typer.echo(f"{key}: from {loaded.origins[key]}")
+    for name in loaded.ignored:
+        typer.echo(f"{name}: names no setting; ignored", err=True)
+    typer.echo("settings are usable")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(_version())
+
+
+def main() -> None:
+    app(prog_name=PROGRAM)
+
+
+async def _serve(settings: DaemonSettings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    node = Node(settings, _version())
+    await Server(node, Notifier.from_environ(os.environ)).run(stop)
+
+
+def _load(file: Path | None, assignments: list[str] | None) -> Loaded[DaemonSettings]:
+    try:
+        return DaemonSettings.load(file, overrides=parse_assignments(assignments or ()))
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        raise typer.Exit(2) from None
+
+
+def _version() -> str:
+    return importlib.metadata.version(PROGRAM)
+
+
+if __name__ == "__main__":
+    main()

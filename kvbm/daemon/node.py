@@ -1,0 +1,128 @@
+"""One node: the block manager with its tiers, engines and events, and what can be seen of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from kvbm.daemon.metrics import Metrics
+from kvbm.daemon.settings import DaemonSettings
+from kvbm.daemon.tiers import make_lower_tiers
+from kvbm.daemon.view import EventsStatus, QueueStatus, SessionStatus
+from kvbm.manager import BlockManager, Catalogue
+from kvbm.protocol import Hello
+from kvbm.scrub import Scrubber
+from kvbm.session import Sessions
+from runtime.events import EventPlane, create_event_plane
+from runtime.events.blocks import BlockPublisher
+from storage_tiers.arena import Arena
+from storage_tiers.base import Key, RecoveryReport, Tier, TierName, TierUsage
+from storage_tiers.dram import DramTier
+
+PROGRAM = "kvbm-daemon"
+
+
+class Announcer:
+    """The manager's `BlockEvents`, on the node's block event stream."""
+
+    def __init__(self, publisher: BlockPublisher) -> None:
+        self._publisher = publisher
+
+    def stored(self, tier: TierName, keys: Sequence[Key]) -> None:
+        self._publisher.stored(tier.value, keys)
+
+    def removed(self, tier: TierName, keys: Sequence[Key]) -> None:
+        self._publisher.removed(tier.value, keys)
+
+
+class Node:
+    """Puts the parts together, nothing opened or started; implements `NodeView`."""
+
+    def __init__(self, settings: DaemonSettings, version: str) -> None:
+        """Raises ArenaError if host memory cannot be had."""
+        self.settings = settings
+        self.metrics = Metrics(version, settings.node)
+        self.plane: EventPlane = create_event_plane(settings.events, f"{PROGRAM} {settings.node}")
+        self.blocks = BlockPublisher(
+            self.plane,
+            namespace=settings.events.namespace,
+            node=settings.node,
+            epoch=time.time_ns() // 1000,
+            linger_s=settings.events.linger,
+            batch_events=settings.events.batch_events,
+            ring_keys=settings.events.ring_keys,
+        )
+        announcer = Announcer(self.blocks)
+        catalogue = Catalogue(announcer)
+        self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
+        self.dram = DramTier(self.arena, catalogue)
+        self.manager = BlockManager(
+            self.dram,
+            make_lower_tiers(settings, catalogue),
+            announcer,
+            self.metrics,
+            lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
+            onboard_bytes_max=settings.onboard.max_bytes_in_flight,
+        )
+        self.members = Sessions(self.manager)
+        self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
+        self.reports: dict[TierName, RecoveryReport] = {}
+        self.problems: dict[str, str] = {"socket": "not listening yet"}
+        self.problems |= {tier.name.value: "not open yet" for tier in self.all_tiers}
+
+    @property
+    def all_tiers(self) -> list[Tier]:
+        return [self.dram, *self.manager.tiers]
+
+    # -- NodeView ------------------------------------------------------------------------
+
+    def tiers(self) -> Sequence[TierUsage]:
+        return [tier.usage() for tier in self.all_tiers]
+
+    def readiness(self) -> Mapping[str, str | None]:
+        names = [tier.name.value for tier in self.all_tiers]
+        return {name: self.problems.get(name) for name in (*names, "socket")}
+
+    def recovery(self) -> Sequence[RecoveryReport]:
+        return list(self.reports.values())
+
+    def sessions(self) -> Sequence[SessionStatus]:
+        return [
+            _status(member.hello, member.since, session.claims, session.leased_bytes)
+            for session in self.members.all
+            for member in session.members
+        ]
+
+    def queues(self) -> Sequence[QueueStatus]:
+        offloader, onboarder = self.manager.offloader, self.manager.onboarder
+        down = offloader.limits
+        up = onboarder.limits
+        return [
+            *(
+                QueueStatus(stage if stage == "seal" else f"offload_{stage}", depth, down[stage])
+                for stage, depth in offloader.depth.items()
+            ),
+            *(
+                QueueStatus(f"onboard_{tier}", depth, up[tier])
+                for tier, depth in onboarder.depth.items()
+            ),
+        ]
+
+    def events(self) -> EventsStatus:
+        status = self.blocks.status()
+        return EventsStatus(status.published_total, status.dropped_total)
+
+
+def _status(hello: Hello, since: float, claims: int, leased_bytes: int) -> SessionStatus:
+    """Claims and leases are the engine's: shown with its scheduler, which asks for them."""
+    is_scheduler = hello.role == "scheduler"
+    return SessionStatus(
+        id=f"{hello.engine}/{hello.role}/{hello.rank}",
+        role=hello.role,
+        engine=hello.engine,
+        rank=hello.rank,
+        pid=hello.pid,
+        connected_s=time.monotonic() - since,
+        claims=claims if is_scheduler else 0,
+        leased_bytes=leased_bytes if is_scheduler else 0,
+    )

@@ -1,0 +1,128 @@
+"""The daemon's life: open what is kept, serve engines, and end without losing what was promised.
+
+Start: events, tiers, admin API, then the control socket; ready once engines may come. Stop:
+engines are sent away first, then what is on its way down is written, then the tiers are closed.
+S3 out of reach does not keep a node from serving: it is opened as soon as it answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Final
+
+import structlog
+
+from kvbm.daemon.admin import AdminServer, create_app
+from kvbm.daemon.ipc import ControlSocket
+from kvbm.daemon.node import Node
+from kvbm.daemon.systemd import Notifier
+from storage_tiers.base import Tier, TierError, TierName
+
+DRAIN_S: Final = 30.0
+REMOTE_WAIT_S: Final = 10.0
+OPEN_RETRY_S_MIN: Final = 1.0
+OPEN_RETRY_S_MAX: Final = 30.0
+
+_log = structlog.get_logger("kvbm.daemon")
+
+
+class Server:
+    """Runs a `Node` once."""
+
+    def __init__(self, node: Node, notifier: Notifier) -> None:
+        self._node = node
+        self._notifier = notifier
+        self._socket = ControlSocket(node.settings.socket, node.members, node.arena, node.metrics)
+        self._remote_tried = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set, then end cleanly.
+
+        Raises TierError, SocketError or AdminError if it cannot start.
+        """
+        async with contextlib.AsyncExitStack() as cleanup:
+            node = self._node
+            await node.plane.start()
+            cleanup.push_async_callback(self._close_events)
+            for tier in node.all_tiers:
+                cleanup.push_async_callback(tier.close)
+                if tier.name is not TierName.S3:
+                    await self._open(tier)
+            admin = node.settings.admin
+            server = AdminServer(create_app(node, node.metrics), admin.host, admin.port)
+            await server.start()
+            cleanup.push_async_callback(server.stop)
+            self._socket.bind()
+            async with self._background():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._remote_tried.wait(), REMOTE_WAIT_S)
+                node.problems.pop("socket", None)
+                kept = ", ".join(f"{r.tier.value}: {r.chunks} chunks" for r in node.recovery())
+                self._notifier.ready(f"listening on {node.settings.socket}; {kept}")
+                _log.info("ready", socket=str(node.settings.socket), admin=server.url, kept=kept)
+                await stop.wait()
+                self._notifier.stopping()
+                _log.info("stopping")
+        _log.info("stopped")
+
+    @contextlib.asynccontextmanager
+    async def _background(self) -> AsyncIterator[None]:
+        """Everything that runs meanwhile; on leaving, engines go first and offloading last."""
+        manager = self._node.manager
+        async with asyncio.TaskGroup() as group:
+            moving = [
+                group.create_task(work, name=name)
+                for name, work in (
+                    ("offload", manager.offloader.run()),
+                    ("onboard", manager.onboarder.run()),
+                    ("scrub", self._node.scrubber.run()),
+                    ("watchdog", self._notifier.feed_watchdog()),
+                    ("open-remote", self._open_remote()),
+                )
+            ]
+            serving = group.create_task(self._socket.serve(), name="control-socket")
+            yield
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+            left = await manager.offloader.drain(DRAIN_S)
+            if left:
+                _log.warning("chunks_not_offloaded", chunks=left, after_s=DRAIN_S)
+            for task in moving:
+                task.cancel()
+
+    async def _open_remote(self) -> None:
+        """Open S3, however long it takes to answer."""
+        pause_s = OPEN_RETRY_S_MIN
+        for tier in self._node.manager.tiers:
+            while tier.name is TierName.S3 and tier.name not in self._node.reports:
+                try:
+                    await self._open(tier)
+                except TierError as error:
+                    self._node.problems[tier.name.value] = str(error)
+                    _log.warning("tier_unavailable", tier=tier.name.value, reason=str(error))
+                    self._remote_tried.set()
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, OPEN_RETRY_S_MAX)
+        self._remote_tried.set()
+
+    async def _open(self, tier: Tier) -> None:
+        name = tier.name.value
+        report = await tier.open()
+        self._node.problems.pop(name, None)
+        self._node.reports[tier.name] = report
+        _log.info(
+            "tier_open",
+            tier=name,
+            mover=tier.usage().mover,
+            chunks=report.chunks,
+            bytes=report.bytes,
+            dropped=report.dropped,
+            seconds=round(report.seconds, 3),
+        )
+
+    async def _close_events(self) -> None:
+        self._node.blocks.flush()
+        await self._node.plane.close()
