@@ -1,13 +1,15 @@
 """An engine's scheduler as the daemon's client: tickets, answers and a pool of leased slots.
 
 All methods return at once. What the daemon says is queued by the link's thread and applied when
-the owner calls `pump`, so that state changes only between the owner's own steps. While the daemon
-is away every lookup is a miss and every store is skipped; nothing waits for it.
+the owner calls `pump`, so that state changes only between the owner's own steps; but slots that
+another engine needs go back at once, because an idle engine takes no steps. While the daemon is
+away every lookup is a miss and every store is skipped; nothing waits for it.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,6 +34,7 @@ from kvbm.protocol import (
     Matched,
     MatchGroup,
     Ready,
+    Share,
     Unmatch,
     Welcome,
     pack_slots,
@@ -41,6 +44,7 @@ from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Key
 
 LEASE_RETRY_S: Final = 0.05
+LEASE_UNANSWERED_S: Final = 1.0
 UNANSWERED_MAX: Final = 3
 """Lookups in a row that the daemon let run into their deadline before the link is renewed."""
 
@@ -82,7 +86,8 @@ class Filled:
 class _Inbox:
     """The link's handler: keeps events in order until the owner's next `pump`."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: Callable[[int], None]) -> None:
+        self._share = share
         self.events: deque[FromDaemon | int | None] = deque()  # int: connected, None: disconnected
 
     def connected(self, connection: int, welcome: Welcome, arena_fd: int | None) -> None:
@@ -90,7 +95,10 @@ class _Inbox:
         self.events.append(welcome)
 
     def received(self, message: FromDaemon) -> None:
-        self.events.append(message)
+        if isinstance(message, Share):
+            self._share(message.bytes)
+        else:
+            self.events.append(message)
 
     def disconnected(self) -> None:
         self.events.append(None)
@@ -107,11 +115,13 @@ class SchedulerClient:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._inbox = _Inbox()
+        self._inbox = _Inbox(self._shrink)
         self._link = Link(path, hello, self._inbox)
         self._clock = clock
         self._lease_targets = lease_targets  # by cache group
+        self._lease_lock = threading.Lock()  # for the pools and the share
         self._pools: dict[int, _Pool] = {}  # by slot length
+        self._share_bytes = 0
         self._lookups: dict[int, Lookup] = {}
         self._next_ticket = 0
         self._unanswered = 0
@@ -199,8 +209,9 @@ class SchedulerClient:
         """Up to `count` leased slots for chunks of a cache group."""
         if self.layout is None:
             return []
-        pool = self._pools[self.layout.lengths[group]]
-        taken = [pool.slots.popleft() for _ in range(min(count, len(pool.slots)))]
+        with self._lease_lock:
+            pool = self._pools[self.layout.lengths[group]]
+            taken = [pool.slots.popleft() for _ in range(min(count, len(pool.slots)))]
         self._refill()
         return taken
 
@@ -233,7 +244,8 @@ class SchedulerClient:
 
     def _forget(self) -> None:
         self.layout = None
-        self._pools.clear()
+        with self._lease_lock:
+            self._pools.clear()
         for lookup in self._lookups.values():
             lookup.answered = True
             lookup.states = bytearray(len(lookup.keys))
@@ -243,8 +255,9 @@ class SchedulerClient:
     def _become_ready(self, message: Ready) -> None:
         self.layout = message
         self._unanswered = 0
-        for length, target in zip(message.lengths, self._lease_targets, strict=True):
-            self._pools.setdefault(length, _Pool(0)).target += target
+        with self._lease_lock:
+            for length, target in zip(message.lengths, self._lease_targets, strict=True):
+                self._pools.setdefault(length, _Pool(0)).target += target
         self._refill()
 
     def _matched(self, message: Matched) -> None:
@@ -270,21 +283,44 @@ class SchedulerClient:
 
     def _leased(self, message: Leased) -> None:
         slots = [slot for _, _, slot in unpack_slots(message.slots)]
-        for pool in self._pools.values():
-            pool.asked = pool.asked and bool(slots)
-        for slot in slots:
-            pool = self._pools[slot.length]
-            pool.slots.append(slot)
-            pool.asked = False
+        with self._lease_lock:
+            for pool in self._pools.values():
+                pool.asked = pool.asked and bool(slots)
+            for slot in slots:
+                pool = self._pools[slot.length]
+                pool.slots.append(slot)
+                pool.asked = False
 
     def _refill(self) -> None:
-        """Ask for slots where less than half of the target is left; not again until answered."""
+        """Ask for what is missing to the targets; not again until answered."""
         now = self._clock()
-        for length, pool in self._pools.items():
-            wait = pool.asked and now - pool.asked_at < LEASE_RETRY_S * 20
-            if 2 * len(pool.slots) >= pool.target or wait:
+        with self._lease_lock:
+            wanted = [
+                (length, pool, self._target(length, pool) - len(pool.slots))
+                for length, pool in self._pools.items()
+            ]
+        for length, pool, missing in wanted:
+            pause_s = LEASE_UNANSWERED_S if pool.asked else LEASE_RETRY_S
+            if 8 * missing < pool.target or missing <= 0 or now - pool.asked_at < pause_s:
                 continue
-            if now - pool.asked_at < LEASE_RETRY_S:
-                continue
-            if self._send(Lease(length, pool.target - len(pool.slots))):
+            if self._send(Lease(length, missing)):
                 pool.asked, pool.asked_at = True, now
+
+    def _target(self, length: int, pool: _Pool) -> int:
+        """The pool's target, or its part of the share where the share is smaller."""
+        everything = sum(size * each.target for size, each in self._pools.items())
+        if everything <= self._share_bytes:
+            return pool.target
+        return pool.target * self._share_bytes // everything
+
+    def _shrink(self, share_bytes: int) -> None:
+        """On the link's thread: the share has changed; give back what is beyond it."""
+        with self._lease_lock:
+            self._share_bytes = share_bytes
+            surplus = [
+                pool.slots.pop()
+                for length, pool in self._pools.items()
+                for _ in range(len(pool.slots) - self._target(length, pool))
+            ]
+        if surplus:
+            self._send(GiveBack(pack_slots((i, 0, slot) for i, slot in enumerate(surplus))))

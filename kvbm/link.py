@@ -14,6 +14,7 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -37,6 +38,7 @@ CONNECT_TIMEOUT_S: Final = 2.0
 WELCOME_TIMEOUT_S: Final = 5.0
 RETRY_S_MIN: Final = 0.05
 RETRY_S_MAX: Final = 1.0
+STEADY_S: Final = 5.0
 _READ_BYTES: Final = 1 << 18
 
 _logger = logging.getLogger("kvbm.link")
@@ -111,15 +113,18 @@ class Link:
     def _run(self) -> None:
         pause_s = RETRY_S_MIN
         while not self._closing.is_set():
-            if self._connect_and_serve():
+            began = time.monotonic()
+            self._connect_and_serve()
+            # A connection that breaks as soon as it stands must not be made again in a hurry.
+            if time.monotonic() - began > STEADY_S:
                 pause_s = RETRY_S_MIN
             self._closing.wait(pause_s)
             pause_s = min(2 * pause_s, RETRY_S_MAX)
         self._wake_reader.close()
         self._wake_writer.close()
 
-    def _connect_and_serve(self) -> bool:
-        """One connection's life. True if the daemon welcomed us."""
+    def _connect_and_serve(self) -> None:
+        """One connection's life."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         welcomed = False
         try:
@@ -139,7 +144,6 @@ class Link:
             # Closed last: the daemon frees our leases when it sees the end of the stream, and
             # by then the owner must have stopped writing to them.
             sock.close()
-        return welcomed
 
     def _shake_hands(self, sock: socket.socket) -> tuple[FrameReader, list[bytes]]:
         sock.settimeout(CONNECT_TIMEOUT_S)

@@ -21,8 +21,10 @@ from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
 from storage_tiers.dram import DramTier, Resident
 
-SOURCE_DRAM = 2
-"""Source number of a hit in host memory; a lower tier's is its place below it: 3, 4, ..."""
+SOURCES = {TierName.DRAM: 2, TierName.SSD: 3, TierName.S3: 4}
+"""What a slot's record says of where its chunk was found."""
+
+_IN_DRAM = 1  # places: 0 is nowhere, from 2 on the lower tiers in their order
 
 
 class BlockEvents(Protocol):
@@ -92,7 +94,7 @@ class BlockManager:
         self.tiers: list[Tier] = [tier for tier, _ in lower]
         self._events = events
         self._meter = meter
-        self._lease_bytes_max = lease_bytes_max
+        self.lease_bytes_max = lease_bytes_max
         self.offloader = Offloader(dram, lower, self._offloaded, meter)
         self.onboarder = Onboarder(
             dram, self.tiers, self._landed, meter, bytes_in_flight=onboard_bytes_max
@@ -138,7 +140,7 @@ class BlockManager:
     def lease(self, length: int, count: int) -> list[Slot]:
         """Up to `count` free slots for an engine to fill; fewer when room or the budget ends."""
         slots: list[Slot] = []
-        while len(slots) < count and self.dram.leased_bytes + length <= self._lease_bytes_max:
+        while len(slots) < count and self.dram.leased_bytes + length <= self.lease_bytes_max:
             slot = self.dram.reserve(length)
             if slot is None:
                 self._meter.dropped("lease", "no_room", count - len(slots))
@@ -167,11 +169,11 @@ class BlockManager:
     # -- below ---------------------------------------------------------------------------
 
     def _residencies(self, keys: Sequence[Key]) -> list[int]:
-        """Per key: 2 for host memory, 3 and up for the first lower tier that has it, 0 if none."""
-        places = [SOURCE_DRAM if key in self.dram else 0 for key in keys]
+        """Per key: 1 for host memory, 2 and up for the first lower tier that has it, 0 if none."""
+        places = [_IN_DRAM if key in self.dram else 0 for key in keys]
         self._meter.lookup(TierName.DRAM, "hit", sum(1 for place in places if place))
         self._meter.lookup(TierName.DRAM, "miss", sum(1 for place in places if not place))
-        for number, tier in enumerate(self.tiers, start=SOURCE_DRAM + 1):
+        for number, tier in enumerate(self.tiers, start=_IN_DRAM + 1):
             missing = [index for index, place in enumerate(places) if not place]
             if not missing:
                 break
@@ -192,11 +194,11 @@ class BlockManager:
         start = max(0, end - group.window - 1) if group.window else 0
         for index, (key, place) in enumerate(zip(group.keys, places, strict=True)):
             state = PRESENT if place else MISS
-            if place == SOURCE_DRAM and index < end:
-                self._claim(ticket, base + index, key, SOURCE_DRAM)
+            if place == _IN_DRAM and index < end:
+                self._claim(ticket, base + index, key, SOURCES[TierName.DRAM])
                 state = HERE
             elif place and start <= index < end:
-                tier = place - SOURCE_DRAM - 1
+                tier = place - _IN_DRAM - 1
                 (chunk,) = self.tiers[tier].find([key])
                 if chunk is not None and self.onboarder.request(chunk, tier):
                     ticket.coming[key] = base + index
@@ -219,7 +221,7 @@ class BlockManager:
                 index = ticket.coming.pop(key)
                 _, arrival = arrivals.setdefault(id(ticket), (ticket, Arrivals()))
                 if tier >= 0 and key in self.dram:
-                    source = SOURCE_DRAM + 1 + tier
+                    source = SOURCES[self.tiers[tier].name]
                     arrival.landed.append((index, source, self._claim(ticket, index, key, source)))
                 else:
                     arrival.failed.append(index)

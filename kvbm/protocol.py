@@ -6,8 +6,8 @@ its workers (`role="worker"`). Keys travel concatenated, slots as packed records
 request may carry thousands of either.
 
 Order: Hello -> Welcome (a worker's comes with the arena's file descriptor) or Refused; then, when
-all members of the engine are there, Ready to the scheduler. A connection that breaks an order or
-a bound is closed. `VERSION` changes with any change here; daemon and client must agree.
+all members of the engine are there, Ready and Share to the scheduler. A connection that breaks an
+order or a bound is closed. `VERSION` changes with any change here; daemon and client must agree.
 """
 
 from __future__ import annotations
@@ -134,6 +134,12 @@ class Ready(Message, frozen=True):
     lengths: list[int]
 
 
+class Share(Message, frozen=True):
+    """The engine may keep this much leased; what it has beyond that and does not use goes back."""
+
+    bytes: int
+
+
 class Matched(Message, frozen=True):
     ticket: int
     states: bytes  # one state a key, groups one after the other
@@ -156,7 +162,7 @@ class Fence(Message, frozen=True):
 
 
 FromClient = Hello | Match | Unmatch | Lease | Commit | GiveBack | Loaded | Fenced
-FromDaemon = Welcome | Refused | Ready | Matched | Arrived | Leased | Fence
+FromDaemon = Welcome | Refused | Ready | Share | Matched | Arrived | Leased | Fence
 
 _encoder = msgspec.msgpack.Encoder()
 decode_from_client = msgspec.msgpack.Decoder(FromClient).decode

@@ -12,6 +12,8 @@ import itertools
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
 from kvbm.protocol import (
     GROUPS_MAX,
@@ -33,6 +35,7 @@ from kvbm.protocol import (
     Match,
     Matched,
     Ready,
+    Share,
     Unmatch,
     pack_slots,
     split_keys,
@@ -45,6 +48,8 @@ TICKETS_MAX = 65536
 """Open requests per engine; beyond it a match is answered with misses."""
 
 _NO_PARENT = bytes(KEY_BYTES)
+
+_log = structlog.get_logger("kvbm.session")
 
 
 class Refusal(Exception):
@@ -76,6 +81,7 @@ class Session:
         self._leased: dict[int, Slot] = {}  # by offset
         self._tickets: dict[int, Ticket] = {}
         self._lengths: tuple[int, ...] = ()
+        self._share_bytes = 0
         self.loaded_bytes = 0
         self.failed_loads = 0
 
@@ -123,6 +129,22 @@ class Session:
             self._workers[hello.rank] = member
         if self.is_ready:
             self._announce_ready()
+
+    def set_share(self, share_bytes: int) -> None:
+        """How much of host memory this engine may hold as leased slots."""
+        if not self.is_ready or self.ending or share_bytes == self._share_bytes:
+            return
+        self._share_bytes = share_bytes
+        if share_bytes < max(self._lengths):
+            _log.warning(
+                "lease_too_small",
+                engine=self.engine,
+                share_bytes=share_bytes,
+                chunk_bytes=max(self._lengths),
+                hint="nothing of this engine is kept: raise lease.fraction or dram.capacity",
+            )
+        assert self._scheduler is not None
+        self._scheduler.send(Share(share_bytes))
 
     def leave(self, member: Member) -> None:
         """A member's connection is gone: end the session."""
@@ -209,7 +231,8 @@ class Session:
     def _lease(self, message: Lease) -> None:
         if message.length not in self._lengths or not 0 < message.count <= 1 << 20:
             raise FrameError(f"a lease of {message.count} slots of {message.length} bytes")
-        slots = self._manager.lease(message.length, message.count)
+        room = max(0, self._share_bytes - self.leased_bytes) // message.length
+        slots = self._manager.lease(message.length, min(message.count, room))
         self._leased.update({slot.offset: slot for slot in slots})
         assert self._scheduler is not None
         packed = pack_slots((index, 0, slot) for index, slot in enumerate(slots))
@@ -279,6 +302,7 @@ class Sessions:
         session.join(member)
         self._forming[hello.engine] = session
         self._of[id(member)] = session
+        self._share_out()
         return session
 
     def leave(self, member: Member) -> None:
@@ -288,6 +312,13 @@ class Sessions:
         if self._forming.get(session.engine) is session:
             del self._forming[session.engine]
         session.leave(member)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        """Every engine may lease the same part, so that none can keep another from storing."""
+        ready = [session for session in self._forming.values() if session.is_ready]
+        for session in ready:
+            session.set_share(self._manager.lease_bytes_max // len(ready))
 
 
 def _check(hello: Hello) -> None:

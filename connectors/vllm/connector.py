@@ -120,7 +120,8 @@ class KvbmConnector(OffloadingConnector):
             for g in config.kv_group_configs
         ]
         step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        lease_targets = [-(-step_tokens // group.tokens_per_chunk) + 1 for group in groups]
+        # What one step computes is stored during the next one, while new slots are asked for.
+        lease_targets = [2 * -(-step_tokens // group.tokens_per_chunk) + 1 for group in groups]
         options = self._manager.options
         fingerprint = fingerprint_of(vllm_config, kv_cache_config, options.tenant)
         offloading = vllm_config.kv_transfer_config

@@ -26,7 +26,7 @@ SOURCES = {
     3: CacheHitSource.DISK,
     4: CacheHitSource.EXTERNAL_UNSPECIFIED,  # an object store has no name of its own there
 }
-"""vLLM's word for each source number of `kvbm.manager`."""
+"""vLLM's word for each of `kvbm.manager.SOURCES`."""
 
 _TIERS = {2: "G2", 3: "G3", 4: "G4"}
 
