@@ -32,10 +32,10 @@ class DaemonConfig:
     socket: Path
     logs: Path
     records: Path
-    s3: Mapping[str, Any]
-    events: Mapping[str, Any]
+    s3: Mapping[str, Any] | None = None
+    events: Mapping[str, Any] | None = None
     dram: str = "2GiB"
-    ssd: str = "4GiB"
+    ssd: str | None = "4GiB"
 
     @property
     def ssd_folder(self) -> Path:
@@ -51,6 +51,7 @@ class Daemon:
         self._settings = config.folder / "kvbm.yaml"
         self.url = f"http://127.0.0.1:{self._port}"
         self.socket = config.socket
+        self.ssd_folder = config.ssd_folder
         program = Path(sys.executable).parent / "kvbm-daemon"
         self.process = Process(
             "kvbm-daemon",
@@ -76,7 +77,7 @@ class Daemon:
 
     def empty_ssd(self) -> None:
         assert not self.process.running, "the SSD belongs to a running daemon"
-        shutil.rmtree(self._config.ssd_folder, ignore_errors=True)
+        shutil.rmtree(self.ssd_folder, ignore_errors=True)
 
     def ready(self) -> bool:
         try:
@@ -86,11 +87,11 @@ class Daemon:
 
     def loaded_bytes(self) -> dict[str, int]:
         """Bytes read from each tier: from G2 by engines, from the others into G2."""
-        return {tier["tier"]: tier["loaded_bytes"] for tier in self._tiers()}
+        return {tier["tier"]: tier["loaded_bytes"] for tier in self.tiers()}
 
     def kept_chunks(self) -> dict[str, int]:
         """Chunks in each tier."""
-        return {tier["tier"]: tier["chunks"] for tier in self._tiers()}
+        return {tier["tier"]: tier["chunks"] for tier in self.tiers()}
 
     def engines(self) -> int:
         """Engines whose scheduler and worker are both connected."""
@@ -98,6 +99,14 @@ class Daemon:
         for session in self._get("/v1/sessions")["sessions"]:
             roles.setdefault(session["engine"], set()).add(session["role"])
         return sum({"scheduler", "worker"} <= seen for seen in roles.values())
+
+    def claims(self) -> int:
+        """Chunks that engines hold against eviction."""
+        return sum(session["claims"] for session in self._get("/v1/sessions")["sessions"])
+
+    def leased_bytes(self) -> int:
+        """Host memory lent to engines."""
+        return sum(session["leased_bytes"] for session in self._get("/v1/sessions")["sessions"])
 
     def settle(self) -> None:
         """Wait until every chunk in host memory has reached every lower tier."""
@@ -116,7 +125,8 @@ class Daemon:
             f"{self.process.tail()}"
         )
 
-    def _tiers(self) -> list[dict[str, Any]]:
+    def tiers(self) -> list[dict[str, Any]]:
+        """What the daemon reports of each tier."""
         tiers: list[dict[str, Any]] = self._get("/v1/tiers")["tiers"]
         return tiers
 
@@ -134,9 +144,9 @@ class Daemon:
         settings = {
             "socket": str(config.socket),
             "dram": {"capacity": config.dram},
-            "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd},
-            "s3": dict(config.s3),
-            "events": dict(config.events),
+            "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd} if config.ssd else None,
+            "s3": dict(config.s3) if config.s3 else None,
+            "events": dict(config.events or {}),
             "admin": {"host": "127.0.0.1", "port": self._port},
         }
         config.folder.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ class EngineConfig:
     kv_cache_gib: int = 1
     context_tokens: int = 8192
     dtype: str = "float32"
+    load_failure_policy: str = "recompute"
     connector_options: tuple[tuple[str, Any], ...] = ()
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
@@ -75,7 +76,7 @@ class EngineConfig:
             "kv_connector": "KvbmConnector",
             "kv_connector_module_path": "connectors.vllm",
             "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
+            "kv_load_failure_policy": self.load_failure_policy,
             "kv_connector_extra_config": {
                 "socket": str(self.socket),
                 **dict(self.connector_options),
@@ -169,13 +170,28 @@ class Engine:
 
     def forget(self) -> None:
         """Empty the engine's own prefix cache, G1, and nothing else."""
+        self._reset("")
+
+    def _reset(self, query: str) -> None:
         deadline_s = time.monotonic() + RESET_TIMEOUT_S
         while time.monotonic() < deadline_s:
             # Refused while blocks are held, as they are for a moment after each request.
-            if self._http.post("/reset_prefix_cache").raise_for_status().json()["success"]:
+            response = self._http.post(f"/reset_prefix_cache?{query}")
+            if response.raise_for_status().json()["success"]:
                 return
             time.sleep(0.2)
         raise EngineError(f"{self.name} still held blocks {RESET_TIMEOUT_S:.0f} s after a request")
+
+    def disown(self) -> None:
+        """Never use again what this engine stored outside itself; empties G1 too."""
+        self._reset("reset_external=true")
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A metric's samples by their labels' text, as `/metrics` writes them."""
+        text = self._http.get("/metrics").raise_for_status().text
+        lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
+        split = [line.rpartition(" ") for line in lines]
+        return {labels.removeprefix(name): float(value) for labels, _, value in split}
 
     def _client(self) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, trust_env=False)

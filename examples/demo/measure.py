@@ -25,7 +25,7 @@ SERVED_BY: dict[str, str | None] = {COLD: None, G1: None, G2: G2, OTHER: G2, G3:
 MAX_TOKENS = 24
 REPORT_DELAY_S = 0.5
 # Of a prompt's whole blocks. Not all: under load an engine may drop a block rather than wait.
-REUSE_MIN = 0.9
+REUSE_MIN = 0.98
 
 Say = Callable[[str], None]
 

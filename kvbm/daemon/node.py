@@ -62,7 +62,7 @@ class Node:
             announcer,
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
-            onboard_bytes_max=settings.onboard.max_bytes_in_flight,
+            onboard_bytes_max=settings.onboard_bytes_max,
         )
         self.members = Sessions(self.manager)
         self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)

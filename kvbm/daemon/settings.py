@@ -189,10 +189,11 @@ class LeaseSettings(Section):
 
 
 class OnboardSettings(Section):
-    max_bytes_in_flight: Size = Field(
-        default=512 << 20,
+    max_bytes_in_flight: Size | None = Field(
+        default=None,
         ge=1,
-        description="Host memory that chunks on their way up may take at a time.",
+        description="Host memory that chunks on their way up may take at a time; `null` for a "
+        "quarter of `dram.capacity`.",
     )
 
 
@@ -229,6 +230,11 @@ class DaemonSettings(Settings):
         default=OnboardSettings(), description="Bringing up: S3 or SSD to host memory."
     )
 
+    @property
+    def onboard_bytes_max(self) -> int:
+        given = self.onboard.max_bytes_in_flight
+        return self.dram.capacity // 4 if given is None else given
+
     @field_validator("socket")
     @classmethod
     def _short_path(cls, path: Path) -> Path:
@@ -239,9 +245,9 @@ class DaemonSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         room = self.dram.capacity
-        if self.onboard.max_bytes_in_flight > room:
+        if self.onboard_bytes_max > room:
             raise ValueError(
-                f"onboard.max_bytes_in_flight {format_size(self.onboard.max_bytes_in_flight)} "
+                f"onboard.max_bytes_in_flight {format_size(self.onboard_bytes_max)} "
                 f"is more than dram.capacity {format_size(room)}"
             )
         if self.s3 is not None and self.s3.object_bytes > room:

@@ -1,11 +1,13 @@
-"""Engines for the end-to-end tests. A start costs more than a minute: share one where possible.
+"""Engines and daemons for the end-to-end tests.
 
-`engines` starts any number of them for the tests of one module and ends them with it. What an
-engine needs beside its model (a daemon's socket, options of the connector) the test gives.
+An engine's start costs more than a minute, nearly all of it imports: modules start all theirs side
+by side and share them between their tests.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,16 +15,25 @@ from typing import Any, Protocol
 
 import pytest
 
+from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.engine import Engine, EngineConfig
+from runtime.embedded import EmbeddedS3
 from tests.models import tiny_hybrid, tiny_llama
 
 E2E = Path(__file__).parent
+BUCKET = "e2e"
 
 
-class StartEngine(Protocol):
-    """Starts an engine and waits for it; several names are started side by side."""
+class StartEngines(Protocol):
+    """Starts engines, each named with what its configuration differs in, and waits for all."""
 
-    def __call__(self, *names: str, model: Path, **config: Any) -> list[Engine]: ...
+    def __call__(self, **configs: dict[str, Any]) -> list[Engine]: ...
+
+
+class MakeDaemon(Protocol):
+    """A daemon that is not started yet and ends with its module; takes DaemonConfig's fields."""
+
+    def __call__(self, **config: Any) -> Daemon: ...
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,20 +54,59 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_hybrid(tmp_path_factory.mktemp("models") / "tiny-hybrid")
 
 
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedS3]:
+    with EmbeddedS3(tmp_path_factory.mktemp("s3"), buckets=[BUCKET]) as server:
+        yield server
+
+
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngine]:
-    """Engines that end with the module: `[engine] = engines("a", model=llama, socket=path)`."""
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngines]:
+    """`a, b = engines(a=dict(model=llama, socket=path), b=dict(...))`"""
     logs = tmp_path_factory.mktemp("engines")
     with ExitStack() as running:
 
-        def start(*names: str, model: Path, **config: Any) -> list[Engine]:
-            settings = EngineConfig(model=str(model), **{"context_tokens": 4096, **config})
-            started = [Engine(name, settings, logs=logs) for name in names]
-            for engine in started:
+        def start(**configs: dict[str, Any]) -> list[Engine]:
+            started: list[Engine] = []
+            for name, config in configs.items():
+                settings = {"context_tokens": 4096, **config, "model": str(config["model"])}
+                engine = Engine(name, EngineConfig(**settings), logs=logs)
                 running.callback(engine.stop)
                 engine.start()
+                started.append(engine)
             for engine in started:
                 engine.wait_ready()
             return started
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def make_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeDaemon]:
+    with ExitStack() as running:
+
+        def make(**config: Any) -> Daemon:
+            folder = tmp_path_factory.mktemp("daemon")
+            # A socket's path must be short.
+            runtime = Path(tempfile.mkdtemp(prefix="kvbm-e2e-"))
+            running.callback(shutil.rmtree, runtime, ignore_errors=True)
+            settings = DaemonConfig(
+                folder=folder, socket=runtime / "s", logs=folder, records=folder, **config
+            )
+            daemon = Daemon(settings)
+            running.callback(daemon.process.stop)
+            return daemon
+
+        yield make
+
+
+def s3_settings(server: EmbeddedS3) -> dict[str, Any]:
+    """The daemon's `s3` section for the tests' server."""
+    return {
+        "bucket": BUCKET,
+        "endpoint_url": server.endpoint_url,
+        "region": server.region,
+        "access_key_id": server.access_key_id,
+        "secret_access_key": server.secret_access_key,
+        "linger": "100ms",
+    }

@@ -64,7 +64,10 @@ def test_credentials_are_secrets() -> None:
         ({"s3__bucket": "abc", "s3__capacity": "1MiB"}, "capacity 1MiB does not hold one object"),
         ({"s3__bucket": "abc", "s3__endpoint_url": "host:1"}, "neither http:// nor https://"),
         ({"s3__bucket": "abc", "s3__prefix": "/a"}, "must not begin with a slash"),
-        ({"dram__capacity": "256MiB"}, "onboard.max_bytes_in_flight 512MiB is more than"),
+        (
+            {"dram__capacity": "256MiB", "onboard__max_bytes_in_flight": "512MiB"},
+            "onboard.max_bytes_in_flight 512MiB is more than",
+        ),
         ({"offload__queue_chunks": 8}, "queue_chunks 8 is less than batch_chunks 32"),
         ({"lease__fraction": 1.5}, "lease.fraction (from override): 1.5 is not accepted"),
         ({"socket": "/" + "x" * 200}, "longer than 107 bytes"),
