@@ -34,7 +34,7 @@ from connectors.vllm.options import Options
 from connectors.vllm.transfer import ArenaSlots
 from kvbm.client import Filled, Lookup, SchedulerClient
 from kvbm.fingerprint import key_of
-from kvbm.protocol import COMING, HERE, MISS, Hello, MatchGroup
+from kvbm.protocol import COMING, HERE, PRESENT, Hello, MatchGroup
 from storage_tiers.arena import Slot
 from storage_tiers.base import Key
 
@@ -273,13 +273,17 @@ class KvbmManager(OffloadingManager):
             self.client.report_loaded(loaded_bytes, failed_loads)
 
     def _is_kept(self, request: _Request, key: OffloadKey) -> bool:
-        """Whether there is no need to store the key: it is kept, or on its way there."""
+        """Whether there is no need to store the key: it is kept, or being stored.
+
+        What was still coming from a lower tier when the request went on without it may never
+        come, and this request has computed it: storing it again costs one copy.
+        """
         if key in self._storing or key in request.stored:
             return True
         place = request.places.get(key)
         if place is None or request.lookup is None:
             return False
-        return request.lookup.states[place] != MISS
+        return request.lookup.states[place] in {HERE, PRESENT}
 
     def _describe(
         self, request: _Request, key: OffloadKey, place: int, slot: Slot, context: ReqContext

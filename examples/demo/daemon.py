@@ -36,6 +36,7 @@ class DaemonConfig:
     events: Mapping[str, Any] | None = None
     dram: str = "2GiB"
     ssd: str | None = "4GiB"
+    node: str = "demo"
 
     @property
     def ssd_folder(self) -> Path:
@@ -60,11 +61,11 @@ class Daemon:
             record=config.records / "kvbm-daemon.pid",
         )
 
-    def start(self) -> float:
+    def start(self, timeout_s: float = START_TIMEOUT_S) -> float:
         """Seconds until it was ready."""
         self._write_settings()
         self.process.start()
-        return self.process.wait_until(self.ready, START_TIMEOUT_S)
+        return self.process.wait_until(self.ready, timeout_s)
 
     def stop(self) -> None:
         """SIGTERM and a clean end; raises ProcessError when it ends with an error."""
@@ -143,6 +144,7 @@ class Daemon:
         config = self._config
         settings = {
             "socket": str(config.socket),
+            "node": config.node,
             "dram": {"capacity": config.dram},
             "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd} if config.ssd else None,
             "s3": dict(config.s3) if config.s3 else None,

@@ -31,11 +31,11 @@ from storage_tiers.throttled import Throttled
 from tests.kvbm.builders import Asked, chunks_of, keys_of, make_node
 
 ARENA_BYTES = 24 * 4096
-LOWER_BYTES = (20 * 4096, 30 * 4096)
+LOWER_BYTES = (10 * 4096, 25 * 4096)
 LEASE_BYTES_MAX = 8 * 4096
 SEQUENCES = [
-    *(chunks_of(f"short{number}", 4, 4096) for number in range(3)),
-    *(chunks_of(f"long{number}", 3, 3 * 4096) for number in range(2)),
+    *(chunks_of(f"short{number}", 6, 4096) for number in range(2)),
+    *(chunks_of(f"long{number}", 4, 3 * 4096) for number in range(2)),
 ]
 ITEMS = {item.chunk.key: item for items in SEQUENCES for item in items}
 TURNS_MAX = 5000
@@ -66,7 +66,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self._slow,
             dram_bytes=ARENA_BYTES,
             lower_bytes=LOWER_BYTES,
-            settings=LaneSettings(batch_chunks=3, queue_chunks=12, attempts=2),
+            settings=LaneSettings(batch_chunks=4, queue_chunks=12, attempts=2),
             lease_bytes_max=LEASE_BYTES_MAX,
             onboard_bytes_max=6 * 4096,
         )
@@ -86,7 +86,7 @@ class RegistryMachine(RuleBasedStateMachine):
         """Takes turns before and after the call, so that others act in between."""
 
         async def turns(seconds: float) -> None:
-            for _ in range(self.random.randrange(4)):
+            for _ in range(self.random.randrange(8)):
                 await asyncio.sleep(0)
 
         self.faulty.append(Faulty(tier, Faults(delay=1.0), seed=1, sleep=turns))
@@ -125,6 +125,13 @@ class RegistryMachine(RuleBasedStateMachine):
         assert all(self.dram.find(keys_of(chosen)))
         self.turn(turns)
 
+    @rule(number=st.integers(0, 3), turns=st.integers(0, 20))
+    def keep_a_sequence(self, number: int, turns: int) -> None:
+        items = SEQUENCES[number]
+        slots = self.manager.lease(items[0].chunk.length, len(items))
+        self.manager.commit(self.node.fill(slots, items[: len(slots)]))
+        self.turn(turns)
+
     @precondition(lambda self: self.leased)
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
@@ -132,9 +139,9 @@ class RegistryMachine(RuleBasedStateMachine):
         self.manager.give_back(slots)
         self.leased = [slot for slot in self.leased if slot not in slots]
 
-    @rule(data=st.data(), turns=st.integers(0, 3))
+    @rule(data=st.data(), turns=st.integers(0, 20))
     def match(self, data: st.DataObject, turns: int) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(range(5)), min_size=1, max_size=2, unique=True))
+        chosen = data.draw(st.lists(st.sampled_from(range(4)), min_size=1, max_size=2, unique=True))
         groups = [
             Wanted(
                 data.draw(st.sampled_from([16, 32])),
@@ -143,6 +150,17 @@ class RegistryMachine(RuleBasedStateMachine):
             )
             for number in chosen
         ]
+        self.ask(groups)
+        self.turn(turns)
+
+    @rule(number=st.integers(0, 3), turns=st.integers(0, 30))
+    def match_after_host_memory_forgot(self, number: int, turns: int) -> None:
+        self.turn(turns)
+        self.loop.run_until_complete(self.dram.remove(self.dram.oldest(len(self.dram))))
+        self.ask([Wanted(16, 0, keys_of(SEQUENCES[number]))])
+        self.turn(turns)
+
+    def ask(self, groups: list[Wanted]) -> None:
         there = self.node.residencies()
         asked = self.node.match(*groups)
         keys = [key for group in groups for key in group.keys]
@@ -153,7 +171,6 @@ class RegistryMachine(RuleBasedStateMachine):
             assert state != HERE or TierName.DRAM in tiers
             assert state != COMING or (tiers and TierName.DRAM not in tiers)
         self.tickets.append(Held(asked, keys))
-        self.turn(turns)
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data(), twice=st.booleans())
@@ -209,10 +226,14 @@ class RegistryMachine(RuleBasedStateMachine):
     # -- what always holds ---------------------------------------------------------------
 
     @invariant()
-    def integrity(self) -> None:
+    def everything_holds(self) -> None:
         self.node.check()
+        self.claims_are_those_of_tickets_and_of_moves_in_progress()
+        self.claimed_bytes_are_the_chunks_own()
+        self.no_lease_is_lost()
+        self.what_was_announced_is_what_is_there()
+        self.what_a_tier_has_can_be_loaded()
 
-    @invariant()
     def claims_are_those_of_tickets_and_of_moves_in_progress(self) -> None:
         of_tickets = sum(len(held.asked.ticket.claims) for held in self.tickets)
         if self.manager.offloader._busy:
@@ -228,20 +249,18 @@ class RegistryMachine(RuleBasedStateMachine):
         )
         assert held <= pins
 
-    @invariant()
     def claimed_bytes_are_the_chunks_own(self) -> None:
         for held in self.tickets:
             ticket = held.asked.ticket
-            places = [*ticket.here, *(at for told in held.asked.arrivals for at in told.landed)]
-            assert len(places) == len(ticket.claims)
-            for (index, _, slot), resident in zip(places, ticket.claims, strict=True):
+            places = {index: slot for index, _, slot in ticket.here}
+            places |= {i: slot for told in held.asked.arrivals for i, _, slot in told.landed}
+            for (index, slot), resident in zip(places.items(), ticket.claims, strict=True):
                 item = ITEMS[held.keys[index]]  # type: ignore[index]
                 assert resident.chunk.key == item.chunk.key
                 assert self.dram.view(slot) == item.data
                 same = self.dram.arena.generation(slot.offset) == slot.generation
                 assert same == (not resident.gone)
 
-    @invariant()
     def no_lease_is_lost(self) -> None:
         assert all(self.dram.is_leased(slot) for slot in self.leased)
         own = sum(slot.length for slot in self.leased)
@@ -249,13 +268,11 @@ class RegistryMachine(RuleBasedStateMachine):
         if not self.manager.onboarder._pending:
             assert own == self.dram.leased_bytes
 
-    @invariant()
     def what_was_announced_is_what_is_there(self) -> None:
         if not self.manager.offloader._busy:
             assert self.node.events.replay() == self.node.residencies()
 
-    @invariant()
-    def what_is_sealed_can_be_loaded(self) -> None:
+    def what_a_tier_has_can_be_loaded(self) -> None:
         for memory in self.node.memories:
             for chunk in memory.find(list(memory.contents)):
                 assert chunk == ITEMS[chunk.key].chunk  # type: ignore[union-attr]
@@ -284,7 +301,7 @@ class RegistryMachine(RuleBasedStateMachine):
             )
             assert not self.manager.onboarder._pending and not self.manager._waiting
             assert self.node.events.replay() == self.node.residencies()
-            every = [slot for slot in iter(lambda: self.dram.reserve(4096), None)]
+            every = list(iter(lambda: self.dram.reserve(4096), None))
             assert len(every) == ARENA_BYTES // 4096, "memory did not come back"
         finally:
             for task in self.background:
@@ -296,7 +313,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRegistry.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_the_sequences_cannot_all_be_kept_anywhere() -> None:

@@ -1,0 +1,118 @@
+"""An engine's place at the daemon without an engine: a scheduler, a worker, one cache group."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+from kvbm.client import Filled, SchedulerClient
+from kvbm.link import Link
+from kvbm.protocol import (
+    COMING,
+    HERE,
+    VERSION,
+    Fence,
+    Fenced,
+    FromDaemon,
+    Hello,
+    MatchGroup,
+    Welcome,
+)
+from storage_tiers.arena import Arena
+from storage_tiers.base import Key, StoreItem
+
+WAIT_S = 20.0
+TOKENS_PER_CHUNK = 32
+_names = itertools.count()
+
+
+class StandIn:
+    """Stores and fetches chunks as the connector does. A context manager; calls wait, bounded."""
+
+    def __init__(self, socket: Path, chunk_bytes: int, *, lease_chunks: int = 16) -> None:
+        self._engine = f"stand-in-{os.getpid()}-{next(_names)}"
+        self._chunk_bytes = chunk_bytes
+        self._arena: Arena | None = None
+        self._mapped = threading.Event()
+        self._connection = 0
+        self._worker = Link(str(socket), lambda: self._hello("worker"), self)
+        self.client = SchedulerClient(str(socket), lambda: self._hello("scheduler"), [lease_chunks])
+
+    def __enter__(self) -> Self:
+        self._worker.start()
+        self.client.start()
+        self.wait(lambda: self.client.ready, "the daemon is ready for this engine")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+        self._worker.close()
+
+    def store(self, items: Sequence[StoreItem]) -> None:
+        """Hand these chunks to the daemon, as many at a time as slots are leased."""
+        waiting = list(items)
+        while waiting:
+            slots = self.client.take_slots(0, len(waiting))
+            if not slots:
+                self.wait(lambda: True, "")
+                time.sleep(0.01)
+                continue
+            assert self._arena is not None
+            filled: list[Filled] = []
+            for slot, item in zip(slots, waiting, strict=False):
+                self._arena.view(slot.offset, slot.length)[:] = item.data
+                chunk = item.chunk
+                filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot))
+            self.client.commit(filled)
+            del waiting[: len(filled)]
+
+    def fetch(self, keys: Sequence[Key]) -> list[bytes | None]:
+        """Each chunk's bytes, None from the first one on that the daemon cannot give."""
+        group = MatchGroup(TOKENS_PER_CHUNK, 0, b"".join(keys))
+        lookup = self.client.look_up([group], list(keys))
+        if lookup is None:
+            return [None] * len(keys)
+        self.wait(
+            lambda: lookup.answered and COMING not in lookup.states, "every chunk came or failed"
+        )
+        found: list[bytes | None] = []
+        for index, state in enumerate(lookup.states):
+            if state != HERE or self._arena is None:
+                found.append(None)
+                continue
+            slot, _ = lookup.slots[index]
+            found.append(bytes(self._arena.view(slot.offset, slot.length)))
+            assert self._arena.generation(slot.offset) == slot.generation
+        self.client.forget(lookup)
+        return found
+
+    def wait(self, true: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + WAIT_S
+        self.client.pump()
+        while not true():
+            assert time.monotonic() < end, f"not within {WAIT_S:g} s: {what}"
+            time.sleep(0.005)
+            self.client.pump()
+
+    # -- the worker's link ---------------------------------------------------------------
+
+    def connected(self, connection: int, welcome: Welcome, arena_fd: int | None) -> None:
+        assert arena_fd is not None
+        self._arena = Arena.attach(arena_fd)
+        self._connection = connection
+
+    def received(self, message: FromDaemon) -> None:
+        if isinstance(message, Fence):
+            self._worker.send(self._connection, Fenced())
+
+    def disconnected(self) -> None:
+        pass
+
+    def _hello(self, role: str) -> Hello:
+        sizes = [self._chunk_bytes] if role == "worker" else []
+        return Hello(VERSION, role, self._engine, 0, 1, {}, sizes, False, os.getpid())
