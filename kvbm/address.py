@@ -1,16 +1,19 @@
-"""Where the daemon's control socket is when nobody says otherwise.
+"""Where the daemon's control socket is when nobody says otherwise, and who is at its other end.
 
-The daemon and its clients derive it with the same rules, so that an engine on the same node and
-of the same user finds the daemon without configuration.
+The daemon and its clients derive the place with the same rules, so that an engine on the same node
+and of the same user finds the daemon without configuration; both check that the other is theirs.
 """
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 SOCKET_NAME: Final = "kvbm.sock"
+_PEER = struct.Struct("3i")
 SYSTEM_SOCKET: Final = Path("/run/kvbm") / SOCKET_NAME  # of a daemon that systemd started
 
 
@@ -33,3 +36,15 @@ def _user_socket(uid: int) -> Path:
     if run.is_dir():
         return run / "kvbm" / SOCKET_NAME
     return Path(f"/tmp/kvbm-{uid}") / SOCKET_NAME  # noqa: S108 (the daemon makes it 0700)
+
+
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket, as the kernel says."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    return Peer(*_PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)))

@@ -20,6 +20,7 @@ from kvbm.link import Link
 from kvbm.protocol import (
     COMING,
     HERE,
+    KEYS_PER_MATCH_MAX,
     MISS,
     Arrived,
     Commit,
@@ -88,20 +89,21 @@ class _Inbox:
 
     def __init__(self, share: Callable[[int], None]) -> None:
         self._share = share
-        self.events: deque[FromDaemon | int | None] = deque()  # int: connected, None: disconnected
+        self.events: deque[tuple[int, FromDaemon | None]] = deque()  # None: disconnected
+        self._connection = 0
 
     def connected(self, connection: int, welcome: Welcome, arena_fd: int | None) -> None:
-        self.events.append(connection)
-        self.events.append(welcome)
+        self._connection = connection
+        self.events.append((connection, welcome))
 
     def received(self, message: FromDaemon) -> None:
         if isinstance(message, Share):
             self._share(message.bytes)
         else:
-            self.events.append(message)
+            self.events.append((self._connection, message))
 
     def disconnected(self) -> None:
-        self.events.append(None)
+        self.events.append((self._connection, None))
 
 
 class SchedulerClient:
@@ -126,6 +128,7 @@ class SchedulerClient:
         self._next_ticket = 0
         self._unanswered = 0
         self.connection = 0  # what was leased or asked on another one means nothing any more
+        self._renounced = 0  # events of connections up to this one come too late
         self.epoch = b""
         self.session = 0
         self.layout: Ready | None = None  # set while the engine's members are all connected
@@ -134,10 +137,6 @@ class SchedulerClient:
     def ready(self) -> bool:
         """Whether chunks can be looked up and stored now."""
         return self.layout is not None
-
-    @property
-    def problem(self) -> str:
-        return self._link.problem
 
     def start(self) -> None:
         self._link.start()
@@ -148,19 +147,20 @@ class SchedulerClient:
     def renew(self) -> None:
         """Start over with a new connection: the daemon takes back everything safely."""
         self._forget()
-        self._link.reconnect()
+        self._renounced = self._link.reconnect()
 
     def pump(self) -> None:
         """Apply what the daemon has said. O(1) when it said nothing."""
         events = self._inbox.events
         while events:
-            event = events.popleft()
+            connection, event = events.popleft()
+            if connection <= self._renounced:
+                continue
             match event:
                 case None:
                     self._forget()
-                case int():
-                    self.connection = event
                 case Welcome():
+                    self.connection = connection
                     self.epoch, self.session = event.epoch, event.session
                 case Ready():
                     self._become_ready(event)
@@ -176,8 +176,11 @@ class SchedulerClient:
     # -- lookups -------------------------------------------------------------------------
 
     def look_up(self, groups: Sequence[MatchGroup], keys: list[Key]) -> Lookup | None:
-        """Ask for these keys (`groups` in order hold exactly `keys`). None: no daemon."""
-        if not self.ready or not keys:
+        """Ask for these keys (`groups` in order hold exactly `keys`). None: no daemon.
+
+        Nor is it asked for more keys than it answers in one message.
+        """
+        if not self.ready or not 0 < len(keys) <= KEYS_PER_MATCH_MAX:
             return None
         self._next_ticket += 1
         lookup = Lookup(self._next_ticket, keys, bytearray(len(keys)), self._clock())

@@ -18,6 +18,7 @@ class Lane:
         self.capacity_chunks = capacity_chunks
         self._waiting: OrderedDict[Key, Chunk] = OrderedDict()
         self._filled = asyncio.Event()
+        self._hurried = False
         self.waiting_bytes = 0
 
     def __len__(self) -> int:
@@ -25,6 +26,11 @@ class Lane:
 
     def __contains__(self, key: Key) -> bool:
         return key in self._waiting
+
+    def hurry(self, hurried: bool) -> None:
+        """While set, nobody lingers, not even who does already."""
+        self._hurried = hurried
+        self._filled.set()
 
     def offer(self, chunk: Chunk) -> bool:
         """Queue it unless it is queued already. False: the lane is full."""
@@ -57,11 +63,14 @@ class Lane:
 
         Waits up to `linger_s` for `enough_bytes` or `chunks_max` chunks.
         """
-        while not self._waiting:
-            self._filled.clear()
-            await self._filled.wait()
-        if linger_s > 0:
-            await self._linger(chunks_max, enough_bytes, linger_s)
+        while True:
+            while not self._waiting:
+                self._filled.clear()
+                await self._filled.wait()
+            if linger_s > 0:
+                await self._linger(chunks_max, enough_bytes, linger_s)
+            if self._waiting:  # not withdrawn meanwhile
+                break
         batch: list[Chunk] = []
         size = 0
         while self._waiting and len(batch) < chunks_max:
@@ -76,7 +85,7 @@ class Lane:
     async def _linger(self, chunks_max: int, enough_bytes: int, linger_s: float) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + linger_s
-        while self.waiting_bytes < enough_bytes and len(self) < chunks_max:
+        while self.waiting_bytes < enough_bytes and len(self) < chunks_max and not self._hurried:
             remaining = end - loop.time()
             if remaining <= 0:
                 return

@@ -19,8 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-import msgspec
-
+from kvbm.address import peer_of
 from kvbm.protocol import (
     FrameError,
     FrameReader,
@@ -89,17 +88,21 @@ class Link:
             if not self._open or connection != self._connection:
                 return False
             if self._outbox_bytes + len(frame) > OUTBOX_BYTES_MAX:
+                # The daemon does not read, and it would miss what this says: start over.
+                self._drop = True
                 return False
             self._outbox.append(memoryview(frame))
             self._outbox_bytes += len(frame)
         self._wake()
         return True
 
-    def reconnect(self) -> None:
-        """Drop the connection, if any, and make a new one."""
+    def reconnect(self) -> int:
+        """Drop the connection, if any, and make a new one; the number of the last one made."""
         with self._lock:
-            self._drop = True
+            self._drop = self._open
+            last = self._connection
         self._wake()
+        return last
 
     def close(self) -> None:
         """End the connection and the thread; waits for it unless called on it."""
@@ -131,7 +134,7 @@ class Link:
             reader, early = self._shake_hands(sock)
             welcomed = True
             self._serve(sock, reader, early)
-        except (OSError, FrameError, msgspec.DecodeError) as error:
+        except (OSError, FrameError) as error:
             self._note_problem(str(error) or type(error).__name__)
         finally:
             with self._lock:
@@ -148,6 +151,9 @@ class Link:
     def _shake_hands(self, sock: socket.socket) -> tuple[FrameReader, list[bytes]]:
         sock.settimeout(CONNECT_TIMEOUT_S)
         sock.connect(self._path)
+        uid = peer_of(sock).uid
+        if uid != os.getuid():
+            raise FrameError(f"it is user {uid}'s, not user {os.getuid()}'s as this engine is")
         sock.sendall(encode(self._hello()))
         sock.settimeout(WELCOME_TIMEOUT_S)
         reader = FrameReader()

@@ -58,7 +58,7 @@ class Ticket:
 
     notify: Callable[[Arrivals], None]
     states: bytearray = field(default_factory=bytearray)
-    here: list[tuple[int, int, Slot]] = field(default_factory=list)
+    here: list[tuple[int, int, Slot]] = field(default_factory=list)  # index, source, slot
     claims: list[Resident] = field(default_factory=list)
     coming: dict[Key, int] = field(default_factory=dict)  # key -> index in the request
     closed: bool = False
@@ -100,6 +100,7 @@ class BlockManager:
             dram, self.tiers, self._landed, meter, bytes_in_flight=onboard_bytes_max
         )
         self._waiting: dict[Key, list[Ticket]] = {}
+        self._lent_bytes = 0  # leased to engines; what is being onboarded has its own bound
 
     # -- lookups -------------------------------------------------------------------------
 
@@ -140,11 +141,13 @@ class BlockManager:
     def lease(self, length: int, count: int) -> list[Slot]:
         """Up to `count` free slots for an engine to fill; fewer when room or the budget ends."""
         slots: list[Slot] = []
-        while len(slots) < count and self.dram.leased_bytes + length <= self.lease_bytes_max:
+        taken = self.dram.slot_bytes(length)
+        while len(slots) < count and self._lent_bytes + taken <= self.lease_bytes_max:
             slot = self.dram.reserve(length)
             if slot is None:
                 self._meter.dropped("lease", "no_room", count - len(slots))
                 break
+            self._lent_bytes += taken
             slots.append(slot)
         return slots
 
@@ -152,12 +155,15 @@ class BlockManager:
         """Leased slots that nobody writes to any more."""
         for slot in slots:
             self.dram.release(slot)
+            self._lent_bytes -= self.dram.slot_bytes(slot.length)
 
     def commit(self, filled: Sequence[tuple[Slot, Chunk]]) -> None:
         """Leased slots that now hold chunks (checksum not known yet) become residencies."""
         added: list[Key] = []
         for slot, chunk in filled:
-            if isinstance(self.dram.commit(slot, chunk), Known):
+            outcome = self.dram.commit(slot, chunk)
+            self._lent_bytes -= self.dram.slot_bytes(slot.length)
+            if isinstance(outcome, Known):
                 continue
             added.append(chunk.key)
             self.offloader.offer(chunk)
@@ -165,6 +171,13 @@ class BlockManager:
         self._meter.transfer(TierName.HBM.value, TierName.DRAM.value, _total(filled), 0.0)
         if added:
             self._events.stored(TierName.DRAM, added)
+
+    def loaded(self, size: int, failed: int) -> None:
+        """An engine has loaded so many bytes out of slots; so many of its loads failed."""
+        self.dram.count_loaded(size)
+        self._meter.transfer(TierName.DRAM.value, TierName.HBM.value, size, 0.0)
+        if failed:
+            self._meter.error("load_G2", "failed", failed)
 
     # -- below ---------------------------------------------------------------------------
 
@@ -195,7 +208,8 @@ class BlockManager:
         for index, (key, place) in enumerate(zip(group.keys, places, strict=True)):
             state = PRESENT if place else MISS
             if place == _IN_DRAM and index < end:
-                self._claim(ticket, base + index, key, SOURCES[TierName.DRAM])
+                slot = self._claim(ticket, key)
+                ticket.here.append((base + index, SOURCES[TierName.DRAM], slot))
                 state = HERE
             elif place and start <= index < end:
                 tier = place - _IN_DRAM - 1
@@ -206,11 +220,10 @@ class BlockManager:
                     state = COMING
             ticket.states.append(state)
 
-    def _claim(self, ticket: Ticket, index: int, key: Key, source: int) -> Slot:
+    def _claim(self, ticket: Ticket, key: Key) -> Slot:
         resident = self.dram.claim(key)
         assert resident is not None, "claimed between two looks on one event loop"
         ticket.claims.append(resident)
-        ticket.here.append((index, source, resident.slot))
         return resident.slot
 
     def _landed(self, ended: Sequence[tuple[Key, int]]) -> None:
@@ -222,7 +235,7 @@ class BlockManager:
                 _, arrival = arrivals.setdefault(id(ticket), (ticket, Arrivals()))
                 if tier >= 0 and key in self.dram:
                     source = SOURCES[self.tiers[tier].name]
-                    arrival.landed.append((index, source, self._claim(ticket, index, key, source)))
+                    arrival.landed.append((index, source, self._claim(ticket, key)))
                 else:
                     arrival.failed.append(index)
         if keys:
@@ -235,7 +248,10 @@ class BlockManager:
             ticket.notify(arrival)
 
     def _offloaded(self, tier: Tier, keys: Sequence[Key]) -> None:
-        self._events.stored(tier.name, keys)
+        # By now the tier may have evicted some of them for others of the same batch.
+        found = zip(keys, tier.find(keys), strict=True)
+        if kept := [key for key, chunk in found if chunk is not None]:
+            self._events.stored(tier.name, kept)
 
     def check_integrity(self) -> None:
         """Assert that claims, tickets and waiters agree. Cost: linear in tickets and residents."""

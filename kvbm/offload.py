@@ -72,8 +72,7 @@ class Offloader:
         self._to_seal = Lane(max((s.queue_chunks for s in self._settings), default=4096))
         self._lanes = [Lane(settings.queue_chunks) for settings in self._settings]
         self._attempts: dict[tuple[int, Key], int] = {}
-        self._busy = 0  # batches on their way
-        self._hurry = False  # draining: do not linger
+        self._busy = 0  # chunks on their way
 
     def offer(self, chunk: Chunk) -> None:
         """A chunk was committed to host memory."""
@@ -106,21 +105,25 @@ class Offloader:
                 group.create_task(self._write(index))
 
     async def drain(self, deadline_s: float) -> int:
-        """Wait until the queues are empty; how many chunks still waited at the deadline."""
-        self._hurry = True
+        """Wait until nothing waits or is on its way; how many chunks were left at the deadline."""
+        for lane in self._lanes:
+            lane.hurry(True)
         end = time.monotonic() + deadline_s
         while (self._busy or any(self.depth.values())) and time.monotonic() < end:
             await asyncio.sleep(IDLE_POLL_S)
-        self._hurry = False
-        return sum(self.depth.values())
+        for lane in self._lanes:
+            lane.hurry(False)
+        return self._busy + sum(self.depth.values())
 
     # -- stages --------------------------------------------------------------------------
 
     async def _seal(self) -> None:
         while True:
             batch = await self._to_seal.take(SEAL_BATCH_CHUNKS)
-            self._busy += 1
+            self._busy += len(batch)
             residents = [r for chunk in batch if (r := self._dram.claim(chunk.key)) is not None]
+            if len(residents) < len(batch):
+                self._meter.dropped("seal", "evicted_first", len(batch) - len(residents))
             try:
                 unsealed = [r for r in residents if not r.sealed]
                 views = [self._dram.view(r.slot) for r in unsealed]
@@ -131,20 +134,19 @@ class Offloader:
                     self.offer_sealed(resident.chunk)
             finally:
                 self._unclaim(residents)
-                self._busy -= 1
+                self._busy -= len(batch)
 
     async def _write(self, index: int) -> None:
         settings, lane = self._settings[index], self._lanes[index]
         backoff_s = 0.0
         while True:
-            linger_s = 0.0 if self._hurry else settings.linger_s
             batch = await lane.take(
                 settings.batch_chunks,
                 bytes_max=settings.batch_bytes,
                 enough_bytes=settings.enough_bytes,
-                linger_s=linger_s,
+                linger_s=settings.linger_s,
             )
-            self._busy += 1
+            self._busy += len(batch)
             try:
                 failed = await self._write_batch(index, batch)
             except Exception:  # noqa: BLE001 (task border)
@@ -154,7 +156,7 @@ class Offloader:
                 self._meter.dropped(queue, "fault", len(batch))
                 failed = True
             finally:
-                self._busy -= 1
+                self._busy -= len(batch)
             backoff_s = min(max(2 * backoff_s, 0.5), BACKOFF_S_MAX) if failed else 0.0
             await asyncio.sleep(backoff_s)
 
@@ -163,17 +165,18 @@ class Offloader:
         tier = self._tiers[index]
         residents: list[Resident] = []
         items: list[StoreItem] = []
-        for chunk in batch:
-            resident = self._dram.claim(chunk.key)
-            if resident is not None:
-                residents.append(resident)
-                items.append(StoreItem(resident.chunk, self._dram.view(resident.slot)))
-            elif (item := await self._reread(index, chunk)) is not None:
-                items.append(item)
-            else:
-                self._meter.dropped(f"offload_{tier.name.value}", "evicted_first", 1)
-        start = time.perf_counter()
         try:
+            for chunk in batch:
+                resident = self._dram.claim(chunk.key)
+                if resident is not None:
+                    residents.append(resident)
+                    if resident.sealed:  # else it came anew, and is offered again once it is
+                        items.append(StoreItem(resident.chunk, self._dram.view(resident.slot)))
+                elif (item := await self._reread(index, chunk)) is not None:
+                    items.append(item)
+                else:
+                    self._drop(index, chunk, "evicted_first")
+            start = time.perf_counter()
             outcomes = await tier.store(items)
         finally:
             self._unclaim(residents)
@@ -189,7 +192,7 @@ class Offloader:
                 case Stored() | Known():
                     self._attempts.pop((index, item.chunk.key), None)
                 case Full():
-                    self._meter.dropped(f"offload_{tier.name.value}", "full", 1)
+                    self._drop(index, item.chunk, "full")
                 case Failed():
                     failed = True
                     self._try_again(index, item.chunk)
@@ -214,7 +217,11 @@ class Offloader:
         if attempt < self._settings[index].attempts and self._lanes[index].offer(chunk):
             self._attempts[index, key] = attempt
         else:
-            self._meter.dropped(f"offload_{tier.name.value}", "failed", 1)
+            self._drop(index, chunk, "failed")
+
+    def _drop(self, index: int, chunk: Chunk, reason: str) -> None:
+        self._attempts.pop((index, chunk.key), None)
+        self._meter.dropped(f"offload_{self._tiers[index].name.value}", reason, 1)
 
     def _unclaim(self, residents: Sequence[Resident]) -> None:
         for resident in residents:

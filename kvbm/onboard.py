@@ -51,7 +51,8 @@ class Onboarder:
         self._meter = meter
         self._lanes = [Lane(queue_chunks) for _ in tiers]
         self._pending: dict[Key, int] = {}  # key -> index of the tier it comes from
-        self._budget = _Budget(bytes_in_flight)
+        # One for each tier, so that a slow one does not hold what another could use.
+        self._budgets = [_Budget(bytes_in_flight // len(tiers)) for _ in tiers]
 
     def __contains__(self, key: Key) -> bool:
         return key in self._pending
@@ -91,8 +92,9 @@ class Onboarder:
 
     async def _work(self, index: int) -> None:
         while True:
-            batch = await self._lanes[index].take(BATCH_CHUNKS, bytes_max=self._budget.total_bytes)
-            async with self._budget.held(sum(chunk.length for chunk in batch)):
+            budget = self._budgets[index]
+            batch = await self._lanes[index].take(BATCH_CHUNKS, bytes_max=budget.total_bytes)
+            async with budget.held(sum(chunk.length for chunk in batch)):
                 await self._bring_up(index, batch)
 
     async def _bring_up(self, index: int, batch: list[Chunk]) -> None:
@@ -112,7 +114,8 @@ class Onboarder:
                 for _, slot in ready:
                     if self._dram.is_leased(slot):
                         self._dram.release(slot)
-                self._end([(c.key, -1) for c, _ in ready if c.key in self._pending])
+                keys = [chunk.key for chunk, _ in ready if chunk.key in self._pending]
+                self._end([(key, index if key in self._dram else -1) for key in keys])
 
     async def _load(self, index: int, batch: list[tuple[Chunk, Slot]]) -> None:
         tier = self._tiers[index]

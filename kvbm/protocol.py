@@ -26,6 +26,7 @@ from storage_tiers.base import KEY_BYTES, Key
 VERSION: Final = 1
 FRAME_BYTES_MAX: Final = 16 << 20
 KEYS_PER_MATCH_MAX: Final = 1 << 17
+POSITIONS_MAX: Final = 1 << 31
 GROUPS_MAX: Final = 64
 RANKS_MAX: Final = 1024
 
@@ -165,12 +166,33 @@ FromClient = Hello | Match | Unmatch | Lease | Commit | GiveBack | Loaded | Fenc
 FromDaemon = Welcome | Refused | Ready | Share | Matched | Arrived | Leased | Fence
 
 _encoder = msgspec.msgpack.Encoder()
-decode_from_client = msgspec.msgpack.Decoder(FromClient).decode
-decode_from_daemon = msgspec.msgpack.Decoder(FromDaemon).decode
+_from_client = msgspec.msgpack.Decoder(FromClient)
+_from_daemon = msgspec.msgpack.Decoder(FromDaemon)
+
+
+_DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class FrameError(Exception):
     """The peer sent what is no frame of this protocol."""
+
+
+def decode_from_client(body: bytes) -> FromClient:
+    """Raises FrameError."""
+    try:
+        message: FromClient = _from_client.decode(body)
+    except _DECODE_ERRORS as error:
+        raise FrameError(f"malformed message: {error}") from error
+    return message
+
+
+def decode_from_daemon(body: bytes) -> FromDaemon:
+    """Raises FrameError."""
+    try:
+        message: FromDaemon = _from_daemon.decode(body)
+    except _DECODE_ERRORS as error:
+        raise FrameError(f"malformed message: {error}") from error
+    return message
 
 
 def encode(message: FromClient | FromDaemon) -> bytes:
@@ -184,7 +206,8 @@ def encode(message: FromClient | FromDaemon) -> bytes:
 class FrameReader:
     """Cuts a byte stream into frame bodies, without I/O of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._frame_bytes_max = frame_bytes_max
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
@@ -192,8 +215,8 @@ class FrameReader:
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
-            if length > FRAME_BYTES_MAX:
-                raise FrameError(f"a frame of {length} bytes exceeds {FRAME_BYTES_MAX}")
+            if length > self._frame_bytes_max:
+                raise FrameError(f"a frame of {length} bytes exceeds {self._frame_bytes_max}")
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 return

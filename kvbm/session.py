@@ -18,7 +18,9 @@ from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
 from kvbm.protocol import (
     GROUPS_MAX,
     KEYS_PER_MATCH_MAX,
+    POSITIONS_MAX,
     RANKS_MAX,
+    SLOT_RECORD,
     VERSION,
     Arrived,
     Commit,
@@ -82,8 +84,6 @@ class Session:
         self._tickets: dict[int, Ticket] = {}
         self._lengths: tuple[int, ...] = ()
         self._share_bytes = 0
-        self.loaded_bytes = 0
-        self.failed_loads = 0
 
     @property
     def members(self) -> list[Member]:
@@ -159,9 +159,7 @@ class Session:
             case Fenced():
                 member.close()  # its `leave` follows and frees the leases if it was the last
             case Loaded():
-                self.loaded_bytes += message.bytes
-                self.failed_loads += message.failed
-                self._manager.dram.count_loaded(message.bytes)
+                self._loaded(message)
             case _ if member is not self._scheduler or self.ending:
                 raise FrameError(f"{type(message).__name__} from a member that may not send it")
             case Match():
@@ -240,11 +238,12 @@ class Session:
 
     def _commit(self, message: Commit) -> None:
         keys, parents = split_keys(message.keys), split_keys(message.parents)
-        if not len(keys) == len(parents) == len(message.positions):
+        count = len(message.slots) // SLOT_RECORD.itemsize
+        if not len(keys) == len(parents) == len(message.positions) == count:
             raise FrameError("a commit whose lists differ in length")
+        if not all(0 <= position < POSITIONS_MAX for position in message.positions):
+            raise FrameError("a commit with a position out of range")
         slots = self._take_leased(message.slots)
-        if len(slots) != len(keys):
-            raise FrameError("a commit whose lists differ in length")
         filled: list[tuple[Slot, Chunk]] = []
         for slot, key, parent, position in zip(
             slots, keys, parents, message.positions, strict=True
@@ -252,6 +251,11 @@ class Session:
             before = None if parent == _NO_PARENT else Key(parent)
             filled.append((slot, Chunk(key, slot.length, 0, before, position)))
         self._manager.commit(filled)
+
+    def _loaded(self, message: Loaded) -> None:
+        if message.bytes < 0 or message.failed < 0:
+            raise FrameError("a load of less than nothing")
+        self._manager.loaded(message.bytes, message.failed)
 
     def _take_leased(self, packed: bytes) -> list[Slot]:
         """Slots of this session's lease, out of it. Raises FrameError for any other slot."""
@@ -295,7 +299,7 @@ class Sessions:
     def join(self, member: Member) -> Session:
         """Admit a connection by its Hello. Raises Refusal with the reason."""
         hello = member.hello
-        _check(hello)
+        _check(hello, self._manager.dram.arena.capacity_bytes)
         session = self._forming.get(hello.engine)
         if session is None:
             session = Session(next(self._numbers), hello.engine, hello.world_size, self._manager)
@@ -321,7 +325,7 @@ class Sessions:
             session.set_share(self._manager.lease_bytes_max // len(ready))
 
 
-def _check(hello: Hello) -> None:
+def _check(hello: Hello, capacity_bytes: int) -> None:
     if hello.version != VERSION:
         raise Refusal(f"protocol {hello.version} is not the daemon's {VERSION}: upgrade both sides")
     if hello.role not in ("scheduler", "worker"):
@@ -332,3 +336,8 @@ def _check(hello: Hello) -> None:
         sizes = hello.group_bytes
         if not 0 < len(sizes) <= GROUPS_MAX or any(size <= 0 for size in sizes):
             raise Refusal("a worker must name the bytes per chunk of each cache group")
+        if max(sizes) > capacity_bytes:
+            raise Refusal(
+                f"its chunks of {max(sizes)} bytes do not fit {capacity_bytes} bytes of host "
+                "memory: raise dram.capacity or lower the connector's blocks_per_chunk"
+            )

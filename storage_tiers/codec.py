@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import xxhash
-
-CHECKSUM_BYTES: Final = 8
 
 
 def checksum(buffer: memoryview | bytes | bytearray) -> int:

@@ -35,10 +35,9 @@ from storage_tiers.base import (
     TierUsage,
 )
 from storage_tiers.codec import checksum
+from storage_tiers.eviction import find_victims
 from storage_tiers.recency import Recency, Record
 from storage_tiers.slabs import SlabAllocator
-
-_VICTIMS_TRIED_MAX = 4096  # chunks looked at before a reservation gives up
 
 
 @dataclass(slots=True)
@@ -76,7 +75,8 @@ class DramTier:
         """A slot to fill, evicting unclaimed chunks if need be. None: no room can be made."""
         offset = self._slots.allocate(length)
         if offset is None and self._slots.fits(length):
-            self._make_room(length)
+            victims = find_victims(self._slots, self._residents, self._key_at, length)
+            self._remove(victims, RemovalReason.CAPACITY)
             offset = self._slots.allocate(length)
         if offset is None:
             return None
@@ -84,6 +84,10 @@ class DramTier:
         self._leased[offset] = slot
         self.leased_bytes += self._slots.size_of(offset)
         return slot
+
+    def slot_bytes(self, length: int) -> int:
+        """Host memory that a slot of this length takes, padding included."""
+        return self._slots.slot_bytes(length)
 
     def release(self, slot: Slot) -> None:
         """Give back a reserved slot unused. The caller guarantees that nobody writes to it."""
@@ -225,33 +229,6 @@ class DramTier:
             self.unclaim(resident)
         self._loaded_bytes += resident.chunk.length
         return Loaded(resident.chunk)
-
-    def _make_room(self, length: int) -> None:
-        """Evict, oldest first, until one slot of this length can be allocated or nothing helps."""
-        self._remove(self._victims(length), RemovalReason.CAPACITY)
-
-    def _victims(self, length: int) -> list[Key]:
-        wanted = self._slots.slot_bytes(length)
-        for key in self._residents.evictable(_VICTIMS_TRIED_MAX):
-            resident = self._residents.get(key)
-            assert resident is not None
-            if self._slots.size_of(resident.at) == wanted:
-                return [key]
-            victims = self._slab_victims(resident.at, length)
-            if victims:
-                return victims
-        return []
-
-    def _slab_victims(self, offset: int, length: int) -> list[Key] | None:
-        """The chunks to evict so that a slab of another class fits here; None if one must stay."""
-        victims: list[Key] = []
-        for blocker in self._slots.blockers(offset, length):
-            key = self._key_at.get(blocker)
-            resident = self._residents.get(key) if key is not None else None
-            if key is None or resident is None or resident.pins:
-                return None
-            victims.append(key)
-        return victims
 
     def _remove(self, keys: Iterable[Key], reason: RemovalReason) -> None:
         removed: list[Key] = []

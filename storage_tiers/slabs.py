@@ -120,10 +120,6 @@ class SlabAllocator:
                 found.extend(slab.used)
         return found
 
-    def neighbours(self, offset: int) -> list[int]:
-        """Slots handed out in the same slab, this one included."""
-        return list(self._slab_at(offset, self._slot_sizes[offset]).used)
-
     def size_of(self, offset: int) -> int:
         """Slot size at an offset that is handed out (KeyError otherwise)."""
         return self._slot_sizes[offset]

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +40,7 @@ from storage_tiers.base import (
 )
 from storage_tiers.catalogue import CatalogueError, Changes, Entry
 from storage_tiers.codec import checksum
+from storage_tiers.eviction import find_victims
 from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover
 from storage_tiers.recency import Recency, Record
 from storage_tiers.recovery import RecoverMode, open_directory
@@ -242,29 +242,11 @@ class SsdTier:
         """An extent, evicting for it if need be. Each round evicts something or gives up."""
         slots = self._directory.slots
         while (offset := slots.allocate(length)) is None and slots.fits(length):
-            victims = self._victims(length)
+            victims = find_victims(slots, self._index, self._key_at, length)
             if not victims:
                 return None
             self._drop(victims, RemovalReason.CAPACITY)
         return offset
-
-    def _victims(self, length: int) -> list[Key]:
-        """The oldest chunk of this size, or all in the way of a slab of this size."""
-        slots = self._directory.slots
-        wanted = slots.slot_bytes(length)
-        for key in islice(self._index.evictable(), _VICTIMS_TRIED_MAX):
-            record = self._index.get(key)
-            assert record is not None, "evictable keys are resident"
-            if slots.size_of(record.at) == wanted:
-                return [key]
-            blockers = slots.blockers(record.at, length)
-            keys = [self._key_at[at] for at in blockers if at in self._key_at]
-            if not blockers or len(keys) < len(blockers):
-                continue  # the range's tail, or an extent that is being written or kept aside
-            family = self._index.with_descendants(keys)
-            if all((r := self._index.get(k)) is not None and r.pins == 0 for k in family):
-                return family
-        return []
 
     # -- load ----------------------------------------------------------------------------
 

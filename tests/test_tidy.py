@@ -1,4 +1,4 @@
-"""The style law as tests: what docs/STYLE.md asks and no linter checks.
+"""The style law as tests: what we ask of every file and no linter checks.
 
 Each test collects every offence before it fails, so one run says all there is to mend.
 """
@@ -31,6 +31,7 @@ LEFT_OVER = re.compile(r"\b(TO" r"DO|FIX" r"ME|X" r"XX|HA" r"CK)\b")
 # Task borders: where any failure must end up as a counter and a log line, not as a dead task.
 # File -> how many `except Exception` (or wider) it may hold; cleaning up and raising on is free.
 BROAD_EXCEPTS: dict[str, int] = {
+    "connectors/vllm/worker_side.py": 1,  # nor the engine that waits for a copy
     "kvbm/offload.py": 1,  # nor a tier's fault the other tiers
     "kvbm/onboard.py": 1,
     "runtime/events/nats.py": 1,  # events must not end a program

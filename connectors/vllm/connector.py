@@ -49,7 +49,7 @@ class KvbmConnector(OffloadingConnector):
         super().__init__(vllm_config, role, kv_cache_config)
         self._failed_loads: set[str] = set()
         self._failed_stores: set[int] = set()
-        self._failed_load_count = 0
+        self._untold_loads: set[str] = set()  # failed, and the scheduler half not told yet
         if role == KVConnectorRole.SCHEDULER:
             self._start_manager(vllm_config, kv_cache_config)
 
@@ -155,7 +155,7 @@ class KvbmConnector(OffloadingConnector):
         worker = self.connector_worker.worker
         assert isinstance(worker, KvbmWorker)
         failed_loads, failed_stores = worker.take_failed()
-        self._failed_load_count += len(failed_loads)
+        self._untold_loads |= failed_loads
         self._failed_loads |= failed_loads
         self._failed_stores |= failed_stores
         # A failed request must be named as received in the same answer.
@@ -170,7 +170,7 @@ class KvbmConnector(OffloadingConnector):
         if meta is None:
             return None
         failed_stores, self._failed_stores = self._failed_stores, set()
-        failed_loads, self._failed_load_count = self._failed_load_count, 0
+        failed_loads, self._untold_loads = self._untold_loads, set()
         return KvbmWorkerMetadata(
             completed_jobs=meta.completed_jobs,
             transfer_stats=meta.transfer_stats,

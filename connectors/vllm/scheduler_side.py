@@ -58,6 +58,7 @@ class _Request:
     places: dict[OffloadKey, int] = field(default_factory=dict)
     lookup: Lookup | None = None
     late: bool = False  # its deadline passed: pending chunks count as missing
+    must_compute: bool = False  # a load of it failed: it is not given another one
     stored: set[OffloadKey] = field(default_factory=set)
     loading: dict[OffloadKey, int] = field(default_factory=dict)  # -> source
 
@@ -109,9 +110,15 @@ class KvbmManager(OffloadingManager):
     # -- requests ------------------------------------------------------------------------
 
     def open(self, req_id: str, keys: Sequence[Sequence[OffloadKey]]) -> None:
-        """Ask for a request's chunks, by group in `_groups` order. Replaces an earlier asking."""
+        """Ask for a request's chunks, by group in `_groups` order. Replaces an earlier asking.
+
+        Nothing is asked for a request whose load failed: it is computed.
+        """
         self.client.pump()
         self.release(req_id)
+        known = self._requests.get(req_id)
+        if known is not None and known.must_compute:
+            return
         chains = [
             {
                 position: key_of(
@@ -264,13 +271,19 @@ class KvbmManager(OffloadingManager):
         self._failed &= {storing.transfer for storing in self._storing.values()}
 
     def note_worker_results(
-        self, failed_stores: set[int], loaded_bytes: int, failed_loads: int
+        self, failed_stores: set[int], loaded_bytes: int, failed_loads: set[str]
     ) -> None:
         """What the workers reported; before vLLM completes the jobs it is about."""
         self._failed |= failed_stores
-        self._tally.add(stats.LOAD_FAILURES, failed_loads)
+        for req_id in failed_loads:
+            if (request := self._requests.get(req_id)) is not None:
+                # What made one load fail may be there to stay, and vLLM tries again for ever.
+                request.must_compute = True
+                request.loading = {}
+                self.release(req_id)
+        self._tally.add(stats.LOAD_FAILURES, len(failed_loads))
         if loaded_bytes or failed_loads:
-            self.client.report_loaded(loaded_bytes, failed_loads)
+            self.client.report_loaded(loaded_bytes, len(failed_loads))
 
     def _is_kept(self, request: _Request, key: OffloadKey) -> bool:
         """Whether there is no need to store the key: it is kept, or being stored.
@@ -280,6 +293,8 @@ class KvbmManager(OffloadingManager):
         """
         if key in self._storing or key in request.stored:
             return True
+        if request.must_compute:
+            return False
         place = request.places.get(key)
         if place is None or request.lookup is None:
             return False

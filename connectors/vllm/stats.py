@@ -38,7 +38,7 @@ def metric_definitions() -> dict[str, OffloadingMetricMetadata]:
             "Chunks loaded into the engine, by the tier that held them.", ("tier",)
         ),
         LOAD_FAILURES: OffloadingCounterMetadata(
-            "Loads that failed and were computed instead (one per request and worker)."
+            "Loads that failed and were computed instead (one per request and try)."
         ),
         STORED_CHUNKS: OffloadingCounterMetadata("Chunks handed to the daemon."),
         UNSTORED_CHUNKS: OffloadingCounterMetadata(

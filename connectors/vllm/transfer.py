@@ -36,7 +36,7 @@ class KvbmWorkerMetadata(OffloadingWorkerMetadata):
 
     failed_stores: set[int] = field(default_factory=set)  # ArenaSlots.transfer
     loaded_bytes: int = 0
-    failed_loads: int = 0
+    failed_loads: set[str] = field(default_factory=set)  # request ids
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         merged = super().aggregate(other)
@@ -46,5 +46,5 @@ class KvbmWorkerMetadata(OffloadingWorkerMetadata):
             transfer_stats=merged.transfer_stats,
             failed_stores=self.failed_stores | other.failed_stores,
             loaded_bytes=self.loaded_bytes + other.loaded_bytes,
-            failed_loads=self.failed_loads + other.failed_loads,
+            failed_loads=self.failed_loads | other.failed_loads,
         )

@@ -49,6 +49,10 @@ class _Job:
     arena: Arena | None  # the one the slots are in; None if it is not mapped here
     submitted_at: float
 
+    @property
+    def what(self) -> str:
+        return "load" if self.is_load else "store"
+
 
 class KvbmWorker(OffloadingWorker):
     """Thread-safe as vLLM uses it: submit, poll and wait on one thread."""
@@ -191,9 +195,10 @@ class KvbmWorker(OffloadingWorker):
                 copied = self._load(job) if job.is_load else self._store(job)
                 seconds = time.perf_counter() - start
                 failed = False
-            except (TransferError, ValueError, IndexError) as error:
-                what = "load" if job.is_load else "store"
-                logger.warning("%s of request %s failed: %s", what, job.slots.request, error)
+            except TransferError as error:
+                logger.warning("%s of request %s failed: %s", job.what, job.slots.request, error)
+            except Exception:
+                logger.exception("%s of request %s failed", job.what, job.slots.request)
             finally:
                 with self._changed:
                     if failed:

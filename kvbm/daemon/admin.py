@@ -252,9 +252,13 @@ class AdminServer:
         self._task = asyncio.create_task(
             self._server.serve(sockets=[self._socket]), name="admin-server"
         )
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while not self._server.started and not self._task.done():
-                await asyncio.sleep(_POLL_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not self._server.started and not self._task.done():
+                    await asyncio.sleep(_POLL_S)
+        if not self._server.started and not self._task.done():
+            self._task.cancel()
+            raise AdminError(f"the admin server on {self.url} did not start in {START_TIMEOUT_S} s")
         if self._task.done():
             await self._task
             raise AdminError(f"the admin server on {self.url} ended as it started")

@@ -11,14 +11,13 @@ import contextlib
 import os
 import socket
 import stat
-import struct
 import time
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import structlog
 
+from kvbm.address import peer_of
 from kvbm.meter import Meter
 from kvbm.protocol import (
     VERSION,
@@ -36,9 +35,9 @@ from storage_tiers.arena import Arena
 
 CONNECTIONS_MAX: Final = 4096
 HELLO_TIMEOUT_S: Final = 5.0
+ACCEPT_RETRY_S: Final = 0.2
 HELLO_BYTES_MAX: Final = 1 << 16
 UNREAD_BYTES_MAX: Final = 64 << 20
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 _log = structlog.get_logger("kvbm.ipc")
 
@@ -59,6 +58,8 @@ class _Connection(asyncio.Protocol):
         self._session: Session | None = None
         self._transport: asyncio.Transport | None = None
         self._early: list[FromDaemon] = []  # said to the peer before its welcome was sent
+        self._is_closed = False
+        self._is_violator = False  # nothing it says counts any more
 
     def join(self) -> int:
         """Become a member; the session's number. Raises Refusal."""
@@ -75,6 +76,7 @@ class _Connection(asyncio.Protocol):
             transport.write(encode(message))
 
     def close(self) -> None:
+        self._is_closed = True
         if self._transport is not None:
             self._transport.close()
 
@@ -84,13 +86,17 @@ class _Connection(asyncio.Protocol):
         for message in self._early:
             self.send(message)
         self._early.clear()
+        if self._is_closed:  # its engine ended while it was welcomed
+            transport.close()
 
     def data_received(self, data: bytes) -> None:
         assert self._session is not None
+        if self._is_violator:
+            return
         try:
             for body in self._frames.feed(data):
                 self._session.handle(self, decode_from_client(body))
-        except (FrameError, msgspec.MsgspecError) as error:
+        except FrameError as error:
             self._violation(str(error))
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -100,7 +106,14 @@ class _Connection(asyncio.Protocol):
     def _violation(self, reason: str) -> None:
         self._meter.error("connection", "protocol")
         _log.warning("protocol_violation", engine=self.hello.engine, reason=reason)
-        if self._transport is not None:
+        if self._transport is None:
+            return
+        if self.hello.role == "worker":
+            # It may be writing to leased slots: they are free once it has hung up, which it
+            # does when it sees the end of our side and its copy has ended.
+            self._is_violator = True
+            self._transport.write_eof()
+        else:
             self._transport.abort()
 
 
@@ -121,9 +134,12 @@ class ControlSocket:
 
     def bind(self) -> None:
         """Make the socket. Raises SocketError, also when another daemon listens there."""
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if self._path.exists():
-            self._remove_stale()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self._path.exists():
+                self._remove_stale()
+        except OSError as error:
+            raise SocketError(f"cannot listen on {self._path}: {error}") from error
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             mask = os.umask(0o177)
@@ -141,20 +157,14 @@ class ControlSocket:
     async def serve(self) -> None:
         """Accept until cancelled, then close every connection and remove the socket."""
         assert self._listener is not None, "bind first"
-        loop = asyncio.get_running_loop()
+        listener, loop = self._listener, asyncio.get_running_loop()
+        loop.add_reader(listener, self._accept)
         try:
-            while True:
-                sock, _ = await loop.sock_accept(self._listener)
-                self._transports = {t for t in self._transports if not t.is_closing()}
-                if len(self._tasks) + len(self._transports) >= CONNECTIONS_MAX:
-                    self._meter.error("accept", "too_many_connections")
-                    sock.close()
-                    continue
-                task = loop.create_task(self._admit(sock))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+            await loop.create_future()  # until cancelled
         finally:
-            self._listener.close()
+            self._listener = None
+            loop.remove_reader(listener)
+            listener.close()
             self._path.unlink(missing_ok=True)
             for task in self._tasks:
                 task.cancel()
@@ -163,6 +173,34 @@ class ControlSocket:
                 transport.close()
 
     # -- below ---------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        """One connection waits to be accepted."""
+        if self._listener is None:
+            return
+        loop = asyncio.get_running_loop()
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # out of file descriptors, most likely
+            self._meter.error("accept", "os")
+            _log.error("cannot_accept", reason=str(error))
+            loop.remove_reader(self._listener)
+            loop.call_later(ACCEPT_RETRY_S, self._accept_again)
+            return
+        self._transports = {t for t in self._transports if not t.is_closing()}
+        if len(self._tasks) + len(self._transports) >= CONNECTIONS_MAX:
+            self._meter.error("accept", "too_many_connections")
+            sock.close()
+            return
+        task = loop.create_task(self._admit(sock))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _remove_stale(self) -> None:
         if not stat.S_ISSOCK(self._path.lstat().st_mode):
@@ -179,6 +217,7 @@ class ControlSocket:
         """Shake hands with a new peer; from then on its transport's protocol has it."""
         loop = asyncio.get_running_loop()
         connection: _Connection | None = None
+        is_admitted = False
         try:
             sock.setblocking(False)
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -191,29 +230,25 @@ class ControlSocket:
             socket.send_fds(sock, [welcome], fds)
             protocol = connection
             transport, _ = await loop.create_unix_connection(lambda: protocol, sock=sock)
+            is_admitted = True
             self._transports.add(transport)
-            connection = None
             _log.info("member_joined", engine=hello.engine, role=hello.role, rank=hello.rank)
         except Refusal as refusal:
             self._meter.error("connection", "refused")
             _log.warning("peer_refused", reason=str(refusal))
             with contextlib.suppress(OSError):
                 sock.send(encode(Refused(str(refusal))))
-            sock.close()
-        except (FrameError, msgspec.MsgspecError, OSError, TimeoutError) as error:
+        except (FrameError, OSError, TimeoutError) as error:
             self._meter.error("connection", "handshake")
             _log.warning("handshake_failed", reason=str(error) or type(error).__name__)
-            sock.close()
         finally:
-            if connection is not None:
-                self._sessions.leave(connection)
+            if not is_admitted:
+                sock.close()
+                if connection is not None:
+                    self._sessions.leave(connection)
 
     async def _greet(self, sock: socket.socket) -> Hello:
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
-        if uid != self._uid:
-            raise Refusal(f"user {uid} may not use the daemon of user {self._uid}")
-        frames = FrameReader()
+        frames = FrameReader(HELLO_BYTES_MAX)
         while True:
             data = await asyncio.get_running_loop().sock_recv(sock, HELLO_BYTES_MAX)
             if not data:
@@ -222,4 +257,8 @@ class ControlSocket:
                 message = decode_from_client(body)
                 if not isinstance(message, Hello):
                     raise FrameError(f"expected a hello, got {type(message).__name__}")
+                # Asked last: a peer that is still talking would not hear the reason.
+                uid = peer_of(sock).uid
+                if uid != self._uid:
+                    raise Refusal(f"user {uid} may not use the daemon of user {self._uid}")
                 return message

@@ -109,8 +109,15 @@ class Node:
         ]
 
     def events(self) -> EventsStatus:
-        status = self.blocks.status()
-        return EventsStatus(status.published_total, status.dropped_total)
+        if self.settings.events.plane == "none":
+            return EventsStatus()
+        blocks, plane = self.blocks.status(), self.plane.status()
+        return EventsStatus(
+            published_total=blocks.published_total,
+            dropped_total=blocks.dropped_total,
+            connected=plane.connected,
+            messages_dropped_total=plane.dropped_total,
+        )
 
 
 def _status(hello: Hello, since: float, claims: int, leased_bytes: int) -> SessionStatus:

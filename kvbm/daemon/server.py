@@ -72,11 +72,11 @@ class Server:
         """Everything that runs meanwhile; on leaving, engines go first and offloading last."""
         manager = self._node.manager
         async with asyncio.TaskGroup() as group:
+            onboarding = group.create_task(manager.onboarder.run(), name="onboard")
             moving = [
                 group.create_task(work, name=name)
                 for name, work in (
                     ("offload", manager.offloader.run()),
-                    ("onboard", manager.onboarder.run()),
                     ("scrub", self._node.scrubber.run()),
                     ("watchdog", self._notifier.feed_watchdog()),
                     ("open-remote", self._open_remote()),
@@ -84,9 +84,11 @@ class Server:
             ]
             serving = group.create_task(self._socket.serve(), name="control-socket")
             yield
-            serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
+            # Before engines are sent away: a slot they leave must not be filled with anything.
+            for task in (onboarding, serving):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
             left = await manager.offloader.drain(DRAIN_S)
             if left:
                 _log.warning("chunks_not_offloaded", chunks=left, after_s=DRAIN_S)

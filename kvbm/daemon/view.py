@@ -15,7 +15,7 @@ from storage_tiers.base import RecoveryReport, TierUsage
 
 @dataclass(frozen=True, slots=True)
 class QueueStatus:
-    name: str  # as in the metric's label, for example "offload_ssd"
+    name: str  # as in the metric's label, for example "offload_G3"
     depth: int
     limit: int
 
@@ -36,10 +36,12 @@ class SessionStatus:
 
 @dataclass(frozen=True, slots=True)
 class EventsStatus:
-    """Block events, counted one by one."""
+    """Block events, counted one by one, and the plane that carries them in messages."""
 
     published_total: int = 0
     dropped_total: int = 0
+    connected: bool = False
+    messages_dropped_total: int = 0  # taken, and then lost because the plane was away
 
 
 class NodeView(Protocol):

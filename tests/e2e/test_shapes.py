@@ -8,6 +8,7 @@ compute such requests again.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,17 @@ def node(llama: Path, hybrid: Path, engines: StartEngines, make_daemon: MakeDaem
             "model": llama,
             "socket": socket,
             "arguments": ("--tensor-parallel-size", "2"),
+            "environment": (("VLLM_CPU_OMP_THREADS_BIND", _a_core_for_each_rank()),),
         },
     )
     wait_until(lambda: daemon.engines() == ENGINES, 60.0, "all engines are connected")
     return Node(daemon, *started)
+
+
+def _a_core_for_each_rank() -> str:
+    """vLLM's CPU build asks for this where it finds one NUMA node only."""
+    cores = sorted(os.sched_getaffinity(0))
+    return f"{cores[0]}|{cores[-1]}"
 
 
 def _multi_connector(socket: Path) -> str:

@@ -1,16 +1,16 @@
-"""What the block manager's tests arrange: a node over memory tiers, and members of engines."""
+"""What the block manager's tests arrange: a node over memory tiers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvbm.manager import Arrivals, BlockManager, Catalogue, Ticket, Wanted
 from kvbm.meter import CountingMeter
 from kvbm.offload import LaneSettings
-from kvbm.protocol import VERSION, FromDaemon, Hello
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Chunk, Key, StoreItem, Tier, TierName
 from storage_tiers.dram import DramTier
@@ -55,9 +55,9 @@ async def until(condition: Callable[[], object], *, within_s: float = WAIT_S) ->
 
 
 @contextlib.asynccontextmanager
-async def background(*runs: Callable[[], object]) -> AsyncIterator[None]:
+async def background(*runs: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
     """Run these endless coroutines meanwhile; raises what one of them dies of."""
-    tasks = [asyncio.ensure_future(run()) for run in runs]  # type: ignore[arg-type]
+    tasks = [asyncio.ensure_future(run()) for run in runs]
     try:
         yield
     finally:
@@ -219,33 +219,3 @@ def keys_of(items: Sequence[StoreItem]) -> list[Key]:
 
 def wanted(items: Sequence[StoreItem], *, window: int = 0, tokens_per_chunk: int = 16) -> Wanted:
     return Wanted(tokens_per_chunk, window, keys_of(items))
-
-
-def make_hello(
-    role: str = "worker",
-    *,
-    engine: str = "engine",
-    rank: int = 0,
-    world_size: int = 1,
-    group_bytes: Sequence[int] = (CHUNK_BYTES,),
-    replicated: bool = False,
-    version: int = VERSION,
-) -> Hello:
-    sizes = list(group_bytes) if role == "worker" else []
-    return Hello(version, role, engine, rank, world_size, {"test": "yes"}, sizes, replicated, 1)
-
-
-class Peer:
-    """A member of a session without a socket: what it was told, and whether it was closed."""
-
-    def __init__(self, hello: Hello) -> None:
-        self.hello = hello
-        self.since = 0.0
-        self.told: list[FromDaemon] = []
-        self.closed = False
-
-    def send(self, message: FromDaemon) -> None:
-        self.told.append(message)
-
-    def close(self) -> None:
-        self.closed = True

@@ -322,7 +322,7 @@ async def test_what_a_full_queue_refuses_is_counted(make_node: MakeNode) -> None
         for item in chunks_of("a", 12):
             node.commit([item])
             await until(lambda: not node.manager.offloader.depth["seal"])
-            await until(lambda: node.manager.offloader._busy == 1)
+            await until(lambda: len(node.memories[1].contents) == len(node.dram))
         on_its_way = node.dram.claims
         assert 0 < on_its_way <= 2
         assert node.manager.offloader.depth == {"seal": 0, "G3": 5, "G4": 0}

@@ -389,7 +389,7 @@ async def test_a_slow_tier_does_not_delay_another(make_bay: MakeBay) -> None:
 
 async def test_bytes_in_flight_stay_within_their_bound(make_bay: MakeBay) -> None:
     gate = Gate()
-    bound = 3 * CHUNK_BYTES
+    bound = 4 * CHUNK_BYTES  # half for each of the two tiers
     bay = make_bay(gated(gate), gated(gate), bytes_in_flight=bound)
     items = chunks_of("a", 20)
     await store_all(bay.node.memories[0], items[:10])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import Any, get_args
 
@@ -86,9 +87,9 @@ def test_what_the_daemon_says_arrives_unchanged(message: Any) -> None:
 
 
 def test_each_side_understands_only_the_others_messages() -> None:
-    with pytest.raises(msgspec.ValidationError):
+    with pytest.raises(REFUSED):
         decode_from_client(encode(Fence())[4:])
-    with pytest.raises(msgspec.ValidationError):
+    with pytest.raises(REFUSED):
         decode_from_daemon(encode(Fenced())[4:])
 
 
@@ -176,7 +177,7 @@ def test_a_damaged_message_is_another_message_or_refused(message: Any, data: Any
 
 # -- frames -----------------------------------------------------------------------------
 
-STREAM = [Lease(8192, 3), Fenced(), SAMPLE]
+STREAM: list[FromClient] = [Lease(8192, 3), Fenced(), SAMPLE]
 FRAMES = b"".join(encode(message) for message in STREAM)
 
 
@@ -200,7 +201,7 @@ def test_frames_that_come_byte_by_byte_arrive_as_soon_as_they_are_whole() -> Non
 def test_any_bodies_cut_in_any_way_arrive_in_order(bodies: list[bytes], cuts: list[int]) -> None:
     stream = b"".join(struct.pack("<I", len(body)) + body for body in bodies)
     edges = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    pieces = [stream[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [stream[start:end] for start, end in itertools.pairwise(edges)]
     assert read(*pieces) == bodies
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -79,7 +79,12 @@ class RegistryMachine(RuleBasedStateMachine):
     def _in_turns(self, executor: None, run: Callable[..., Any], *arguments: Any) -> Any:
         """What a thread would do, done a turn later."""
         ended = self.loop.create_future()
-        self.loop.call_soon(lambda: ended.done() or ended.set_result(run(*arguments)))
+
+        def end() -> None:
+            if not ended.done():
+                ended.set_result(run(*arguments))
+
+        self.loop.call_soon(end)
         return ended
 
     def _slow(self, tier: MemoryTier) -> Tier:
@@ -185,7 +190,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     # -- misfortunes ---------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.dram))
+    @precondition(lambda self: len(self.dram) > 0)
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(self.dram.oldest(len(self.dram))))
@@ -313,7 +318,13 @@ class RegistryMachine(RuleBasedStateMachine):
 
 
 TestRegistry = RegistryMachine.TestCase
-TestRegistry.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRegistry.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    # Add Phase.shrink to understand a failure: it takes minutes, more than a test may.
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 
 
 def test_the_sequences_cannot_all_be_kept_anywhere() -> None:
