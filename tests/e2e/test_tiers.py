@@ -213,13 +213,16 @@ def test_a_reset_cache_is_never_used_again(node: Node) -> None:
 
 def test_a_killed_engine_leaves_no_claim_and_no_lease(node: Node) -> None:
     """Runs last: one engine is gone after it."""
-    node.a.complete(prompt("last words"))
+    node.b.complete(prompt("last words"))
     before = node.daemon.leased_bytes()
-    node.a.kill()
+    node.b.kill()
     wait_until(lambda: node.daemon.engines() == 1, RELEASE_TIMEOUT_S, "its session ended")
     wait_until(lambda: node.daemon.leased_bytes() < before, RELEASE_TIMEOUT_S, "leases are back")
     assert node.daemon.claims() == 0
-    assert node.b.complete(prompt("last words")).cached_tokens > 0
+    text = prompt("after it")
+    cold = computed_and_kept(node, text)
+    back, tiers = served(node, node.a, text)
+    assert same(back, cold) and tiers == {"G2"}, "the other engine is not disturbed"
 
 
 def flip_extents(extents: Path) -> None:
