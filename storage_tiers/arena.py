@@ -90,6 +90,8 @@ class Arena:
         """
         try:
             size = os.fstat(fd).st_size
+            if size < PAGE:
+                raise ArenaError(f"the descriptor of {size} bytes is no arena")
             mapping = mmap.mmap(fd, size)
         finally:
             os.close(fd)

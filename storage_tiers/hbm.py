@@ -10,7 +10,7 @@ GIL; call them from one thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,37 +47,78 @@ class PageAccess(Protocol):
 
 
 class HostPages:
-    """`PageAccess` over NumPy views of the engine's tensors, each (blocks, page bytes) uint8."""
+    """`PageAccess` over NumPy views of the engine's tensors, each (blocks, page bytes) uint8.
+
+    Tensors that lie at equal distances, as layers of one allocation do, are copied in one call.
+    """
 
     def __init__(self, tensors: Sequence[Bytes], groups: Sequence[Sequence[int]]) -> None:
         """`groups[g]` lists the indexes of the tensors that hold group g's pages."""
         for tensor in tensors:
             if tensor.ndim != 2 or tensor.dtype != np.uint8 or tensor.strides[1] != 1:
                 raise ValueError("KV tensors must be (blocks, page bytes) of contiguous bytes")
-        self._tensors = [[tensors[index] for index in group] for group in groups]
-        self._block_bytes: list[int] = [sum(t.shape[1] for t in group) for group in self._tensors]
+        self._tensors = list(tensors)  # what the runs' memory belongs to
+        self._runs = [_runs([tensors[index] for index in group]) for group in groups]
+        self._block_bytes: list[int] = [
+            sum(tensors[index].shape[1] for index in group) for group in groups
+        ]
 
     def block_bytes(self, group: int) -> int:
         return self._block_bytes[group]
 
     def gather(self, plan: CopyPlan) -> int:
-        stripe = np.frombuffer(plan.stripe, dtype=np.uint8)
-        at: int = plan.first * self._block_bytes[plan.group]
-        start = at
-        for block in plan.blocks:
-            for tensor in self._tensors[plan.group]:
-                end = at + tensor.shape[1]
-                stripe[at:end] = tensor[block]
-                at = end
-        return at - start
+        copied = 0
+        for block, run, stripe in self._pieces(plan):
+            stripe[:] = run[:, block]
+            copied += stripe.nbytes
+        return copied
 
     def scatter(self, plan: CopyPlan) -> int:
+        copied = 0
+        for block, run, stripe in self._pieces(plan):
+            run[:, block] = stripe
+            copied += stripe.nbytes
+        return copied
+
+    def _pieces(self, plan: CopyPlan) -> Iterator[tuple[int, Bytes, Bytes]]:
+        """Block, run (tensors, blocks, page bytes), its part of the slot (tensors, page bytes)."""
         stripe = np.frombuffer(plan.stripe, dtype=np.uint8)
-        at: int = plan.first * self._block_bytes[plan.group]
-        start = at
+        at = plan.first * self._block_bytes[plan.group]
         for block in plan.blocks:
-            for tensor in self._tensors[plan.group]:
-                end = at + tensor.shape[1]
-                tensor[block] = stripe[at:end]
+            for run in self._runs[plan.group]:
+                count, _, page_bytes = run.shape
+                end = at + count * page_bytes
+                yield block, run, stripe[at:end].reshape(count, page_bytes)
                 at = end
-        return at - start
+
+
+def _runs(tensors: Sequence[Bytes]) -> list[Bytes]:
+    """The tensors in order, as few arrays (tensors, blocks, page bytes) of the same memory."""
+    runs: list[Bytes] = []
+    first = 0
+    while first < len(tensors):
+        last = first + 1
+        distance = 0
+        while last < len(tensors) and _alike(tensors[first], tensors[last]):
+            step = _address(tensors[last]) - _address(tensors[last - 1])
+            if last > first + 1 and step != distance:
+                break
+            distance = step
+            last += 1
+        tensor = tensors[first]
+        runs.append(
+            np.lib.stride_tricks.as_strided(
+                tensor, (last - first, *tensor.shape), (distance, *tensor.strides)
+            )
+        )
+        first = last
+    return runs
+
+
+def _alike(one: Bytes, other: Bytes) -> bool:
+    return one.shape == other.shape and one.strides == other.strides
+
+
+def _address(tensor: Bytes) -> int:
+    address: int = tensor.__array_interface__["data"][0]
+    return address

@@ -61,8 +61,10 @@ def weights_digest(model: str, revision: str | None) -> str:
 
     For a folder of safetensors (a path, or a hub id in the local cache): SHA-256 over each file's
     header and two samples of each tensor, so copies of one model agree wherever they lie, and
-    fine-tunes differ. Otherwise the name and revision, and for a folder its files' sizes and times.
+    fine-tunes differ. Otherwise the name and revision, or the path with the files' sizes and times.
     """
+    if (file := Path(model)).is_file():  # such as GGUF
+        return f"file:{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}"
     folder = _local_folder(model, revision)
     if folder is None:
         return f"name:{model}@{revision or 'main'}"
@@ -96,8 +98,12 @@ def _local_folder(model: str, revision: str | None) -> Path | None:
     if path.is_dir():
         return path
     from huggingface_hub import try_to_load_from_cache  # vLLM depends on it
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:  # neither here nor a hub's id, such as s3://...
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

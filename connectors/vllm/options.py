@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -54,7 +55,8 @@ class Options:
         for name in known & extra_config.keys():
             value = extra_config[name]
             if name.endswith("_s"):
-                if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not is_number or not 0 < value < math.inf:
                     raise OptionError(
                         f"kv_connector_extra_config: {name} must be seconds above 0, not {value!r}"
                     )
