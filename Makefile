@@ -43,7 +43,7 @@ up: $(STAMP) ## the demo's stack, left running; prints its addresses
 down: $(STAMP) ## end what `make up` started
 	$(BIN)/python -m examples.demo down
 
-bench-%: $(STAMP) ## one benchmark of benchmarks/, for example bench-s3-movers
+bench-%: $(STAMP) ## one benchmark of benchmarks/, for example bench-ssd
 	$(BIN)/python -m benchmarks.$(subst -,_,$*)
 
 lock: ## write tools/constraints.txt anew
