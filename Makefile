@@ -7,7 +7,7 @@ STAMP  := .venv/.installed
 CODE   := $(wildcard storage_tiers runtime kvbm connectors examples tools benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-fast demo up down lock clean
+.PHONY: help setup check format test test-fast chaos demo up down lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: $(STAMP) ## every test, real engines included
 
 test-fast: $(STAMP) ## every test but those that start an engine
 	$(BIN)/python -m pytest -m "not e2e"
+
+chaos: $(STAMP) ## kill the daemon 200 times under load and look at what it gives out
+	KVBM_CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
 
 demo: $(STAMP) ## two real engines, one daemon, every tier: build/demo.json and build/demo.svg
 	$(BIN)/python -m examples.demo

@@ -20,13 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import Row, compared, tell
+from kvbm.onboard import BATCH_BYTES as LOAD_BYTES
+from kvbm.onboard import BATCH_CHUNKS
 from storage_tiers.base import Chunk, Key, Loaded, LoadItem, SilentListener, Stored, StoreItem
 from storage_tiers.codec import checksum
-from storage_tiers.ssd import SsdTier
+from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
 SIZES_BYTES = (256 << 10, 1 << 20, 4 << 20)
 IN_FLIGHT = 8
-BATCH_BYTES = 64 << 20  # as `offload.batch_bytes`
+BATCH_BYTES = 32 << 20  # as `offload.batch_bytes`
 TARGET = 0.85
 
 
@@ -90,14 +92,20 @@ async def measure(folder: Path, size: int, total: int, rounds: int) -> list[Row]
 
         async def ours(items: list[StoreItem] = items, round_: int = round_) -> None:
             began = time.perf_counter()
-            batch = BATCH_BYTES // size
-            for at in range(0, count, batch):
-                outcomes = await tier.store(items[at : at + batch])
-                assert all(isinstance(outcome, Stored) for outcome in outcomes), outcomes
+            step = BATCH_BYTES // size
+            parts = [items[at : at + step] for at in range(0, count, step)]
+
+            async def writer() -> None:
+                while parts:
+                    outcomes = await tier.store(parts.pop(0))
+                    assert all(isinstance(outcome, Stored) for outcome in outcomes), outcomes
+
+            await asyncio.gather(*(writer() for _ in range(STORES_AT_ONCE)))  # as the offloader
             note("write", began, round_)
             began = time.perf_counter()
             wanted = [LoadItem(i.chunk.key, t) for i, t in zip(items, targets, strict=True)]
-            batches = [wanted[at : at + IN_FLIGHT] for at in range(0, count, IN_FLIGHT)]
+            step = min(BATCH_CHUNKS, LOAD_BYTES // size)
+            batches = [wanted[at : at + step] for at in range(0, count, step)]
 
             async def worker() -> None:
                 while batches:

@@ -293,6 +293,7 @@ class SchedulerClient:
                 pool = self._pools[slot.length]
                 pool.slots.append(slot)
                 pool.asked = False
+        self._shrink(self._share_bytes)  # it may have shrunk while these were on their way
 
     def _refill(self) -> None:
         """Ask for what is missing to the targets; not again until answered."""

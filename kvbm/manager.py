@@ -17,6 +17,7 @@ from kvbm.meter import Meter
 from kvbm.offload import LaneSettings, Offloader
 from kvbm.onboard import BYTES_IN_FLIGHT, Onboarder
 from kvbm.protocol import COMING, HERE, MISS, PRESENT
+from kvbm.quarantine import Quarantine
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
 from storage_tiers.dram import DramTier, Resident
@@ -69,12 +70,15 @@ class Catalogue:
 
     def __init__(self, events: BlockEvents) -> None:
         self._events = events
+        self.quarantine = Quarantine()
 
     def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
         self._events.stored(tier, keys)
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         self._events.removed(tier, keys)
+        if reason is RemovalReason.CORRUPT:
+            self.quarantine.add(tier, keys)
 
 
 class BlockManager:
@@ -89,15 +93,22 @@ class BlockManager:
         *,
         lease_bytes_max: int,
         onboard_bytes_max: int = BYTES_IN_FLIGHT,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.dram = dram
         self.tiers: list[Tier] = [tier for tier, _ in lower]
         self._events = events
         self._meter = meter
         self.lease_bytes_max = lease_bytes_max
-        self.offloader = Offloader(dram, lower, self._offloaded, meter)
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self.offloader = Offloader(dram, lower, self._offloaded, meter, self.quarantine)
         self.onboarder = Onboarder(
-            dram, self.tiers, self._landed, meter, bytes_in_flight=onboard_bytes_max
+            dram,
+            self.tiers,
+            self._landed,
+            meter,
+            quarantine=self.quarantine,
+            bytes_in_flight=onboard_bytes_max,
         )
         self._waiting: dict[Key, list[Ticket]] = {}
         self._lent_bytes = 0  # leased to engines; what is being onboarded has its own bound

@@ -18,8 +18,10 @@ import structlog
 
 from kvbm.lane import Lane
 from kvbm.meter import Meter
+from kvbm.quarantine import Quarantine
 from storage_tiers.base import (
     Chunk,
+    Corrupt,
     Failed,
     Full,
     Key,
@@ -52,6 +54,7 @@ class LaneSettings:
     enough_bytes: int = 0  # linger until this much waits ...
     linger_s: float = 0.0  # ... but no longer than this
     attempts: int = 3  # per chunk, while the medium fails
+    writers: int = 1  # batches on their way at a time
 
 
 class Offloader:
@@ -63,16 +66,19 @@ class Offloader:
         tiers: Sequence[tuple[Tier, LaneSettings]],
         stored: StoredCallback,
         meter: Meter,
+        quarantine: Quarantine,
     ) -> None:
         self._dram = dram
         self._tiers = [tier for tier, _ in tiers]
         self._settings = [settings for _, settings in tiers]
         self._stored = stored
         self._meter = meter
+        self._quarantine = quarantine
         self._to_seal = Lane(max((s.queue_chunks for s in self._settings), default=4096))
         self._lanes = [Lane(settings.queue_chunks) for settings in self._settings]
         self._attempts: dict[tuple[int, Key], int] = {}
         self._busy = 0  # chunks on their way
+        self._hurries = 0  # who wants lanes not to linger
 
     def offer(self, chunk: Chunk) -> None:
         """A chunk was committed to host memory."""
@@ -101,19 +107,36 @@ class Offloader:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._seal())
-            for index in range(len(self._tiers)):
-                group.create_task(self._write(index))
+            for index, settings in enumerate(self._settings):
+                for _ in range(settings.writers):
+                    group.create_task(self._write(index))
+
+    @property
+    def left(self) -> int:
+        """Chunks that wait or are on their way."""
+        return self._busy + sum(self.depth.values())
+
+    def hurry(self) -> None:
+        """Lanes write what they have without waiting for more, until `unhurry` as many times."""
+        self._hurries += 1
+        for lane in self._lanes:
+            lane.hurry(True)
+
+    def unhurry(self) -> None:
+        self._hurries -= 1
+        for lane in self._lanes:
+            lane.hurry(self._hurries > 0)
 
     async def drain(self, deadline_s: float) -> int:
         """Wait until nothing waits or is on its way; how many chunks were left at the deadline."""
-        for lane in self._lanes:
-            lane.hurry(True)
         end = time.monotonic() + deadline_s
-        while (self._busy or any(self.depth.values())) and time.monotonic() < end:
-            await asyncio.sleep(IDLE_POLL_S)
-        for lane in self._lanes:
-            lane.hurry(False)
-        return self._busy + sum(self.depth.values())
+        self.hurry()
+        try:
+            while self.left and time.monotonic() < end:
+                await asyncio.sleep(IDLE_POLL_S)
+        finally:
+            self.unhurry()
+        return self.left
 
     # -- stages --------------------------------------------------------------------------
 
@@ -208,6 +231,8 @@ class Offloader:
             (outcome,) = await tier.load([LoadItem(chunk.key, buffer)])
             if isinstance(outcome, Loaded):
                 return StoreItem(outcome.chunk, buffer)
+            if isinstance(outcome, Corrupt):
+                self._quarantine.explain(tier.name, chunk.key, outcome.reason)
         return None
 
     def _try_again(self, index: int, chunk: Chunk) -> None:

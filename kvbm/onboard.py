@@ -17,11 +17,13 @@ import structlog
 
 from kvbm.lane import Lane
 from kvbm.meter import Meter
+from kvbm.quarantine import Quarantine
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Corrupt, Failed, Key, Loaded, LoadItem, LoadOutcome, Tier
 from storage_tiers.dram import DramTier
 
-BATCH_CHUNKS: Final = 8
+BATCH_CHUNKS: Final = 64
+BATCH_BYTES: Final = 16 << 20  # small chunks of one object then share a request
 WORKERS_PER_TIER: Final = 2
 QUEUE_CHUNKS: Final = 1 << 16
 BYTES_IN_FLIGHT: Final = 512 << 20
@@ -42,6 +44,7 @@ class Onboarder:
         landed: Landed,
         meter: Meter,
         *,
+        quarantine: Quarantine | None = None,
         queue_chunks: int = QUEUE_CHUNKS,
         bytes_in_flight: int = BYTES_IN_FLIGHT,
     ) -> None:
@@ -49,6 +52,7 @@ class Onboarder:
         self._tiers = tiers
         self._landed = landed
         self._meter = meter
+        self._quarantine = Quarantine() if quarantine is None else quarantine
         self._lanes = [Lane(queue_chunks) for _ in tiers]
         self._pending: dict[Key, int] = {}  # key -> index of the tier it comes from
         # One for each tier, so that a slow one does not hold what another could use.
@@ -93,7 +97,9 @@ class Onboarder:
     async def _work(self, index: int) -> None:
         while True:
             budget = self._budgets[index]
-            batch = await self._lanes[index].take(BATCH_CHUNKS, bytes_max=budget.total_bytes)
+            batch = await self._lanes[index].take(
+                BATCH_CHUNKS, bytes_max=min(BATCH_BYTES, budget.total_bytes)
+            )
             async with budget.held(sum(chunk.length for chunk in batch)):
                 await self._bring_up(index, batch)
 
@@ -133,7 +139,7 @@ class Onboarder:
                 ended.append((chunk.key, index))
             else:
                 self._dram.release(slot)
-                self._count_failure(tier, outcome)
+                self._note_failure(tier, chunk.key, outcome)
                 if not self._pass_on(chunk, index + 1):
                     ended.append((chunk.key, -1))
         if loaded_bytes:
@@ -148,7 +154,10 @@ class Onboarder:
                 return True
         return False
 
-    def _count_failure(self, tier: Tier, outcome: LoadOutcome) -> None:
+    def _note_failure(self, tier: Tier, key: Key, outcome: LoadOutcome) -> None:
+        if isinstance(outcome, Corrupt):
+            _log.error("chunk_damaged", tier=tier.name.value, key=key.hex(), reason=outcome.reason)
+            self._quarantine.explain(tier.name, key, outcome.reason)
         if isinstance(outcome, Corrupt | Failed):
             self._meter.error(f"load_{tier.name.value}", type(outcome).__name__.lower())
 

@@ -1,4 +1,4 @@
-"""Scrub: check every chunk in host memory against its checksum, slowly and for ever.
+"""Scrub: check every chunk in host memory against its checksum, slowly and for ever, or on demand.
 
 Memory rots, and an engine with a fault may write where it should not. A chunk that no longer
 matches is quarantined: its slot's generation changes, so that a load that has begun is failed by
@@ -8,6 +8,8 @@ the engine and computed instead.
 from __future__ import annotations
 
 import asyncio
+import time
+from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
@@ -22,6 +24,17 @@ IDLE_S: Final = 1.0
 _log = structlog.get_logger("kvbm.scrub")
 
 
+@dataclass(slots=True)
+class ScrubPass:
+    """One pass that somebody asked for: how far it is, or what it found."""
+
+    total: int = 0  # chunks there when it began
+    checked: int = 0
+    damaged: int = 0
+    seconds: float = 0.0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class Scrubber:
     """Call from the event loop that owns `dram`; `run` until cancelled."""
 
@@ -29,19 +42,22 @@ class Scrubber:
         self._dram = dram
         self._meter = meter
         self._pass_s = pass_s
+        self._asked = asyncio.Event()
         self.passes = 0
+        self.latest: ScrubPass | None = None  # of those asked for
 
     async def run(self) -> None:
-        """Passes of about `pass_s` seconds each; returns at once if that is 0."""
-        while self._pass_s > 0:
-            keys = self._dram.oldest(len(self._dram))
-            if not keys:
-                await asyncio.sleep(min(IDLE_S, self._pass_s))
-                continue
-            for key in keys:
-                await self.check(key)
-                await asyncio.sleep(self._pass_s / len(keys))
-            self.passes += 1
+        """Passes of about `pass_s` seconds each, none if that is 0; and those asked for."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._patrol())
+            group.create_task(self._serve())
+
+    def ask(self) -> ScrubPass:
+        """Begin a pass as fast as one thread goes; the one under way if there is one."""
+        if self.latest is None or self.latest.ended.is_set():
+            self.latest = ScrubPass()
+            self._asked.set()
+        return self.latest
 
     async def check(self, key: Key) -> bool:
         """False if the chunk was found damaged, and quarantined."""
@@ -52,6 +68,37 @@ class Scrubber:
             return await self._is_sound(resident)
         finally:
             self._dram.unclaim(resident)
+
+    # -- below ---------------------------------------------------------------------------
+
+    async def _patrol(self) -> None:
+        while self._pass_s > 0:
+            keys = self._dram.oldest(len(self._dram))
+            if not keys:
+                await asyncio.sleep(min(IDLE_S, self._pass_s))
+                continue
+            for key in keys:
+                await self.check(key)
+                await asyncio.sleep(self._pass_s / len(keys))
+            self.passes += 1
+
+    async def _serve(self) -> None:
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            assert self.latest is not None, "set before it is asked for"
+            await self._pass_over(self.latest)
+
+    async def _pass_over(self, run: ScrubPass) -> None:
+        began = time.monotonic()
+        keys = self._dram.oldest(len(self._dram))
+        run.total = len(keys)
+        for key in keys:
+            run.damaged += not await self.check(key)
+            run.checked += 1
+            run.seconds = time.monotonic() - began
+        run.ended.set()
+        _log.info("scrubbed", chunks=run.total, damaged=run.damaged, seconds=round(run.seconds, 3))
 
     async def _is_sound(self, resident: Resident) -> bool:
         if not resident.sealed:

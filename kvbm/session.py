@@ -135,7 +135,7 @@ class Session:
         if not self.is_ready or self.ending or share_bytes == self._share_bytes:
             return
         self._share_bytes = share_bytes
-        if share_bytes < max(self._lengths):
+        if 0 < share_bytes < max(self._lengths):  # 0: the daemon is drained
             _log.warning(
                 "lease_too_small",
                 engine=self.engine,
@@ -291,6 +291,7 @@ class Sessions:
         self._numbers = itertools.count(1)
         self._forming: dict[str, Session] = {}  # engine -> its session that is not ending
         self._of: dict[int, Session] = {}  # id(member) -> session
+        self.draining = False
 
     @property
     def all(self) -> list[Session]:
@@ -309,6 +310,11 @@ class Sessions:
         self._share_out()
         return session
 
+    def drain(self) -> None:
+        """Lend no slot to any engine from now on; each gives back what it does not use."""
+        self.draining = True
+        self._share_out()
+
     def leave(self, member: Member) -> None:
         session = self._of.pop(id(member), None)
         if session is None:
@@ -321,8 +327,9 @@ class Sessions:
     def _share_out(self) -> None:
         """Every engine may lease the same part, so that none can keep another from storing."""
         ready = [session for session in self._forming.values() if session.is_ready]
+        budget_bytes = 0 if self.draining else self._manager.lease_bytes_max
         for session in ready:
-            session.set_share(self._manager.lease_bytes_max // len(ready))
+            session.set_share(budget_bytes // len(ready))
 
 
 def _check(hello: Hello, capacity_bytes: int) -> None:

@@ -10,9 +10,11 @@ told: a claim that was taken back meanwhile then costs a recompute, never wrong 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,6 +53,7 @@ class Arena:
         data_at = int(header["data_at"])
         self.data: memoryview = memoryview(mapping)[data_at : data_at + self.capacity_bytes]
         count = -(-self.capacity_bytes // PAGE)
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self.data, dtype=np.uint8)
         self._generations: npt.NDArray[np.uint64] = np.frombuffer(
             mapping, dtype=np.uint64, count=count, offset=PAGE
         )
@@ -107,9 +110,20 @@ class Arena:
             raise ValueError(f"slot [{offset}, +{length}) is outside the arena")
         return self.data[offset : offset + length]
 
+    def array(self, offset: int, length: int) -> npt.NDArray[np.uint8]:
+        """The same bytes as `view`, as an array of the arena's own memory."""
+        if offset < 0 or length < 0 or offset + length > self.capacity_bytes:
+            raise ValueError(f"slot [{offset}, +{length}) is outside the arena")
+        return self._bytes[offset : offset + length]
+
     def generation(self, offset: int) -> int:
         """The current generation of the slot at `offset`."""
         return int(self._generations[offset // PAGE])
+
+    def generations(self, offsets: Sequence[int]) -> npt.NDArray[np.uint64]:
+        """The current generation of each of these slots. Raises IndexError outside the arena."""
+        pages = np.asarray(offsets, dtype=np.int64) // PAGE
+        return self._generations[pages]
 
     def advance(self, offset: int) -> int:
         """Give the slot a new generation and return it; the daemon's alone."""
@@ -119,8 +133,9 @@ class Arena:
 
     def close(self) -> None:
         """Unmap if nothing refers to the memory any more; else the mapping lives until then."""
-        self.data.release()
-        del self._generations
+        del self._generations, self._bytes
+        with contextlib.suppress(BufferError):  # as below
+            self.data.release()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

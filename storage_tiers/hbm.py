@@ -11,8 +11,7 @@ GIL; call them from one thread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,13 @@ import numpy.typing as npt
 Bytes = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
-class CopyPlan:
+class CopyPlan(NamedTuple):
     """One chunk's part of a transfer: `blocks` lie in the slot from block `first` on."""
 
     group: int
     blocks: Sequence[int]  # indexes into the engine's tensors
     first: int  # 0 unless the transfer starts in the middle of the chunk
-    stripe: memoryview  # this rank's bytes of the slot
+    stripe: Bytes  # this rank's bytes of the slot
 
 
 class PageAccess(Protocol):
@@ -82,7 +80,7 @@ class HostPages:
 
     def _pieces(self, plan: CopyPlan) -> Iterator[tuple[int, Bytes, Bytes]]:
         """Block, run (tensors, blocks, page bytes), its part of the slot (tensors, page bytes)."""
-        stripe = np.frombuffer(plan.stripe, dtype=np.uint8)
+        stripe = plan.stripe
         at = plan.first * self._block_bytes[plan.group]
         for block in plan.blocks:
             for run in self._runs[plan.group]:

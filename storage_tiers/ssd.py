@@ -46,6 +46,7 @@ from storage_tiers.recency import Recency, Record
 from storage_tiers.recovery import RecoverMode, open_directory
 from storage_tiers.settle import Gate, settled
 
+STORES_AT_ONCE: Final = 2
 _QUARANTINE_MAX: Final = 64  # extents kept aside; the oldest is used again when it is exceeded
 _VICTIMS_TRIED_MAX: Final = 4096
 _RESTAMPED_MAX: Final = 8192  # touches held in memory before a load records them
@@ -84,7 +85,8 @@ class SsdTier:
         self._key_at: dict[int, Key] = {}  # extent offset -> resident there
         self._undeleted: set[Key] = set()  # left the index; deleted before the next write
         self._gate = Gate()
-        self._storing = asyncio.Lock()
+        self._storing = asyncio.Semaphore(STORES_AT_ONCE)
+        self._placing: dict[Key, asyncio.Future[None]] = {}  # keys being written
         self.quarantined: deque[Quarantined] = deque()
         self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()
@@ -171,6 +173,20 @@ class SsdTier:
     # -- store ---------------------------------------------------------------------------
 
     async def _store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
+        """One batch; another one may be on its way, so that data and catalogue take turns."""
+        while others := {f for item in items if (f := self._placing.get(item.chunk.key))}:
+            await asyncio.wait(others)
+        placed = asyncio.get_running_loop().create_future()
+        keys = [item.chunk.key for item in items]
+        self._placing.update(dict.fromkeys(keys, placed))
+        try:
+            return await self._store_alone(items)
+        finally:
+            for key in keys:
+                self._placing.pop(key, None)
+            placed.set_result(None)
+
+    async def _store_alone(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
         outcomes: list[StoreOutcome] = [Known()] * len(items)
         placed: dict[Key, tuple[int, int]] = {}  # key -> index of its item, offset
         kept = [

@@ -31,7 +31,7 @@ from connectors.vllm.transfer import ArenaSlots
 from kvbm.link import Link
 from kvbm.protocol import Fence, Fenced, FromDaemon, Hello, Welcome
 from storage_tiers.arena import Arena, ArenaError
-from storage_tiers.hbm import CopyPlan, HostPages, PageAccess
+from storage_tiers.hbm import Bytes, CopyPlan, HostPages, PageAccess
 
 logger = logging.getLogger("kvbm.worker")
 
@@ -232,9 +232,10 @@ class KvbmWorker(OffloadingWorker):
                 self._changed.notify_all()
 
     def _check_generations(self, job: _Job, arena: Arena) -> None:
-        for offset, generation in zip(job.slots.offsets, job.slots.generations, strict=True):
-            if arena.generation(offset) != generation:
-                raise TransferError(f"the slot at {offset} has changed hands")
+        found = arena.generations(job.slots.offsets)
+        expected = np.asarray(job.slots.generations, dtype=np.uint64)
+        if found.shape != expected.shape or not np.array_equal(found, expected):
+            raise TransferError("a slot has changed hands")
 
     def _plans(self, job: _Job, arena: Arena) -> list[CopyPlan]:
         """Match the job's blocks with its slots, group by group."""
@@ -256,13 +257,13 @@ class KvbmWorker(OffloadingWorker):
             raise TransferError("its blocks and slots do not match")
         return plans
 
-    def _stripe(self, slots: ArenaSlots, index: int, arena: Arena) -> memoryview:
+    def _stripe(self, slots: ArenaSlots, index: int, arena: Arena) -> Bytes:
         group = slots.groups[index]
         start = slots.rank_offsets[group][self._rank]
         length = self._pages.block_bytes(group) * self._blocks_per_chunk
         if start + length > slots.lengths[group]:
             raise TransferError("this rank's stripe does not fit the slot")
-        return arena.view(slots.offsets[index] + start, length)
+        return arena.array(slots.offsets[index] + start, length)
 
 
 def _arena_of(job: _Job) -> Arena:

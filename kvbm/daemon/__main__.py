@@ -1,4 +1,4 @@
-"""`kvbm-daemon`: serve a node, or check its settings.
+"""`kvbm-daemon`: serve a node, check its settings, or print its systemd unit.
 
 Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings cannot be used.
 """
@@ -16,12 +16,13 @@ from typing import Annotated
 import structlog
 import typer
 
-from kvbm.daemon.admin import AdminError
+from kvbm.daemon.admin_server import AdminError
 from kvbm.daemon.ipc import SocketError
 from kvbm.daemon.node import PROGRAM, Node
 from kvbm.daemon.server import Server
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.systemd import Notifier
+from kvbm.daemon.unit import CACHE, Installation, unit_text
 from runtime import telemetry
 from runtime.settings import Loaded, SettingsError, parse_assignments
 from storage_tiers.arena import ArenaError
@@ -75,6 +76,34 @@ def check_config(
     typer.echo("settings are usable")
 
 
+@app.command("print-unit")
+def print_unit(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="The settings that the daemon is to use.")
+    ] = Path("/etc/kvbm/kvbm.yaml"),
+    program: Annotated[
+        Path | None, typer.Option(help="The kvbm-daemon to run; by default this one.")
+    ] = None,
+    user: Annotated[str, typer.Option(help="The user to run as, and engines with it.")] = "kvbm",
+    group: Annotated[str | None, typer.Option(help="By default named like the user.")] = None,
+) -> None:
+    """Print the systemd unit for this installation, for /etc/systemd/system."""
+    where = Installation(
+        program=(program or Path(sys.executable).parent / PROGRAM).absolute(),
+        config=config.absolute(),
+        user=user,
+        group=group or user,
+        ssd=_ssd_path(config),
+    )
+    if where.ssd is None and not os.access(config, os.R_OK):
+        typer.echo(
+            f"{config} cannot be read here: name an SSD tier outside {CACHE} in "
+            "ReadWritePaths yourself",
+            err=True,
+        )
+    typer.echo(unit_text(where), nl=False)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -100,6 +129,14 @@ def _load(file: Path | None, assignments: list[str] | None) -> Loaded[DaemonSett
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         raise typer.Exit(2) from None
+
+
+def _ssd_path(config: Path) -> Path | None:
+    """Where the settings keep the SSD tier; None if they have none or cannot be read yet."""
+    if not os.access(config, os.R_OK):
+        return None
+    ssd = _load(config, None).value.ssd
+    return None if ssd is None else ssd.path
 
 
 def _version() -> str:

@@ -1,111 +1,75 @@
 """The admin REST API: is the node alive and ready, what is in its tiers, who is connected.
 
-Read-only and served from the daemon's own event loop, by default on loopback. Errors are RFC 9457
-problems. Handlers only read snapshots of the `NodeView`, so a request never waits for a tier.
+Served from the daemon's own event loop, by default on loopback. Handlers here only read snapshots
+of the `NodeView`, so a request never waits for a tier; `admin_actions` has those that act.
+Errors are RFC 9457 problems.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import platform
-import socket
-from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Path as InPath
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
+from kvbm.daemon.access import readers
+from kvbm.daemon.admin_actions import actions_router
 from kvbm.daemon.metrics import CONTENT_TYPE, Metrics
-from kvbm.daemon.view import NodeView, QueueStatus, SessionStatus
-from storage_tiers.base import RecoveryReport, TierUsage
+from kvbm.daemon.problems import described, handle_problems, problem
+from kvbm.daemon.reports import (
+    ChunkReport,
+    Node,
+    Policies,
+    QuarantinedReport,
+    QuarantineReport,
+    Ready,
+    Recovery,
+    Scrub,
+    Sessions,
+    TierReport,
+    Tiers,
+    Version,
+)
+from kvbm.daemon.view import DrainStatus, NodeActions, NodeView
+from storage_tiers.base import KEY_BYTES, Key
 
-START_TIMEOUT_S: Final = 10.0
-STOP_TIMEOUT_S: Final = 2
-_CONNECTIONS_MAX: Final = 64
-_POLL_S: Final = 0.005
+NAME: Final = "kvbm-daemon"
 
-
-class AdminError(Exception):
-    """The admin server cannot listen; the message says where, why, and which setting to change."""
-
-
-class Version(BaseModel):
-    name: str
-    version: str
-    node: str
-    python: str
-
-
-class Ready(BaseModel):
-    ready: bool
-    checks: dict[str, str]  # "ok" or the reason
-
-
-class TierReport(BaseModel):
-    """Counters run from the tier's opening; lookups from the daemon's start."""
-
-    tier: str
-    mover: str
-    capacity_bytes: int
-    used_bytes: int
-    chunks: int
-    hits: int
-    misses: int
-    stored_bytes: int
-    loaded_bytes: int
-    evictions: dict[str, int]
-    corrupt: int
-    errors: dict[str, int]
-
-    @classmethod
-    def of(cls, usage: TierUsage, metrics: Metrics) -> TierReport:
-        return cls(
-            tier=usage.tier.value,
-            mover=usage.mover,
-            capacity_bytes=usage.capacity_bytes,
-            used_bytes=usage.used_bytes,
-            chunks=usage.chunks,
-            hits=metrics.lookups(usage.tier, "hit"),
-            misses=metrics.lookups(usage.tier, "miss"),
-            stored_bytes=usage.stored_bytes_total,
-            loaded_bytes=usage.loaded_bytes_total,
-            evictions={str(reason): count for reason, count in usage.evictions_total.items()},
-            corrupt=usage.corrupt_total,
-            errors=usage.errors_total,
-        )
+KeyHex = Annotated[
+    str,
+    InPath(
+        pattern=f"^[0-9A-Fa-f]{{{2 * KEY_BYTES}}}$",
+        description=f"The chunk's key, {2 * KEY_BYTES} hexadecimal digits.",
+    ),
+]
 
 
-class Tiers(BaseModel):
-    node: str
-    tiers: list[TierReport]
-    queues: list[QueueStatus]
+def create_app(
+    view: NodeView, actions: NodeActions, metrics: Metrics, token: str | None = None
+) -> FastAPI:
+    """The API over one node; attaches `view` to `metrics`, so call it once for each.
 
-
-class Recovery(BaseModel):
-    reports: list[RecoveryReport]
-
-
-class Sessions(BaseModel):
-    sessions: list[SessionStatus]
-
-
-def create_app(view: NodeView, metrics: Metrics) -> FastAPI:
-    """The API over one node; attaches `view` to `metrics`, so call it once for each."""
+    With a token, every request below /v1 must give it.
+    """
     metrics.attach(view)
     app = FastAPI(
-        title="kvbm-daemon", version=metrics.version, docs_url=None, redoc_url=None
+        title=NAME, version=metrics.version, docs_url=None, redoc_url=None
     )  # the interactive pages would load scripts from elsewhere
+    handle_problems(app)
     _add_probes(app, view, metrics)
-    _add_reports(app, view, metrics)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(Exception, _on_bug)
+    options: dict[str, Any] = {
+        "dependencies": [Depends(readers(token))],
+        "responses": {
+            "401": described("`admin.token` is set and was not given."),
+            "default": described("Any other error."),
+        },
+    }
+    for router in (_tiers(view, metrics), _node(view, metrics), actions_router(actions, token)):
+        app.include_router(router, prefix="/v1", **options)
     return app
 
 
@@ -115,7 +79,7 @@ def _add_probes(app: FastAPI, view: NodeView, metrics: Metrics) -> None:
         """The event loop turns."""
         return {"status": "alive"}
 
-    @app.get("/readyz", response_model=Ready, responses={503: {"description": "Not ready."}})
+    @app.get("/readyz", response_model=Ready, responses={503: described("Not ready, and why.")})
     async def readyz(request: Request) -> Response:
         """Every check passes; otherwise 503 with the reasons."""
         found = view.readiness()
@@ -127,162 +91,91 @@ def _add_probes(app: FastAPI, view: NodeView, metrics: Metrics) -> None:
             )
         return JSONResponse(Ready(ready=True, checks=checks).model_dump())
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Prometheus's text format; docs/METRICS.md lists the names."""
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     @app.get("/version")
     async def version() -> Version:
+        """What runs, and on which node."""
         return Version(
-            name="kvbm-daemon",
+            name=NAME,
             version=metrics.version,
             node=metrics.node,
             python=platform.python_version(),
         )
 
 
-def _add_reports(app: FastAPI, view: NodeView, metrics: Metrics) -> None:
-    @app.get("/v1/tiers")
+def _tiers(view: NodeView, metrics: Metrics) -> APIRouter:
+    router = APIRouter(tags=["tiers"])
+
+    @router.get("/tiers")
     async def tiers() -> Tiers:
-        """What each tier holds and has done, and what waits between them."""
+        """What each tier holds and has done, how fast, and what waits between them."""
+        rates = view.rates()
         return Tiers(
             node=metrics.node,
-            tiers=[TierReport.of(usage, metrics) for usage in view.tiers()],
+            tiers=[TierReport.of(u, rates.get(u.tier, ()), metrics) for u in view.tiers()],
             queues=list(view.queues()),
         )
 
-    @app.get("/v1/recovery")
+    @router.get("/recovery")
     async def recovery() -> Recovery:
         """What each tier found when it opened."""
         return Recovery(reports=list(view.recovery()))
 
-    @app.get("/v1/sessions")
+    @router.get("/policies")
+    async def policies() -> Policies:
+        """What each tier takes in, and what it gives up first."""
+        return Policies(policies=list(view.policies()))
+
+    @router.get("/chunks/{key}", responses={404: described("No tier of this node has it.")})
+    async def chunk(key: KeyHex) -> ChunkReport:
+        """Where a chunk is kept, and what is known of it there."""
+        wanted = Key(bytes.fromhex(key))
+        found = view.chunk(wanted)
+        if not found.residencies:
+            coming = ", but it is on its way into host memory" if found.is_coming else ""
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"no tier of this node has {key}{coming}")
+        return ChunkReport.of(wanted, found)
+
+    @router.get("/quarantine")
+    async def quarantine() -> QuarantineReport:
+        """Chunks taken out of use because their bytes were wrong: the latest of them."""
+        total, entries = view.quarantine()
+        return QuarantineReport(total=total, entries=[QuarantinedReport.of(e) for e in entries])
+
+    return router
+
+
+def _node(view: NodeView, metrics: Metrics) -> APIRouter:
+    router = APIRouter(tags=["node"])
+
+    @router.get("/node")
+    async def node() -> Node:
+        """The process and where it meets the rest of the machine."""
+        return Node(
+            name=NAME,
+            version=metrics.version,
+            node=metrics.node,
+            process=view.status(),
+            drain=view.drain_status(),
+        )
+
+    @router.get("/sessions")
     async def sessions() -> Sessions:
         """The engines connected, one entry for each of their connections."""
         return Sessions(sessions=list(view.sessions()))
 
+    @router.get("/drain")
+    async def drain() -> DrainStatus:
+        """Whether the node is drained, and how far it is."""
+        return view.drain_status()
 
-# -- errors -------------------------------------------------------------------------------
+    @router.get("/scrub")
+    async def scrub() -> Scrub:
+        """How far the latest pass over host memory is that was asked for, and what it found."""
+        return Scrub(latest=view.scrub_status())
 
-
-def problem(
-    request: Request,
-    status: HTTPStatus,
-    detail: str,
-    *,
-    headers: Mapping[str, str] | None = None,
-    **members: Any,
-) -> Response:
-    """An RFC 9457 problem of no type but its status."""
-    body = {
-        "type": "about:blank",
-        "title": status.phrase,
-        "status": status.value,
-        "detail": detail,
-        "instance": request.url.path,
-        **members,
-    }
-    return JSONResponse(body, status.value, headers=headers, media_type="application/problem+json")
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return problem(request, HTTPStatus(error.status_code), error.detail, headers=error.headers)
-
-
-async def _on_invalid_request(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    faults = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-    return problem(request, HTTPStatus.BAD_REQUEST, "; ".join(faults))
-
-
-async def _on_bug(request: Request, _: Exception) -> Response:
-    detail = "the daemon failed to answer; its log says why"
-    return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail)
-
-
-# -- serving ------------------------------------------------------------------------------
-
-
-class _Uvicorn(uvicorn.Server):
-    """Leaves the process's signals to the daemon."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class AdminServer:
-    """Serves an app in the running event loop, between `start` and `stop`."""
-
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
-        self._host = host
-        self._port = port
-        self._socket: socket.socket | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                limit_concurrency=_CONNECTIONS_MAX,
-                timeout_graceful_shutdown=STOP_TIMEOUT_S,
-            )
-        )
-
-    @property
-    def port(self) -> int:
-        """The port it listens on, also when any free one was asked for."""
-        return self._port
-
-    @property
-    def url(self) -> str:
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
-
-    async def start(self) -> None:
-        """Return when requests are answered; raises AdminError."""
-        assert self._task is None, "started already"
-        self._socket = await _listen(self._host, self._port)
-        self._port = self._socket.getsockname()[1]
-        self._task = asyncio.create_task(
-            self._server.serve(sockets=[self._socket]), name="admin-server"
-        )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_TIMEOUT_S):
-                while not self._server.started and not self._task.done():
-                    await asyncio.sleep(_POLL_S)
-        if not self._server.started and not self._task.done():
-            self._task.cancel()
-            raise AdminError(f"the admin server on {self.url} did not start in {START_TIMEOUT_S} s")
-        if self._task.done():
-            await self._task
-            raise AdminError(f"the admin server on {self.url} ended as it started")
-
-    async def stop(self) -> None:
-        """Answer what was asked already, briefly, and end. Idempotent."""
-        task, self._task = self._task, None
-        if task is None:
-            return
-        self._server.should_exit = True
-        try:
-            await task
-        finally:
-            if self._socket is not None:
-                self._socket.close()
-
-
-async def _listen(host: str, port: int) -> socket.socket:
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, *_, address = found[0]
-        return socket.create_server(address, family=family)
-    except OSError as error:
-        raise AdminError(
-            f"the admin server cannot listen on {host} port {port}: {error.strerror or error}; "
-            "change admin.host or admin.port (0 takes any free port)"
-        ) from error
+    return router

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 
 from kvbm.daemon.metrics import Metrics
+from kvbm.daemon.operations import Operations
+from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.tiers import make_lower_tiers
-from kvbm.daemon.view import EventsStatus, QueueStatus, SessionStatus
+from kvbm.daemon.view import (
+    ChunkStatus,
+    DrainStatus,
+    EventsStatus,
+    NodeStatus,
+    PolicyStatus,
+    QueueStatus,
+    Residency,
+    ScrubStatus,
+    SessionStatus,
+)
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.protocol import Hello
+from kvbm.quarantine import Quarantined
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
 from runtime.events import EventPlane, create_event_plane
@@ -20,6 +35,7 @@ from storage_tiers.base import Key, RecoveryReport, Tier, TierName, TierUsage
 from storage_tiers.dram import DramTier
 
 PROGRAM = "kvbm-daemon"
+_DRAINING = "draining: engines are lent no slots to store into, until the daemon is restarted"
 
 
 class Announcer:
@@ -63,9 +79,13 @@ class Node:
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
+            quarantine=catalogue.quarantine,
         )
         self.members = Sessions(self.manager)
         self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
+        self.operations = Operations(self.members, self.manager.offloader, self.scrubber)
+        self.speeds = Rates(self.tiers)
+        self._started = time.time()
         self.reports: dict[TierName, RecoveryReport] = {}
         self.problems: dict[str, str] = {"socket": "not listening yet"}
         self.problems |= {tier.name.value: "not open yet" for tier in self.all_tiers}
@@ -81,7 +101,8 @@ class Node:
 
     def readiness(self) -> Mapping[str, str | None]:
         names = [tier.name.value for tier in self.all_tiers]
-        return {name: self.problems.get(name) for name in (*names, "socket")}
+        found = {name: self.problems.get(name) for name in (*names, "socket")}
+        return found | {"stores": _DRAINING if self.members.draining else None}
 
     def recovery(self) -> Sequence[RecoveryReport]:
         return list(self.reports.values())
@@ -118,6 +139,60 @@ class Node:
             connected=plane.connected,
             messages_dropped_total=plane.dropped_total,
         )
+
+    def status(self) -> NodeStatus:
+        settings, plane = self.settings, self.plane.status()
+        events = settings.events
+        return NodeStatus(
+            pid=os.getpid(),
+            uid=os.getuid(),
+            started=self._started,
+            socket=str(settings.socket),
+            host_memory_bytes=self.arena.capacity_bytes,
+            huge_pages=settings.dram.huge_pages,
+            ssd_path=None if settings.ssd is None else str(settings.ssd.path),
+            ssd_mover=None if settings.ssd is None else settings.ssd.mover,
+            events_plane=events.plane,
+            events_namespace=events.namespace,
+            events_url=_without_credentials(events.nats_urls) if events.plane == "nats" else None,
+            events_error=plane.error,
+            draining=self.members.draining,
+        )
+
+    def rates(self) -> Mapping[TierName, Sequence[Rate]]:
+        return self.speeds.now()
+
+    def chunk(self, key: Key) -> ChunkStatus:
+        residencies: list[Residency] = []
+        if (resident := self.dram.claim(key)) is not None:
+            claims = resident.pins - 1  # ours is to look at it
+            self.dram.unclaim(resident)
+            residencies.append(Residency(self.dram.name, resident.chunk, resident.sealed, claims))
+        for tier in self.manager.tiers:
+            (chunk,) = tier.find([key])
+            if chunk is not None:
+                residencies.append(Residency(tier.name, chunk, sealed=True, claims=None))
+        return ChunkStatus(residencies, key in self.manager.onboarder)
+
+    def quarantine(self) -> tuple[int, Sequence[Quarantined]]:
+        kept = self.manager.quarantine
+        return kept.total, kept.entries()
+
+    def policies(self) -> Sequence[PolicyStatus]:
+        return [
+            PolicyStatus(tier.name, "all", "age" if tier.name is TierName.S3 else "lru")
+            for tier in self.all_tiers
+        ]
+
+    def drain_status(self) -> DrainStatus:
+        return self.operations.drain_status()
+
+    def scrub_status(self) -> ScrubStatus | None:
+        return self.operations.scrub_status()
+
+
+def _without_credentials(urls: Sequence[str]) -> str:
+    return ",".join(re.sub(r"//[^/]*@", "//", url) for url in urls)
 
 
 def _status(hello: Hello, since: float, claims: int, leased_bytes: int) -> SessionStatus:

@@ -14,7 +14,8 @@ from typing import Final
 
 import structlog
 
-from kvbm.daemon.admin import AdminServer, create_app
+from kvbm.daemon.admin import create_app
+from kvbm.daemon.admin_server import AdminServer
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.systemd import Notifier
@@ -51,7 +52,8 @@ class Server:
                 if tier.name is not TierName.S3:
                     await self._open(tier)
             admin = node.settings.admin
-            server = AdminServer(create_app(node, node.metrics), admin.host, admin.port)
+            app = create_app(node, node.operations, node.metrics, admin.token_text)
+            server = AdminServer(app, admin.host, admin.port)
             await server.start()
             cleanup.push_async_callback(server.stop)
             self._socket.bind()
@@ -79,6 +81,7 @@ class Server:
                     ("offload", manager.offloader.run()),
                     ("scrub", self._node.scrubber.run()),
                     ("watchdog", self._notifier.feed_watchdog()),
+                    ("rates", self._node.speeds.run()),
                     ("open-remote", self._open_remote()),
                 )
             ]

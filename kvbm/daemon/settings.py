@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from kvbm.address import default_socket
+from kvbm.address import default_socket, is_loopback
 from runtime.events.settings import EventPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
@@ -27,6 +27,7 @@ _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
+_TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -142,6 +143,31 @@ class S3Settings(Section):
 class AdminSettings(Section):
     host: str = Field(default="127.0.0.1", description="Address the admin REST server listens on.")
     port: int = Field(default=9470, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
+    token: Secret | None = Field(
+        default=None,
+        description="What every request below `/v1` must give as `Authorization: Bearer`, or "
+        "`file:PATH`; required if `admin.host` is no loopback address.",
+    )
+
+    @field_validator("token")
+    @classmethod
+    def _sendable(cls, token: SecretStr | None) -> SecretStr | None:
+        if token is not None and _TOKEN.fullmatch(token.get_secret_value()) is None:
+            raise ValueError("a token is at least 8 characters of ASCII without spaces")
+        return token
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.token is None and not is_loopback(self.host):
+            raise ValueError(
+                f"admin.host {self.host!r} is no loopback address, so that others could reach the "
+                "admin API: set admin.token (`file:PATH` reads it from a file), or use 127.0.0.1"
+            )
+        return self
+
+    @property
+    def token_text(self) -> str | None:
+        return None if self.token is None else self.token.get_secret_value()
 
 
 class LogSettings(Section):
@@ -155,13 +181,13 @@ class LogSettings(Section):
 
 class OffloadSettings(Section):
     batch_chunks: int = Field(
-        default=32, ge=1, le=4096, description="Chunks written to the SSD in one go, at most."
+        default=256, ge=1, le=4096, description="Chunks written to the SSD in one go, at most."
     )
     batch_bytes: Size = Field(
-        default=64 << 20,
+        default=32 << 20,
         ge=1,
         description="Host memory held against eviction while one batch is written to a tier, at "
-        "most; at least one chunk is.",
+        "most; at least one chunk is. The SSD writes two batches at a time.",
     )
     queue_chunks: int = Field(
         default=4096,

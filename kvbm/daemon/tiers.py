@@ -26,7 +26,7 @@ def make_lower_tiers(
 def _ssd(
     settings: SsdSettings, offload: OffloadSettings, listener: TierListener
 ) -> tuple[Tier, LaneSettings]:
-    from storage_tiers.ssd import SsdTier
+    from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
     tier = SsdTier(
         settings.path,
@@ -39,6 +39,7 @@ def _ssd(
         batch_chunks=offload.batch_chunks,
         batch_bytes=offload.batch_bytes,
         queue_chunks=offload.queue_chunks,
+        writers=STORES_AT_ONCE,
     )
     return tier, lane
 

@@ -1,7 +1,7 @@
-"""What the admin API and the metrics read of a running node: snapshots, never its insides.
+"""What the admin API and the metrics read of a running node, and what an operator may have it do.
 
-The daemon implements `NodeView`; calls come on its event loop, do no I/O, and cost what a scrape
-may cost.
+Snapshots, never its insides. The daemon implements `NodeView` and `NodeActions`; calls come on its
+event loop, do no I/O, and cost what a scrape may cost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from storage_tiers.base import RecoveryReport, TierUsage
+from kvbm.daemon.rates import Rate
+from kvbm.quarantine import Quarantined
+from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,80 @@ class EventsStatus:
     messages_dropped_total: int = 0  # taken, and then lost because the plane was away
 
 
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """The process and where it meets the rest of the machine."""
+
+    pid: int
+    uid: int
+    started: float  # seconds since 1970
+    socket: str
+    host_memory_bytes: int
+    huge_pages: bool
+    ssd_path: str | None
+    ssd_mover: str | None  # what was asked for; the tier tells what runs
+    events_plane: str
+    events_namespace: str
+    events_url: str | None  # without credentials
+    events_error: str | None  # why the plane is not connected
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """A chunk in one tier."""
+
+    tier: TierName
+    chunk: Chunk
+    sealed: bool  # its checksum is known
+    claims: int | None  # who holds it against eviction; only host memory counts them
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkStatus:
+    residencies: Sequence[Residency]
+    is_coming: bool  # on its way up into host memory
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStatus:
+    """What a tier takes in, and what it gives up first."""
+
+    tier: TierName
+    admission: str
+    eviction: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainStatus:
+    draining: bool
+    since: float | None  # seconds since 1970
+    done: bool  # nothing waits to be written and engines hold no slots
+    left_chunks: int
+    leased_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlushStatus:
+    done: bool
+    left_chunks: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubStatus:
+    """A pass over host memory that was asked for."""
+
+    done: bool
+    total_chunks: int
+    checked_chunks: int
+    damaged_chunks: int
+    seconds: float
+
+
 class NodeView(Protocol):
+    def status(self) -> NodeStatus: ...
+
     def tiers(self) -> Sequence[TierUsage]:
         """Those that are configured, G2 first."""
         ...
@@ -62,3 +137,29 @@ class NodeView(Protocol):
     def queues(self) -> Sequence[QueueStatus]: ...
 
     def events(self) -> EventsStatus: ...
+
+    def rates(self) -> Mapping[TierName, Sequence[Rate]]: ...
+
+    def chunk(self, key: Key) -> ChunkStatus: ...
+
+    def quarantine(self) -> tuple[int, Sequence[Quarantined]]:
+        """How many there were in all, and the latest of them, oldest first."""
+        ...
+
+    def policies(self) -> Sequence[PolicyStatus]: ...
+
+    def drain_status(self) -> DrainStatus: ...
+
+    def scrub_status(self) -> ScrubStatus | None:
+        """The latest pass that was asked for, if any was."""
+        ...
+
+
+class NodeActions(Protocol):
+    """Each may be asked again: it joins what is under way."""
+
+    def drain(self) -> DrainStatus: ...
+
+    async def flush(self, deadline_s: float) -> FlushStatus: ...
+
+    async def scrub(self, deadline_s: float) -> ScrubStatus: ...

@@ -113,9 +113,9 @@ def test_a_failed_load_is_named_with_its_result_and_told_to_the_scheduler_once(
     assert received == {"kept", "lost"} and failed == {"lost"}
     assert meta.failed_loads == {"lost"} and meta.failed_stores == set()
     assert meta.loaded_bytes == BLOCK_BYTES
-    rank.step(loads={3: slots_of(daemon, "kept")})
+    rank.step(loads={3: slots_of(daemon, "lost")})
     received, failed, meta = rank.poll(3)
-    assert received == {"kept"} and failed == set() and meta.failed_loads == set()
+    assert received == {"lost"} and failed == set() and meta.failed_loads == set()
 
 
 def test_a_failed_store_is_told_to_the_scheduler_once(rank: Rank, daemon: Daemon) -> None:

@@ -62,7 +62,7 @@ def test_an_unknown_key_is_named_and_so_is_what_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("key", ["match_deadline_s", "onboard_deadline_s", "load_deadline_s"])
-@pytest.mark.parametrize("value", [0, -1, "5", None, True, [1], float("nan")])
+@pytest.mark.parametrize("value", [0, -1, "5", None, True, [1], float("nan"), float("inf")])
 def test_a_deadline_that_is_no_time_is_refused(key: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
         Options.parse({key: value})

@@ -65,6 +65,12 @@ def test_a_request_asks_for_all_its_chunks_in_one_message(
     assert scheduler.manager.is_open("a") and not scheduler.manager.is_open("b")
 
 
+def test_the_first_request_after_the_daemon_came_up_asks_it(idle_scheduler: Scheduler) -> None:
+    idle_scheduler.client.come_up()
+    idle_scheduler.request("a", A, WINDOW)
+    assert idle_scheduler.manager.is_open("a")
+
+
 def test_asking_anew_closes_the_earlier_ticket(scheduler: Scheduler, a: ReqContext) -> None:
     first = scheduler.last_lookup
     scheduler.manager.open("a", [A, WINDOW[:1]])
@@ -244,6 +250,28 @@ def test_a_request_whose_load_failed_is_computed_and_stored_again(
     assert scheduler.store(a, [*A, *WINDOW])[0] == WINDOW, "but each chunk once"
 
 
+def test_a_request_named_like_a_finished_one_starts_anew(
+    scheduler: Scheduler, a: ReqContext
+) -> None:
+    scheduler.manager.note_worker_results(set(), 0, {"a"})
+    scheduler.manager.complete_store(scheduler.store(a, A)[0], a)
+    scheduler.manager.on_request_finished(a)
+    again = scheduler.request("a", A, WINDOW)
+    assert scheduler.manager.lookup(A[0], again) is LookupResult.RETRY
+    assert scheduler.store(again, A)[0] == A
+
+
+def test_each_load_of_a_request_is_counted_by_itself(scheduler: Scheduler, a: ReqContext) -> None:
+    """A preempted request loads again when it comes back."""
+    for keys in (A[:3], A[3:]):
+        scheduler.client.answer(scheduler.last_lookup, [HERE] * 6)
+        scheduler.client.pump()
+        scheduler.manager.prepare_load(keys, a)
+        scheduler.manager.complete_load(set(keys), a)
+        assert scheduler.counts()["loaded_chunks/G2"] == len(keys)
+        scheduler.manager.open("a", [A, WINDOW])
+
+
 def test_a_failed_load_of_one_request_leaves_others_alone(
     scheduler: Scheduler, a: ReqContext
 ) -> None:
@@ -359,6 +387,14 @@ def test_what_a_request_generates_continues_its_chain(scheduler: Scheduler) -> N
     assert found == [(scheduler.key(key), scheduler.key(parent)) for key, parent in pairs]
 
 
+def test_a_chunk_whose_place_is_unknown_begins_a_chain(scheduler: Scheduler) -> None:
+    context = ReqContext("a")
+    scheduler.manager.on_new_request(context)
+    scheduler.manager.complete_store(scheduler.store(context, A[:1])[0], context)
+    [[filled]] = scheduler.client.committed
+    assert (filled.parent, filled.position) == (None, 0)
+
+
 def test_a_finished_requests_chunks_are_committed_all_the_same(
     scheduler: Scheduler, a: ReqContext
 ) -> None:
@@ -438,6 +474,19 @@ def test_after_a_reset_nothing_of_before_is_used_or_committed(
     manager.open("b", [A, WINDOW])
     assert set(scheduler.last_lookup.keys) == new
     assert not new & {scheduler.key(key, 0) for key in stored}
+
+
+def test_after_a_reset_all_chunks_are_stored_again(scheduler: Scheduler, a: ReqContext) -> None:
+    """What was kept, what was stored, and what was being stored: vLLM forgets such jobs."""
+    scheduler.client.answer(scheduler.last_lookup, [HERE] + [MISS] * 5)
+    stored, _ = scheduler.store(a, A[1:2])
+    scheduler.manager.complete_store(stored, a)
+    assert scheduler.store(a, A[2:3])[0] == A[2:3]
+    scheduler.manager.release("a")
+    assert scheduler.store(a, A)[0] == A[3:]
+    scheduler.manager.reset_cache()
+    scheduler.client.come_up()
+    assert scheduler.store(a, A)[0] == A
 
 
 def test_after_a_reset_no_parent_of_before_is_named(scheduler: Scheduler, a: ReqContext) -> None:

@@ -202,6 +202,7 @@ def make_node(
         meter,
         lease_bytes_max=lease_bytes_max,
         onboard_bytes_max=onboard_bytes_max,
+        quarantine=catalogue.quarantine,
     )
     return Node(arena, dram, memories, manager, events, meter)
 

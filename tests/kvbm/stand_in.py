@@ -56,20 +56,28 @@ class StandIn:
     def store(self, items: Sequence[StoreItem]) -> None:
         """Hand these chunks to the daemon, as many at a time as slots are leased."""
         waiting = list(items)
+        end = time.monotonic() + WAIT_S
         while waiting:
-            slots = self.client.take_slots(0, len(waiting))
-            if not slots:
-                self.wait(lambda: True, "")
+            assert time.monotonic() < end, f"no slots for {len(waiting)} chunks"
+            if not (done := self.offer(waiting)):
                 time.sleep(0.01)
-                continue
-            assert self._arena is not None
-            filled: list[Filled] = []
-            for slot, item in zip(slots, waiting, strict=False):
-                self._arena.view(slot.offset, slot.length)[:] = item.data
-                chunk = item.chunk
-                filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot))
+            del waiting[:done]
+
+    def offer(self, items: Sequence[StoreItem]) -> int:
+        """Hand over as many of these chunks as there are slots for at this moment."""
+        self.client.pump()
+        slots = self.client.take_slots(0, len(items))
+        arena = self._arena
+        if arena is None or arena.epoch != self.client.epoch:
+            return 0  # another daemon's slots
+        filled: list[Filled] = []
+        for slot, item in zip(slots, items, strict=False):
+            arena.view(slot.offset, slot.length)[:] = item.data
+            chunk = item.chunk
+            filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot))
+        if filled:
             self.client.commit(filled)
-            del waiting[: len(filled)]
+        return len(filled)
 
     def fetch(self, keys: Sequence[Key]) -> list[bytes | None]:
         """Each chunk's bytes, None from the first one on that the daemon cannot give."""

@@ -12,20 +12,41 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvbm.daemon.admin import AdminError, AdminServer, create_app
+from kvbm.daemon.admin import create_app
+from kvbm.daemon.admin_server import AdminError, AdminServer
 from kvbm.daemon.metrics import DURATION, SPECS, Metrics, metrics_page
-from kvbm.daemon.view import EventsStatus, QueueStatus, SessionStatus
-from storage_tiers.base import RecoveryReport, TierName, TierUsage
+from kvbm.daemon.rates import Rate
+from kvbm.daemon.view import (
+    ChunkStatus,
+    DrainStatus,
+    EventsStatus,
+    FlushStatus,
+    NodeStatus,
+    PolicyStatus,
+    QueueStatus,
+    Residency,
+    ScrubStatus,
+    SessionStatus,
+)
+from kvbm.quarantine import Quarantined
+from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
+from storage_tiers.testing import make_key
 
 ROOT = Path(__file__).parents[2]
 
 
+TOKEN = "a-token-of-16-up"
+KEY = make_key("here")
+PARENT = make_key("parent")
+
+
 @dataclass
 class Node:
-    """A `NodeView` of values."""
+    """A `NodeView` of values that notes the actions it was asked for."""
 
     checks: dict[str, str | None] = field(default_factory=lambda: {"G3": None})
     broken: bool = False
+    asked: list[object] = field(default_factory=list)
 
     def tiers(self) -> list[TierUsage]:
         if self.broken:
@@ -65,6 +86,64 @@ class Node:
     def events(self) -> EventsStatus:
         return EventsStatus(published_total=12, dropped_total=13)
 
+    def status(self) -> NodeStatus:
+        return NodeStatus(
+            pid=42,
+            uid=1000,
+            started=1.5e9,
+            socket="/run/kvbm/kvbm.sock",
+            host_memory_bytes=1 << 30,
+            huge_pages=False,
+            ssd_path="/var/cache/kvbm",
+            ssd_mover="auto",
+            events_plane="none",
+            events_namespace="default",
+            events_url=None,
+            events_error=None,
+            draining=False,
+        )
+
+    def rates(self) -> dict[TierName, list[Rate]]:
+        return {TierName.SSD: [Rate(10, 5.0, 6.0), Rate(60, 1.0, 2.0)]}
+
+    def chunk(self, key: Key) -> ChunkStatus:
+        if key != KEY:
+            return ChunkStatus([], is_coming=False)
+        chunk = Chunk(KEY, 4096, 0xABC, PARENT, 3)
+        return ChunkStatus(
+            [
+                Residency(TierName.DRAM, chunk, sealed=True, claims=2),
+                Residency(TierName.SSD, chunk, sealed=True, claims=None),
+            ],
+            is_coming=False,
+        )
+
+    def quarantine(self) -> tuple[int, list[Quarantined]]:
+        return 7, [Quarantined(TierName.SSD, KEY, 1.5e9, "the bytes do not match the checksum")]
+
+    def policies(self) -> list[PolicyStatus]:
+        return [PolicyStatus(TierName.DRAM, "all", "lru")]
+
+    def drain_status(self) -> DrainStatus:
+        return DrainStatus(draining=False, since=None, done=False, left_chunks=3, leased_bytes=4096)
+
+    def scrub_status(self) -> ScrubStatus | None:
+        return None
+
+    def drain(self) -> DrainStatus:
+        self.asked.append("drain")
+        return DrainStatus(draining=True, since=1.5e9, done=False, left_chunks=3, leased_bytes=0)
+
+    async def flush(self, deadline_s: float) -> FlushStatus:
+        self.asked.append(("flush", deadline_s))
+        return FlushStatus(done=False, left_chunks=3, seconds=deadline_s)
+
+    async def scrub(self, deadline_s: float) -> ScrubStatus:
+        self.asked.append(("scrub", deadline_s))
+        return ScrubStatus(
+            done=True, total_chunks=5, checked_chunks=5, damaged_chunks=1, seconds=0.5
+        )
+
 
 @pytest.fixture
 def node() -> Node:
@@ -85,7 +164,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def client(node: Node, metrics: Metrics) -> AsyncIterator[httpx2.AsyncClient]:
-    server = AdminServer(create_app(node, metrics), "127.0.0.1", 0)
+    server = AdminServer(create_app(node, node, metrics), "127.0.0.1", 0)
     await server.start()
     async with httpx2.AsyncClient(base_url=server.url) as client:
         yield client
@@ -132,6 +211,10 @@ async def test_tiers_tell_what_they_hold_and_did(client: httpx2.AsyncClient) -> 
         "evictions": {"capacity": 7, "age": 8},
         "corrupt": 9,
         "errors": {"load": 10},
+        "rates": [
+            {"window_s": 10, "in_bytes_per_s": 5.0, "out_bytes_per_s": 6.0},
+            {"window_s": 60, "in_bytes_per_s": 1.0, "out_bytes_per_s": 2.0},
+        ],
     }
     assert body["queues"] == [{"name": "offload_ssd", "depth": 11, "limit": 4096}]
 
@@ -171,9 +254,133 @@ async def test_a_bug_is_a_problem_and_the_server_lives(
 
 
 async def test_the_schema_describes_every_route(client: httpx2.AsyncClient) -> None:
-    paths = (await client.get("/openapi.json")).json()["paths"]
-    routes = {"/healthz", "/readyz", "/metrics", "/version"}
-    assert set(paths) == routes | {"/v1/tiers", "/v1/recovery", "/v1/sessions"}
+    schema = (await client.get("/openapi.json")).json()
+    routes = {f"{method} {path}" for path, item in schema["paths"].items() for method in item}
+    probes = {"get /healthz", "get /readyz", "get /metrics", "get /version"}
+    nouns = ("tiers", "recovery", "sessions", "node", "chunks/{key}", "quarantine", "policies")
+    reads = {f"get /v1/{noun}" for noun in (*nouns, "drain", "scrub")}
+    assert routes == probes | reads | {"post /v1/drain", "post /v1/flush", "post /v1/scrub"}
+    for path, item in schema["paths"].items():
+        for method, operation in item.items():
+            assert operation["description"], path
+            described = operation["responses"]
+            assert "422" not in described, "bad input is a problem of status 400"
+            assert ("security" in operation) == path.startswith("/v1/"), path
+            assert ("default" in described) == path.startswith("/v1/"), path
+            assert ("403" in described) == (method == "post"), path
+    problem = schema["components"]["schemas"]["Problem"]
+    assert {"type", "title", "status", "detail", "instance"} == set(problem["required"])
+
+
+async def test_a_chunk_is_found_by_its_key_in_hex(client: httpx2.AsyncClient) -> None:
+    for text in (KEY.hex(), KEY.hex().upper()):
+        body = (await client.get(f"/v1/chunks/{text}")).json()
+        assert body["key"] == KEY.hex()
+        dram, ssd = body["residencies"]
+        assert (dram["tier"], dram["claims"], ssd["tier"], ssd["claims"]) == ("G2", 2, "G3", None)
+        assert (dram["length"], dram["position"], dram["parent"]) == (4096, 3, PARENT.hex())
+        assert dram["sealed"] and dram["checksum"] == "0000000000000abc"
+
+
+@pytest.mark.parametrize(
+    ("key", "status"), [(PARENT.hex(), 404), ("abc", 400), ("z" * 32, 400), ("a" * 33, 400)]
+)
+async def test_a_chunk_that_is_nowhere_is_a_problem(
+    client: httpx2.AsyncClient, key: str, status: int
+) -> None:
+    response = await client.get(f"/v1/chunks/{key}")
+    assert response.status_code == status == response.json()["status"]
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+async def test_what_is_out_of_use_and_how_tiers_choose_is_told(client: httpx2.AsyncClient) -> None:
+    assert (await client.get("/v1/quarantine")).json() == {
+        "total": 7,
+        "entries": [
+            {
+                "tier": "G3",
+                "key": KEY.hex(),
+                "at": 1.5e9,
+                "why": "the bytes do not match the checksum",
+            }
+        ],
+    }
+    (policy,) = (await client.get("/v1/policies")).json()["policies"]
+    assert policy == {"tier": "G2", "admission": "all", "eviction": "lru"}
+    node = (await client.get("/v1/node")).json()
+    assert (node["node"], node["process"]["pid"]) == ("node-1", 42)
+    assert (await client.get("/v1/scrub")).json() == {"latest": None}
+    assert (await client.get("/v1/drain")).json()["left_chunks"] == 3
+
+
+# -- actions and who may ask --------------------------------------------------------------
+
+
+async def test_actions_reach_the_node_with_their_deadline(
+    client: httpx2.AsyncClient, node: Node
+) -> None:
+    assert (await client.post("/v1/drain")).json()["draining"] is True
+    assert (await client.post("/v1/flush?deadline_s=2.5")).json()["seconds"] == 2.5
+    assert (await client.post("/v1/scrub?deadline_s=0")).json()["damaged_chunks"] == 1
+    assert node.asked == ["drain", ("flush", 2.5), ("scrub", 0)]
+    for bad in ("-1", "1e9", "nan", "soon"):
+        assert (await client.post(f"/v1/flush?deadline_s={bad}")).status_code == 400
+    assert len(node.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "evil.example:9470"},
+        {"origin": "https://evil.example"},
+        {"host": "evil.example", "origin": "http://evil.example"},
+        {"host": ""},
+    ],
+)
+async def test_a_web_page_cannot_act(
+    client: httpx2.AsyncClient, node: Node, headers: dict[str, str]
+) -> None:
+    refused = await client.post("/v1/drain", headers=headers)
+    assert refused.status_code == 403
+    assert "loopback" in refused.json()["detail"]
+    assert not node.asked
+
+
+@pytest.fixture
+async def guarded(node: Node, metrics: Metrics) -> AsyncIterator[httpx2.AsyncClient]:
+    server = AdminServer(create_app(node, node, metrics, TOKEN), "127.0.0.1", 0)
+    await server.start()
+    async with httpx2.AsyncClient(base_url=server.url) as client:
+        yield client
+    await server.stop()
+
+
+@pytest.mark.parametrize(
+    "given", ["", "Bearer", "Bearer wrong-token-here", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "\xe9"]
+)
+async def test_with_a_token_nothing_below_v1_is_answered_without_it(
+    guarded: httpx2.AsyncClient, node: Node, given: str
+) -> None:
+    headers = {b"authorization": given.encode("latin-1")} if given else {}
+    for method, path in (("GET", "/v1/tiers"), ("GET", "/v1/chunks/x"), ("POST", "/v1/drain")):
+        refused = await guarded.request(method, path, headers=headers)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"] == "Bearer"
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert TOKEN not in refused.text
+    assert not node.asked
+    for path in ("/healthz", "/readyz", "/metrics", "/version"):
+        assert (await guarded.get(path)).status_code == 200
+
+
+async def test_the_token_opens_everything_from_anywhere(
+    guarded: httpx2.AsyncClient, node: Node
+) -> None:
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    assert (await guarded.get("/v1/tiers", headers=headers)).status_code == 200
+    elsewhere = {**headers, "host": "node-1.example:9470"}
+    assert (await guarded.post("/v1/drain", headers=elsewhere)).status_code == 200
+    assert node.asked == ["drain"]
 
 
 async def test_metrics_tell_what_is_counted_and_what_is_the_case(
@@ -229,9 +436,9 @@ def test_the_documentation_is_that_of_the_code() -> None:
 
 
 async def test_a_taken_port_is_told_with_the_setting_to_change(node: Node) -> None:
-    first = AdminServer(create_app(node, Metrics("1", "n")), "127.0.0.1", 0)
+    first = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
     await first.start()
-    second = AdminServer(create_app(node, Metrics("1", "n")), "127.0.0.1", first.port)
+    second = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", first.port)
     with pytest.raises(AdminError, match=r"in use.*change admin\.host or admin\.port"):
         await second.start()
     await second.stop()
@@ -240,21 +447,21 @@ async def test_a_taken_port_is_told_with_the_setting_to_change(node: Node) -> No
 
 
 async def test_an_address_that_is_none_is_told(node: Node) -> None:
-    server = AdminServer(create_app(node, Metrics("1", "n")), "256.0.0.1", 0)
+    server = AdminServer(create_app(node, node, Metrics("1", "n")), "256.0.0.1", 0)
     with pytest.raises(AdminError, match=r"cannot listen on 256\.0\.0\.1 port 0"):
         await server.start()
 
 
 async def test_signals_stay_the_daemons(node: Node) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    server = AdminServer(create_app(node, Metrics("1", "n")), "127.0.0.1", 0)
+    server = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
     await server.start()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     await server.stop()
 
 
 async def test_stopping_does_not_wait_for_a_client_that_stays_connected(node: Node) -> None:
-    server = AdminServer(create_app(node, Metrics("1", "n")), "127.0.0.1", 0)
+    server = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")

@@ -348,7 +348,7 @@ async def test_a_chunk_withdrawn_on_its_way_still_lands(make_bay: MakeBay) -> No
 async def test_a_chunk_passed_on_can_be_withdrawn_from_the_next_queue(make_bay: MakeBay) -> None:
     gate = Gate()
     bay = make_bay(lambda tier: tier, gated(gate))
-    busy = chunks_of("busy", WORKERS_PER_TIER * BATCH_CHUNKS)
+    busy = chunks_of("busy", WORKERS_PER_TIER * BATCH_CHUNKS, 4096)
     [item] = chunks_of("a", 1)
     for memory in bay.node.memories:
         await store_all(memory, [item])
@@ -378,7 +378,7 @@ async def test_a_slow_tier_does_not_delay_another(make_bay: MakeBay) -> None:
         await store_all(memory, items)
     async with bay.running():
         bay.request(slow, tier=1)
-        await until(lambda: gate.waiting == WORKERS_PER_TIER)
+        await until(lambda: gate.waiting)
         bay.request(fast)
         await until(lambda: len(bay.ended) == len(fast))
         bay.assert_here(fast)

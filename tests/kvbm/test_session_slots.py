@@ -8,7 +8,19 @@ from dataclasses import replace
 import msgspec
 import pytest
 
-from kvbm.protocol import FrameError, GiveBack, Leased, Share, unpack_slots
+from kvbm.client import SchedulerClient
+from kvbm.protocol import (
+    VERSION,
+    FrameError,
+    FromClient,
+    GiveBack,
+    Lease,
+    Leased,
+    Ready,
+    Share,
+    Welcome,
+    unpack_slots,
+)
 from kvbm.session import Sessions
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES
@@ -145,3 +157,32 @@ def test_a_position_that_no_tier_can_write_down_is_refused(engine: Engine, posit
     message = commit_of(engine.lease(1), ITEMS[:1])
     with pytest.raises(FrameError):
         engine.say(msgspec.structs.replace(message, positions=[position]))
+
+
+def test_slots_that_arrive_after_the_share_shrank_are_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The link's thread hears of the share at once, the client of the slots when it pumps."""
+    client = SchedulerClient("nowhere", lambda: pytest.fail("not started"), [4])
+    sent: list[FromClient] = []
+
+    def send(message: FromClient) -> bool:
+        sent.append(message)
+        return True
+
+    monkeypatch.setattr(client, "_send", send)
+    inbox = client._inbox
+    inbox.connected(1, Welcome(VERSION, b"", 1), None)
+    inbox.received(Share(8 * CHUNK_BYTES))
+    inbox.received(Ready([[0]], [CHUNK_BYTES]))
+    client.pump()
+    assert [type(message) for message in sent] == [Lease]
+    slots = [Slot(number * CHUNK_BYTES, CHUNK_BYTES, 1) for number in range(4)]
+    inbox.received(Leased(pack(slots), 4))
+    inbox.received(Share(0))
+    client.pump()
+    assert client.take_slots(0, 4) == []
+    returned = [message for message in sent if isinstance(message, GiveBack)]
+    assert {slot for m in returned for _, _, slot in unpack_slots(m.slots)} == set(slots)
+    client.start()  # its thread closes what it opened
+    client.close()

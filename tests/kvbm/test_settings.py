@@ -68,7 +68,7 @@ def test_credentials_are_secrets() -> None:
             {"dram__capacity": "256MiB", "onboard__max_bytes_in_flight": "512MiB"},
             "onboard.max_bytes_in_flight 512MiB is more than",
         ),
-        ({"offload__queue_chunks": 8}, "queue_chunks 8 is less than batch_chunks 32"),
+        ({"offload__queue_chunks": 8}, "queue_chunks 8 is less than batch_chunks 256"),
         ({"lease__fraction": 1.5}, "lease.fraction (from override): 1.5 is not accepted"),
         ({"socket": "/" + "x" * 200}, "longer than 107 bytes"),
         ({"admin__port": 70000}, "70000 is not accepted; should be less than or equal to 65535"),
@@ -76,12 +76,26 @@ def test_credentials_are_secrets() -> None:
         ({"events__nats_url": "localhost"}, "is no NATS URL; accepted: nats://HOST:PORT"),
         ({"events__nats_user": "u"}, "nats_user and nats_password go together"),
         ({"node": "a.b"}, "node (from override)"),
+        ({"admin__host": "0.0.0.0"}, "is no loopback address, so that others could reach"),
+        ({"admin__host": "node-1.example"}, "set admin.token"),
+        ({"admin__token": "short"}, "at least 8 characters of ASCII without spaces"),
+        ({"admin__token": "file:/nonexistent/token"}, "/nonexistent/token cannot be read"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_with_the_reason(
     overrides: dict[str, object], reason: str
 ) -> None:
     assert reason in failure(**overrides)
+
+
+def test_the_admin_api_leaves_the_node_only_with_a_token(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("a-token-of-16-up\n")
+    admin = load({"admin.host": "0.0.0.0", "admin.token": f"file:{file}"}).admin
+    assert admin.token_text == "a-token-of-16-up"
+    assert "a-token-of-16-up" not in repr(admin)
+    for host in ("localhost", "127.0.0.9", "::1"):
+        assert load({"admin.host": host}).admin.token_text is None
 
 
 def test_a_prefix_ends_in_a_slash() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvbm.daemon.systemd import Notifier
+from kvbm.daemon.unit import Installation, unit_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +71,57 @@ async def test_without_a_watchdog_there_is_nothing_to_feed(environ: dict[str, st
 def test_a_watchdog_meant_for_another_process_is_not_ours() -> None:
     environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
     assert Notifier.from_environ(environ).watchdog_s is None
+
+
+HOME = Path("/home") / "ops"
+DOCUMENTED = Installation(
+    program=Path("/opt/kvbm/bin/kvbm-daemon"),
+    config=Path("/etc/kvbm/kvbm.yaml"),
+    user="kvbm",
+    group="kvbm",
+)
+
+
+def test_the_unit_that_is_deployed_is_the_one_that_is_printed() -> None:
+    assert (ROOT / "deploy/kvbm-daemon.service").read_text() == unit_text(DOCUMENTED)
+
+
+def test_the_unit_names_what_is_where() -> None:
+    text = unit_text(
+        Installation(
+            program=HOME / "my env/bin/kvbm-daemon",
+            config=Path("/srv/100%.yaml"),
+            user="vllm",
+            group="gpu",
+            ssd=Path("/mnt/nvme0/kvbm"),
+        )
+    )
+    lines = text.splitlines()
+    assert f'ExecStart="{HOME}/my env/bin/kvbm-daemon" serve --config /srv/100%%.yaml' in lines
+    assert {"User=vllm", "Group=gpu", "ReadWritePaths=/mnt/nvme0/kvbm"} <= set(lines)
+    assert "ProtectHome=read-only" in lines, "else systemd could not run the program"
+    assert "@" not in text.replace("@system-service", "")
+
+
+@pytest.mark.parametrize("ssd", ["/var/cache/kvbm", "/var/cache/kvbm/deeper"])
+def test_the_cache_directory_needs_no_leave(ssd: str) -> None:
+    text = unit_text(replace(DOCUMENTED, ssd=Path(ssd)))
+    assert "\nReadWritePaths" not in text
+
+
+def test_the_daemon_prints_its_unit_for_its_settings(tmp_path: Path) -> None:
+    config = tmp_path / "kvbm.yaml"
+    config.write_text("ssd: {path: /mnt/nvme1, capacity: 1GiB}\n")
+    program = Path(sys.executable).parent / "kvbm-daemon"
+    done = subprocess.run(
+        [program, "print-unit", "--config", config, "--user", "vllm"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    expected = Installation(program.absolute(), config, "vllm", "vllm", Path("/mnt/nvme1"))
+    assert done.stdout == unit_text(expected)
 
 
 def test_the_unit_waits_for_ready_and_keeps_what_the_daemon_needs() -> None:

@@ -1,0 +1,40 @@
+"""`kvbm`: status, top, doctor, events, chunks and the actions of a node.
+
+Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
+Data goes to standard output, talk to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from kvbm.cli import actions, chunks, doctor, events, status, top
+from kvbm.cli.client import Failure
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Look after the KV-cache block manager of a node.",
+)
+for command in (
+    *(status.status, status.tiers, top.top, doctor.doctor),
+    *(chunks.chunks, chunks.quarantine),
+    *(actions.drain, actions.flush, actions.scrub),
+):
+    app.command()(command)
+app.add_typer(events.app, name="events")
+
+
+def main() -> None:
+    try:
+        app(prog_name="kvbm")
+    except Failure as failure:
+        sys.stderr.write(f"kvbm: {failure}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

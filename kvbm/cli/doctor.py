@@ -1,0 +1,150 @@
+"""`kvbm doctor`: is this node as it should be, and if not, what to do about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final
+from urllib.parse import urlsplit
+
+import typer
+
+from kvbm.address import is_loopback
+from kvbm.cli.client import AdminClient, Failure, Json, Refused
+from kvbm.cli.environment import check_environment
+from kvbm.cli.findings import Finding, Place, Verdict, ok, problem, warning
+from kvbm.cli.machine import check_machine
+from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
+from kvbm.cli.output import console, print_json
+from kvbm.daemon.settings import DaemonSettings
+from runtime.settings import SettingsError
+
+_STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
+_LOG: Final = "its log says more (journalctl -u kvbm-daemon)"
+_REMEDIES: Final = {
+    "G3": f"make ssd.path usable; {_LOG}",
+    "G4": f"check s3.endpoint_url, s3.bucket and credentials; the daemon goes on trying; {_LOG}",
+    "socket": f"wait, or see what the daemon waits for: {_LOG}",
+    "stores": "restart the daemon when the node may be used again",
+}
+
+
+def doctor(
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="The daemon's settings, for when it does not run."),
+    ] = None,
+) -> None:
+    """Check the daemon, this machine and this environment. Exit status 1 if there is a problem."""
+    out = console()
+    found: list[Finding] = []
+    for finding in _findings(url, token, config):
+        found.append(finding)
+        if not as_json:
+            style = _STYLES[finding.verdict]
+            out.print(f"[{style}]{finding.verdict:8}[/] {finding.check:13}", end="")
+            out.print(finding.says, markup=False, soft_wrap=True)
+            if finding.do:
+                out.print(f"{'':23}-> {finding.do}", markup=False, soft_wrap=True)
+    is_well = all(finding.verdict is not Verdict.PROBLEM for finding in found)
+    if as_json:
+        print_json({"ok": is_well, "checks": [asdict(finding) for finding in found]})
+    if not is_well:
+        raise typer.Exit(1)
+
+
+def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Finding]:
+    settings: DaemonSettings | None = None
+    if config is not None:
+        try:
+            settings = DaemonSettings.load(config).value
+            yield ok("settings", f"{config} can be used")
+        except SettingsError as error:
+            yield problem("settings", " ".join(str(error).split()), f"mend {config}")
+    place: Place | None = None
+    with AdminClient(url, token) as client:
+        try:
+            checks = client.readiness()
+            node, tiers = client.get("/v1/node"), client.get("/v1/tiers")["tiers"]
+        except Refused as refused:
+            yield problem("daemon", f"{url} answers: {refused}", "give --token or KVBM_ADMIN_TOKEN")
+        except Failure as failure:
+            yield problem("daemon", str(failure), "systemctl start kvbm-daemon")
+        else:
+            yield ok(
+                "daemon", f"{node['name']} {node['version']} on {node['node']} answers at {url}"
+            )
+            yield from _daemon_findings(checks, node)
+            place = _place_of(node, tiers)
+    is_here = is_loopback(urlsplit(url).hostname or "")
+    if place is None and settings is not None:
+        place = _place_in(settings)
+    if place is not None and is_here:
+        yield from check_machine(place)
+    elif place is not None:
+        yield warning(
+            "machine",
+            "the daemon is on another machine; its socket, disk and memory were not looked at",
+            "run kvbm doctor there",
+        )
+    yield from check_environment(place)
+
+
+def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
+    for name, reason in checks.items():
+        check = f"ready {name}"
+        if reason == "ok":
+            yield ok(check, "S3 can be reached" if name == "G4" else "ready")
+        elif name == "stores":
+            yield warning(check, reason, _REMEDIES[name])
+        else:
+            yield problem(check, reason, _REMEDIES.get(name, _LOG))
+    process = node["process"]
+    plane, error = process["events_plane"], process["events_error"]
+    if plane != "nats":
+        yield ok("events", f"no block events are published (events.plane: {plane})")
+    elif error is None:
+        yield ok("events", f"connected to NATS at {process['events_url']}")
+    else:
+        yield problem(
+            "events",
+            f"NATS at {process['events_url']} cannot be reached: {error}",
+            "start NATS or mend events.nats_url and its credentials; nothing else waits for it",
+        )
+
+
+def _place_of(node: Json, tiers: list[Json]) -> Place:
+    process = node["process"]
+    return Place(
+        is_running=True,
+        socket=Path(process["socket"]),
+        pid=process["pid"],
+        uid=process["uid"],
+        host_memory_bytes=process["host_memory_bytes"],
+        huge_pages=process["huge_pages"],
+        ssd_path=Path(process["ssd_path"]) if process["ssd_path"] else None,
+        ssd_bytes=sum(tier["capacity_bytes"] for tier in tiers if tier["tier"] == "G3"),
+        ssd_mover=process["ssd_mover"],
+        movers={tier["tier"]: tier["mover"] for tier in tiers},
+    )
+
+
+def _place_in(settings: DaemonSettings) -> Place:
+    ssd = settings.ssd
+    return Place(
+        is_running=False,
+        socket=settings.socket,
+        pid=None,
+        uid=os.getuid(),
+        host_memory_bytes=settings.dram.capacity,
+        huge_pages=settings.dram.huge_pages,
+        ssd_path=None if ssd is None else ssd.path,
+        ssd_bytes=0 if ssd is None else ssd.capacity,
+        ssd_mover=None if ssd is None else ssd.mover,
+        movers={},
+    )

@@ -1,0 +1,121 @@
+"""`kvbm status` and `kvbm tiers`: the node at a glance, and what its tiers hold and did."""
+
+from __future__ import annotations
+
+import time
+
+import typer
+from rich.table import Table
+
+from kvbm.cli.client import AdminClient, Json
+from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
+from kvbm.cli.output import age, console, print_json, share, size, table
+
+NOT_READY = 3
+
+
+def status(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Is the node ready, what does it hold, who is connected? Exit status 3 if it is not ready."""
+    with AdminClient(url, token) as client:
+        checks = client.readiness()
+        node = client.get("/v1/node")
+        found = client.get("/v1/tiers")
+        sessions = client.get("/v1/sessions")["sessions"]
+    ready = all(reason == "ok" for reason in checks.values())
+    if as_json:
+        told = {"ready": ready, "checks": checks, **node, **found, "sessions": sessions}
+        print_json(told)
+    else:
+        _show(ready, checks, node, found, sessions)
+    if not ready:
+        raise typer.Exit(NOT_READY)
+
+
+def tiers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """What each tier holds and has done, and what waits between them."""
+    with AdminClient(url, token) as client:
+        found = client.get("/v1/tiers")
+    if as_json:
+        print_json(found)
+        return
+    out = console()
+    out.print(tiers_table(found["tiers"]))
+    out.print()
+    out.print(_damage_table(found["tiers"]))
+    out.print()
+    out.print(queues_table(found["queues"]))
+
+
+def tiers_table(found: list[Json]) -> Table:
+    """Use, hits and speed of each tier."""
+    shown = table(
+        *("tier", "moved by", ">used", ">of", ">full", ">chunks", ">hits", ">hit rate"),
+        *(">in/s", ">out/s", ">in/s (1 min)", ">out/s (1 min)"),
+    )
+    for tier in found:
+        rates = [
+            size(rate[way])
+            for rate in tier["rates"]
+            for way in ("in_bytes_per_s", "out_bytes_per_s")
+        ]
+        used, capacity = tier["used_bytes"], tier["capacity_bytes"]
+        shown.add_row(
+            *(tier["tier"], tier["mover"], size(used), size(capacity), share(used, capacity)),
+            *(str(tier["chunks"]), str(tier["hits"])),
+            share(tier["hits"], tier["hits"] + tier["misses"]),
+            *rates,
+        )
+    return shown
+
+
+def queues_table(queues: list[Json]) -> Table:
+    shown = table("queue", ">waiting", ">limit")
+    for queue in queues:
+        shown.add_row(queue["name"], str(queue["depth"]), str(queue["limit"]))
+    return shown
+
+
+def _damage_table(found: list[Json]) -> Table:
+    shown = table("tier", ">written", ">read", "evicted", ">corrupt", "errors")
+    for tier in found:
+        shown.add_row(
+            *(tier["tier"], size(tier["stored_bytes"]), size(tier["loaded_bytes"])),
+            _counts(tier["evictions"]),
+            str(tier["corrupt"]),
+            _counts(tier["errors"]),
+        )
+    return shown
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "-"
+
+
+def _show(
+    ready: bool, checks: dict[str, str], node: Json, found: Json, sessions: list[Json]
+) -> None:
+    out = console()
+    process = node["process"]
+    state = "[green]ready[/]" if ready else "[red]not ready[/]"
+    up = age(time.time() - process["started"])
+    out.print(f"[bold]{node['node']}[/]  {node['name']} {node['version']}, {state}, up {up}")
+    for name, reason in checks.items():
+        if reason != "ok":
+            out.print(f"  [red]{name}[/]: {reason}", soft_wrap=True)
+    if node["drain"]["draining"]:
+        drain = node["drain"]
+        out.print(
+            f"  draining: {drain['left_chunks']} chunks to write, engines hold "
+            f"{size(drain['leased_bytes'])} of slots"
+        )
+    out.print()
+    out.print(tiers_table(found["tiers"]))
+    out.print()
+    engines = {session["engine"] for session in sessions}
+    claims = sum(session["claims"] for session in sessions)
+    leased = sum(session["leased_bytes"] for session in sessions)
+    waiting = sum(queue["depth"] for queue in found["queues"])
+    out.print(
+        f"{len(engines)} engines in {len(sessions)} connections; {claims} chunks claimed, "
+        f"{size(leased)} of slots lent; {waiting} chunks wait in queues"
+    )

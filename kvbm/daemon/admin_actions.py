@@ -1,0 +1,65 @@
+"""What operators have a node do over the admin API: drain, flush, scrub.
+
+Each request is bounded in time, may be repeated, and leaves a line in the log.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import structlog
+from fastapi import APIRouter, Depends, Query, Request
+
+from kvbm.daemon.access import operators
+from kvbm.daemon.problems import described
+from kvbm.daemon.view import DrainStatus, FlushStatus, NodeActions, ScrubStatus
+
+DEADLINE_S_MAX: Final = 600.0
+FLUSH_S: Final = 30.0
+SCRUB_S: Final = 30.0
+
+_log = structlog.get_logger("kvbm.admin")
+
+Deadline = Annotated[
+    float, Query(ge=0, le=DEADLINE_S_MAX, description="Seconds to wait for the end, at most.")
+]
+
+
+def actions_router(actions: NodeActions, token: str | None) -> APIRouter:
+    """The POST routes; who may use them is checked here."""
+    router = APIRouter(
+        tags=["actions"],
+        dependencies=[Depends(operators(token))],
+        responses={403: described("Without `admin.token`, for programs on the node alone.")},
+    )
+
+    @router.post("/drain")
+    async def drain(request: Request) -> DrainStatus:
+        """Lend engines no more slots to store into, and write down what waits.
+
+        Engines go on loading. Asked again it tells how far it is; it ends with the daemon.
+        """
+        _note(request)
+        return actions.drain()
+
+    @router.post("/flush")
+    async def flush(request: Request, deadline_s: Deadline = FLUSH_S) -> FlushStatus:
+        """Wait until nothing is on its way to a lower tier."""
+        _note(request)
+        return await actions.flush(deadline_s)
+
+    @router.post("/scrub")
+    async def scrub(request: Request, deadline_s: Deadline = SCRUB_S) -> ScrubStatus:
+        """Check every chunk in host memory against its checksum now.
+
+        Joins a pass that was asked for before and goes on; a pass goes on after the deadline.
+        """
+        _note(request)
+        return await actions.scrub(deadline_s)
+
+    return router
+
+
+def _note(request: Request) -> None:
+    client = request.client.host if request.client is not None else "unknown"
+    _log.info("admin_action", path=request.url.path, client=client)

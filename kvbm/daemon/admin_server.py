@@ -1,0 +1,104 @@
+"""Serving the admin app with uvicorn inside the daemon's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI
+
+START_TIMEOUT_S: Final = 10.0
+STOP_TIMEOUT_S: Final = 2
+_CONNECTIONS_MAX: Final = 64
+_POLL_S: Final = 0.005
+
+
+class AdminError(Exception):
+    """The admin server cannot listen; the message says where, why, and which setting to change."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves the process's signals to the daemon."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class AdminServer:
+    """Serves an app in the running event loop, between `start` and `stop`."""
+
+    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+        self._socket: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                limit_concurrency=_CONNECTIONS_MAX,
+                timeout_graceful_shutdown=STOP_TIMEOUT_S,
+            )
+        )
+
+    @property
+    def port(self) -> int:
+        """The port it listens on, also when any free one was asked for."""
+        return self._port
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    async def start(self) -> None:
+        """Return when requests are answered; raises AdminError."""
+        assert self._task is None, "started already"
+        self._socket = await _listen(self._host, self._port)
+        self._port = self._socket.getsockname()[1]
+        self._task = asyncio.create_task(
+            self._server.serve(sockets=[self._socket]), name="admin-server"
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not self._server.started and not self._task.done():
+                    await asyncio.sleep(_POLL_S)
+        if not self._server.started and not self._task.done():
+            self._task.cancel()
+            raise AdminError(f"the admin server on {self.url} did not start in {START_TIMEOUT_S} s")
+        if self._task.done():
+            await self._task
+            raise AdminError(f"the admin server on {self.url} ended as it started")
+
+    async def stop(self) -> None:
+        """Answer what was asked already, briefly, and end. Idempotent."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        self._server.should_exit = True
+        try:
+            await task
+        finally:
+            if self._socket is not None:
+                self._socket.close()
+
+
+async def _listen(host: str, port: int) -> socket.socket:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, *_, address = found[0]
+        return socket.create_server(address, family=family)
+    except OSError as error:
+        raise AdminError(
+            f"the admin server cannot listen on {host} port {port}: {error.strerror or error}; "
+            "change admin.host or admin.port (0 takes any free port)"
+        ) from error

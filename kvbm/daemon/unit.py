@@ -1,0 +1,56 @@
+"""The systemd unit: one text, `kvbm-daemon.service` beside this file, filled in with what is where.
+
+`deploy/kvbm-daemon.service` is what it gives for the paths of the documentation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+CACHE: Final = Path("/var/cache/kvbm")  # the unit's CacheDirectory
+_HOMES: Final = (Path("/home"), Path("/root"), Path("/run/user"))  # what ProtectHome hides
+_QUOTED: Final = " \t'\""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """Where the daemon and its settings lie, and as whom it runs. Absolute paths."""
+
+    program: Path
+    config: Path
+    user: str
+    group: str
+    ssd: Path | None = None
+
+
+def unit_text(where: Installation) -> str:
+    """The unit for this installation."""
+    hidden = any(
+        path.is_relative_to(home)
+        for path in (where.program, where.config, *([where.ssd] if where.ssd else []))
+        for home in _HOMES
+    )
+    outside = where.ssd is not None and not where.ssd.is_relative_to(CACHE)
+    values = {
+        "@PROGRAM@": _escaped(where.program),
+        "@CONFIG@": _escaped(where.config),
+        "@USER@": where.user,
+        "@GROUP@": where.group,
+        "@PROTECT_HOME@": "read-only" if hidden else "yes",
+        "@READ_WRITE_PATHS@": f"ReadWritePaths={_escaped(where.ssd)}"
+        if outside and where.ssd is not None
+        else "#ReadWritePaths=/mnt/nvme0/kvbm",
+    }
+    text = resources.files(__package__).joinpath("kvbm-daemon.service").read_text("utf-8")
+    for mark, value in values.items():
+        text = text.replace(mark, value)
+    return text
+
+
+def _escaped(path: Path) -> str:
+    """As systemd reads it: specifiers begin with a percent sign, words end at a space."""
+    text = str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"' if any(mark in text for mark in _QUOTED) else text

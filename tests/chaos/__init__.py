@@ -1,0 +1,1 @@
+"""Killing things at random, for as long as one likes."""
