@@ -127,8 +127,11 @@ def class_of(turn: int, fresh: int, tail: int) -> int:
     turn: how many requests extended it one after the other. fresh: chunks the last one added.
     tail: 1 for the last chunk of a request, to which nothing was ever added.
     """
-    growth = min(fresh.bit_length(), GROWTHS - 1)
-    return ((min(turn, TURNS) - 1) * GROWTHS + growth) * 2 + tail
+    growth = fresh.bit_length()
+    if growth >= GROWTHS:  # not min(): this runs for every use of every chunk
+        growth = GROWTHS - 1
+    turn = min(turn, TURNS)
+    return ((turn - 1) * GROWTHS + growth) * 2 + tail
 
 
 def turn_of(kind: int) -> int:
@@ -136,7 +139,13 @@ def turn_of(kind: int) -> int:
 
 
 def age_index(age_s: int) -> int:
-    return min(int(2 * log2(age_s + 1)), AGES - 1)
+    if age_s < len(_NEAR):
+        return _NEAR[age_s]
+    index = int(2 * log2(age_s + 1))
+    return index if index < AGES else AGES - 1
+
+
+_NEAR: Final = bytes(int(2 * log2(age_s + 1)) for age_s in range(4096))
 
 
 class Survival:

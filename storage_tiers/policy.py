@@ -18,7 +18,16 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from storage_tiers.admission import AGES, CLASSES, Ghosts, Survival, age_index, class_of, turn_of
+from storage_tiers.admission import (
+    AGES,
+    CLASSES,
+    TURNS,
+    Ghosts,
+    Survival,
+    age_index,
+    class_of,
+    turn_of,
+)
 
 NONE: Final = -1
 """No record: the parent of a chunk whose parent is not resident."""
@@ -420,7 +429,7 @@ class ValuePolicy(Leaves):
         self._remember(record, run)
         kind = class_of(run.turn, run.fresh, 1)
         self._place(record, tick, kind * COSTS + self._cost(cost_s / size_bytes), parent)
-        self._mark[record] = min(run.turn, TURN_MAX)
+        self._mark[record] = min(TURNS, run.turn)
         if not self._count & 255:
             self._survival.fit_to(self._count)
 
@@ -558,5 +567,4 @@ class ValuePolicy(Leaves):
                 survival.forget(key)
 
 
-TURN_MAX: Final = 255
 _SCALE: Final = [2 ** ((cost - COSTS // 2) / 2) for cost in range(COSTS)]
