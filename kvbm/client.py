@@ -117,7 +117,7 @@ class SchedulerClient:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._inbox = _Inbox(self._shrink)
+        self._inbox = _Inbox(self._set_share)
         self._link = Link(path, hello, self._inbox)
         self._clock = clock
         self._lease_targets = lease_targets  # by cache group
@@ -293,7 +293,7 @@ class SchedulerClient:
                 pool = self._pools[slot.length]
                 pool.slots.append(slot)
                 pool.asked = False
-        self._shrink(self._share_bytes)  # it may have shrunk while these were on their way
+        self._give_back_surplus()  # the share may have shrunk while these were on their way
 
     def _refill(self) -> None:
         """Ask for what is missing to the targets; not again until answered."""
@@ -317,10 +317,15 @@ class SchedulerClient:
             return pool.target
         return pool.target * self._share_bytes // everything
 
-    def _shrink(self, share_bytes: int) -> None:
-        """On the link's thread: the share has changed; give back what is beyond it."""
+    def _set_share(self, share_bytes: int) -> None:
+        """On the link's thread."""
         with self._lease_lock:
             self._share_bytes = share_bytes
+        self._give_back_surplus()
+
+    def _give_back_surplus(self) -> None:
+        """What is pooled beyond the share; on either thread."""
+        with self._lease_lock:
             surplus = [
                 pool.slots.pop()
                 for length, pool in self._pools.items()

@@ -16,14 +16,11 @@ from typing import Protocol
 from kvbm.meter import Meter
 from kvbm.offload import LaneSettings, Offloader
 from kvbm.onboard import BYTES_IN_FLIGHT, Onboarder
-from kvbm.protocol import COMING, HERE, MISS, PRESENT
+from kvbm.protocol import COMING, HERE, MISS, PRESENT, SOURCES
 from kvbm.quarantine import Quarantine
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
 from storage_tiers.dram import DramTier, Resident
-
-SOURCES = {TierName.DRAM: 2, TierName.SSD: 3, TierName.S3: 4}
-"""What a slot's record says of where its chunk was found."""
 
 _IN_DRAM = 1  # places: 0 is nowhere, from 2 on the lower tiers in their order
 

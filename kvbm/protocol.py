@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage_tiers.arena import Slot
-from storage_tiers.base import KEY_BYTES, Key
+from storage_tiers.base import KEY_BYTES, Key, TierName
 
 VERSION: Final = 1
 FRAME_BYTES_MAX: Final = 16 << 20
@@ -35,6 +35,9 @@ MISS: Final = 0  # nowhere, or of no use because something before it is missing
 HERE: Final = 1  # in host memory and claimed for the ticket
 COMING: Final = 2  # being brought up; `Arrived` will tell
 PRESENT: Final = 3  # kept somewhere, but not usable: there is no need to store it again
+
+# Of a slot's record: where its chunk was found.
+SOURCES: Final = {TierName.DRAM: 2, TierName.SSD: 3, TierName.S3: 4}
 
 SLOT_RECORD: Final = np.dtype(
     [

@@ -94,14 +94,6 @@ class Session:
         return self._scheduler is not None and len(self._workers) == self.world_size
 
     @property
-    def open_tickets(self) -> int:
-        return len(self._tickets)
-
-    @property
-    def leased_slots(self) -> int:
-        return len(self._leased)
-
-    @property
     def leased_bytes(self) -> int:
         return sum(slot.length for slot in self._leased.values())
 

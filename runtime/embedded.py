@@ -142,6 +142,16 @@ class EmbeddedS3:
     def endpoint_url(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
+    def settings(self, bucket: str) -> dict[str, str]:
+        """The `s3` section of a program that uses this server."""
+        return {
+            "bucket": bucket,
+            "endpoint_url": self.endpoint_url,
+            "region": self.region,
+            "access_key_id": self.access_key_id,
+            "secret_access_key": self.secret_access_key,
+        }
+
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None

@@ -190,7 +190,7 @@ class KvbmManager(OffloadingManager):
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
         request = self._requests.get(req_context.req_id)
         source = request.loading.get(key, 0) if request is not None else 0
-        return stats.SOURCES.get(source, CacheHitSource.EXTERNAL_UNSPECIFIED)
+        return stats.HIT_SOURCES.get(source, CacheHitSource.EXTERNAL_UNSPECIFIED)
 
     def prepare_load(self, keys: Collection[OffloadKey], req_context: ReqContext) -> ArenaSlots:
         request = self._requests.get(req_context.req_id)

@@ -14,6 +14,9 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvbm.protocol import SOURCES
+from storage_tiers.base import TierName
+
 LOADED_CHUNKS = "vllm:kvbm_loaded_chunks"
 LOAD_FAILURES = "vllm:kvbm_load_failures"
 STORED_CHUNKS = "vllm:kvbm_stored_chunks"
@@ -21,14 +24,15 @@ UNSTORED_CHUNKS = "vllm:kvbm_unstored_chunks"
 DEADLINES = "vllm:kvbm_deadlines_missed"
 CONNECTED = "vllm:kvbm_connected"
 
-SOURCES = {
-    2: CacheHitSource.HOST,
-    3: CacheHitSource.DISK,
-    4: CacheHitSource.EXTERNAL_UNSPECIFIED,  # an object store has no name of its own there
+HIT_SOURCES = {
+    SOURCES[TierName.DRAM]: CacheHitSource.HOST,
+    SOURCES[TierName.SSD]: CacheHitSource.DISK,
+    # An object store has no name of its own there.
+    SOURCES[TierName.S3]: CacheHitSource.EXTERNAL_UNSPECIFIED,
 }
-"""vLLM's word for each of `kvbm.manager.SOURCES`."""
+"""vLLM's word for each of the protocol's sources."""
 
-_TIERS = {2: "G2", 3: "G3", 4: "G4"}
+_TIERS = {number: tier.value for tier, number in SOURCES.items()}
 
 
 def metric_definitions() -> dict[str, OffloadingMetricMetadata]:

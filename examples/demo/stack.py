@@ -148,11 +148,7 @@ class Stack:
             logs=self._logs,
             records=self.records,
             s3={
-                "bucket": BUCKET,
-                "endpoint_url": self._s3.endpoint_url,
-                "region": self._s3.region,
-                "access_key_id": self._s3.access_key_id,
-                "secret_access_key": self._s3.secret_access_key,
+                **self._s3.settings(BUCKET),
                 "linger": "250ms",
             },
             events={

@@ -38,19 +38,6 @@ PROGRAM = "kvbm-daemon"
 _DRAINING = "draining: engines are lent no slots to store into, until the daemon is restarted"
 
 
-class Announcer:
-    """The manager's `BlockEvents`, on the node's block event stream."""
-
-    def __init__(self, publisher: BlockPublisher) -> None:
-        self._publisher = publisher
-
-    def stored(self, tier: TierName, keys: Sequence[Key]) -> None:
-        self._publisher.stored(tier.value, keys)
-
-    def removed(self, tier: TierName, keys: Sequence[Key]) -> None:
-        self._publisher.removed(tier.value, keys)
-
-
 class Node:
     """Puts the parts together, nothing opened or started; implements `NodeView`."""
 
@@ -68,14 +55,13 @@ class Node:
             batch_events=settings.events.batch_events,
             ring_keys=settings.events.ring_keys,
         )
-        announcer = Announcer(self.blocks)
-        catalogue = Catalogue(announcer)
+        catalogue = Catalogue(self.blocks)
         self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
         self.dram = DramTier(self.arena, catalogue)
         self.manager = BlockManager(
             self.dram,
             make_lower_tiers(settings, catalogue),
-            announcer,
+            self.blocks,
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,

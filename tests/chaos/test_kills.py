@@ -42,11 +42,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         runtime = Path(tempfile.mkdtemp(prefix="kvbm-chaos-"))
         cleanup.callback(shutil.rmtree, runtime, ignore_errors=True)
         section = {
-            "bucket": BUCKET,
-            "endpoint_url": s3.endpoint_url,
-            "region": s3.region,
-            "access_key_id": s3.access_key_id,
-            "secret_access_key": s3.secret_access_key,
+            **s3.settings(BUCKET),
             "linger": "50ms",
             "object_bytes": "1MiB",
         }

@@ -103,10 +103,6 @@ def make_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeDaemon
 def s3_settings(server: EmbeddedS3) -> dict[str, Any]:
     """The daemon's `s3` section for the tests' server."""
     return {
-        "bucket": BUCKET,
-        "endpoint_url": server.endpoint_url,
-        "region": server.region,
-        "access_key_id": server.access_key_id,
-        "secret_access_key": server.secret_access_key,
+        **server.settings(BUCKET),
         "linger": "100ms",
     }

@@ -21,7 +21,7 @@ from examples.demo.daemon import Daemon
 from examples.demo.engine import Engine, EngineError
 from tests.e2e.conftest import MakeDaemon, StartEngines
 from tests.e2e.texts import prompt, reusable
-from tests.e2e.waiting import wait_until
+from tests.waiting import wait_until
 
 PROMPTS = [prompt(f"cycled {number}") for number in range(10)]
 SMALL_MEMORY = ("--num-gpu-blocks-override", "200")  # 6400 tokens: five prompts

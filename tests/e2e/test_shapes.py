@@ -18,7 +18,7 @@ from examples.demo.daemon import Daemon
 from examples.demo.engine import Engine
 from tests.e2e.conftest import MakeDaemon, StartEngines
 from tests.e2e.texts import prompt, reusable
-from tests.e2e.waiting import wait_until
+from tests.waiting import wait_until
 
 ENGINES = 4
 

@@ -19,7 +19,7 @@ from runtime.embedded import EmbeddedS3
 from storage_tiers.bucket import S3Bucket
 from tests.e2e.conftest import BUCKET, MakeDaemon, StartEngines, s3_settings
 from tests.e2e.texts import prompt, reusable
-from tests.e2e.waiting import wait_until
+from tests.waiting import wait_until
 
 RELEASE_TIMEOUT_S = 10.0
 

@@ -27,6 +27,7 @@ from runtime.events.blocks import BlockBatch, Removed, Stored
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items, make_key
 from tests.kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).parent / "kvbm"
@@ -114,13 +115,6 @@ class running_daemon(ExitStack):  # noqa: N801 (used as a function)
         return self._daemon
 
 
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.02)
-
-
 def keys_of(items: list[StoreItem]) -> list[Key]:
     return [item.chunk.key for item in items]
 
@@ -130,7 +124,7 @@ def store(daemon: Daemon, engine: StandIn, name: str, count: int) -> list[StoreI
     items = make_items(name, count, CHUNK)
     before = daemon.kept_chunks()["G2"]
     engine.store(items)
-    wait_until(lambda: daemon.kept_chunks()["G2"] == before + count, "the daemon has them")
+    wait_until(lambda: daemon.kept_chunks()["G2"] == before + count, WAIT_S, "the daemon has them")
     return items
 
 

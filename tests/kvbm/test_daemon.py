@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ from runtime.events.blocks import Follower, Stored, blocks_subject, decode_batch
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items
 from tests.kvbm.stand_in import StandIn
+from tests.waiting import wait_until
 
 CHUNK = 64 << 10
 BUCKET = "daemon"
@@ -68,23 +68,12 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
 
 def s3_section(server: EmbeddedS3, bucket: str = BUCKET, prefix: str = "") -> dict[str, Any]:
     return {
-        "bucket": bucket,
+        **server.settings(bucket),
         "prefix": prefix,
-        "endpoint_url": server.endpoint_url,
-        "region": server.region,
-        "access_key_id": server.access_key_id,
-        "secret_access_key": server.secret_access_key,
         "linger": "50ms",
         "object_bytes": "1MiB",
         "refresh": "500ms",
     }
-
-
-def wait_until(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < end, f"not within {WAIT_S:g} s: {what}"
-        time.sleep(0.02)
 
 
 def keys_of(items: list[StoreItem]) -> list[Key]:
@@ -96,7 +85,7 @@ def bytes_of(items: list[StoreItem]) -> list[bytes | None]:
 
 
 def kept(daemon: Daemon, tier: str, count: int) -> None:
-    wait_until(lambda: daemon.kept_chunks()[tier] >= count, f"{count} chunks in {tier}")
+    wait_until(lambda: daemon.kept_chunks()[tier] >= count, WAIT_S, f"{count} chunks in {tier}")
 
 
 def test_what_an_engine_stores_comes_back_from_every_tier(
@@ -127,7 +116,7 @@ def test_stopping_writes_what_still_waits(make_daemon: MakeDaemon) -> None:
     daemon.start()
     with StandIn(daemon.socket, CHUNK, lease_chunks=64) as engine:
         engine.store(items)
-        wait_until(lambda: daemon.kept_chunks()["G2"] >= len(items), "the daemon has them")
+        wait_until(lambda: daemon.kept_chunks()["G2"] >= len(items), WAIT_S, "the daemon has them")
         daemon.stop()
     assert not daemon.socket.exists()
     daemon.start()
@@ -183,7 +172,7 @@ def test_s3_that_comes_late_is_opened_then(make_daemon: MakeDaemon, s3: Embedded
         engine.store(items)
         assert engine.fetch(keys_of(items)) == bytes_of(items)
         s3._create("late")
-        wait_until(daemon.ready, "S3 is open")
+        wait_until(daemon.ready, WAIT_S, "S3 is open")
         more = make_items("with s3", 4, CHUNK)
         engine.store(more)
         kept(daemon, "G4", len(more))
@@ -317,5 +306,5 @@ def test_sigint_is_a_clean_end_too(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(ssd=None)
     daemon.start()
     os.kill(daemon.process.pid, signal.SIGINT)
-    wait_until(lambda: not daemon.process.running, "it ended")
+    wait_until(lambda: not daemon.process.running, WAIT_S, "it ended")
     assert daemon.process.stop() == 0

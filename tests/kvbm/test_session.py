@@ -194,7 +194,7 @@ ONE_GROUP = [MatchGroup(16, 0, b"".join(keys_of(ITEMS)))]
 def test_a_worker_may_not_say_what_its_scheduler_may(engine: Engine, message: FromClient) -> None:
     with pytest.raises(FrameError, match=type(message).__name__):
         engine.session.handle(engine.workers[0], message)
-    assert not engine.session.leased_slots and not engine.session.open_tickets
+    assert not len(engine.session._leased) and not len(engine.session._tickets)
 
 
 def test_a_second_hello_is_refused(engine: Engine) -> None:
@@ -219,7 +219,7 @@ def test_a_second_hello_is_refused(engine: Engine) -> None:
 def test_a_match_out_of_bounds_is_refused(engine: Engine, groups: list[MatchGroup]) -> None:
     with pytest.raises(FrameError):
         engine.say(Match(1, groups))
-    assert engine.session.open_tickets == 0
+    assert len(engine.session._tickets) == 0
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ async def test_a_match_is_answered_and_what_comes_is_told(engine: Engine, node: 
     assert node.dram.view(slot) == ITEMS[1].data
     assert engine.session.claims == node.dram.claims == 2
     engine.say(Unmatch([7, 7, 8]))
-    assert engine.session.open_tickets == node.dram.claims == 0
+    assert len(engine.session._tickets) == node.dram.claims == 0
 
 
 async def test_what_does_not_come_is_told_too(engine: Engine, node: Node) -> None:
@@ -309,7 +309,7 @@ def test_beyond_the_most_open_tickets_a_match_is_answered_with_misses(
     node.commit(ITEMS)
     assert engine.match(1, ITEMS) == engine.match(2, ITEMS) == [HERE] * 3
     assert engine.match(3, ITEMS) == [MISS] * 3
-    assert engine.session.open_tickets == 2
+    assert len(engine.session._tickets) == 2
     engine.say(Unmatch([1]))
     assert engine.match(4, ITEMS) == [HERE] * 3
     engine.say(Unmatch([2, 4]))
@@ -332,7 +332,7 @@ async def test_any_members_loss_ends_the_session(
     members = {"scheduler": engine.scheduler, "rank 0": engine.workers[0]}
     lost = members.get(leaver, engine.workers[1])
     sessions.leave(lost)
-    assert node.dram.claims == engine.session.open_tickets == 0
+    assert node.dram.claims == len(engine.session._tickets) == 0
     assert node.manager.onboarder.depth == {"G3": 0, "G4": 0}, "what only it waited for"
     assert node.dram.leased_bytes == 4 * CHUNK_BYTES, "its workers may still write there"
     left = [worker for worker in engine.workers if worker is not lost]

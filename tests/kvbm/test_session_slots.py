@@ -41,7 +41,7 @@ async def test_a_committed_slot_becomes_a_chunk_with_its_parent(engine: Engine, 
     for slot, item in zip(slots, ITEMS, strict=True):
         node.dram.view(slot)[:] = item.data
     engine.commit(slots, ITEMS)
-    assert engine.session.leased_slots == engine.session.leased_bytes == 0
+    assert len(engine.session._leased) == engine.session.leased_bytes == 0
     async with node.running():
         await node.settle()
     assert node.dram.find(keys_of(ITEMS)) == [item.chunk for item in ITEMS]
@@ -56,7 +56,7 @@ def test_slots_given_back_can_be_leased_again(make_node: MakeNode) -> None:
     assert engine.lease(1) == []
     assert engine.session.leased_bytes == 4 * CHUNK_BYTES
     engine.say(GiveBack(pack(slots[:3])))
-    assert engine.session.leased_slots == 1
+    assert len(engine.session._leased) == 1
     assert len(engine.lease(10)) == 3
 
 
@@ -114,7 +114,7 @@ def test_slots_that_are_not_leased_are_neither_committed_nor_given_back(
         with pytest.raises(FrameError, match="not in this engine's lease"):
             engine.say(message)
         assert node.dram.leased_bytes == before
-        assert engine.session.leased_slots == 3, "the good slot stays leased"
+        assert len(engine.session._leased) == 3, "the good slot stays leased"
     assert not any(node.dram.find(keys_of(ITEMS)))
 
 
