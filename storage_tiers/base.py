@@ -13,10 +13,10 @@ Invariants every tier keeps (the conformance suite in `storage_tiers.testing` ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NewType, Protocol
+from typing import NewType, Protocol, runtime_checkable
 
 Key = NewType("Key", bytes)
 """16 bytes: BLAKE2b-128 of (block hash, cache group), keyed with the engine's namespace."""
@@ -207,6 +207,42 @@ class Tier(Protocol):
         ...
 
     def usage(self) -> TierUsage: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """A place on a medium whose bytes were not the chunk's: out of use until it is given back."""
+
+    key: Key
+    at: int  # the medium's own address
+    length: int
+    since: float  # seconds since 1970
+
+
+@runtime_checkable
+class SupportsScrub(Protocol):
+    """What a tier can do besides that keeps chunks at places of its own and sets bad ones aside."""
+
+    async def places(self) -> Sequence[int]:
+        """Where chunks lie now, in the order in which the medium is read best."""
+        ...
+
+    async def scrub(self, places: Sequence[int]) -> list[LoadOutcome]:
+        """Read back and verify what lies there, as `load` does; Missing where nothing does."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody else's load or store is under way."""
+        ...
+
+    def aside(self) -> Sequence[SetAside]:
+        """Places out of use, the oldest first. They outlast a restart."""
+        ...
+
+    async def give_back(self, keys: Collection[Key]) -> list[SetAside]:
+        """Use the places set aside for these keys again; which they were."""
+        ...
 
 
 class TierError(Exception):

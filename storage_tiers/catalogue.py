@@ -1,12 +1,15 @@
 """The SSD tier's catalogue: which chunk lies where, in LMDB. The one file that imports it.
 
 Every `commit` is one synced transaction, so what it recorded is there after a crash, all of it or
-nothing. All of LMDB runs on one thread; the event loop only awaits.
+nothing. All of LMDB runs on one thread; the event loop only awaits. Three tables: `chunks`, `meta`,
+and `aside`, the extents that are out of use. Format 1 has had `aside` from its second release on: a
+directory without it opens, and a program that does not know it only uses those extents again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +19,16 @@ from typing import Final, TypeVar
 
 import lmdb
 
-from storage_tiers.base import KEY_BYTES, Chunk, Key, TierError
+from storage_tiers.base import KEY_BYTES, Chunk, Key, SetAside, TierError
 
 FORMAT_VERSION: Final = 1
 _ENTRY: Final = struct.Struct("<QQQQI?16s")  # offset, length, checksum, stamp, position, parent?
 _META: Final = struct.Struct("<IQI?")  # format version, capacity, granule, clean
 _META_KEY: Final = b"meta"
+_OFFSET: Final = struct.Struct("<Q")
+_ASIDE: Final = struct.Struct("<16sQd")  # key, length, since
+
+_log = logging.getLogger("kvbm.catalogue")
 
 T = TypeVar("T")
 
@@ -57,14 +64,18 @@ class Changes:
     delete: Sequence[Key] = ()
     stamps: Mapping[Key, int] = field(default_factory=dict)
     meta: Meta | None = None
+    aside: Sequence[SetAside] | None = None  # all extents out of use, if that changed
 
 
 class Catalogue:
-    """An LMDB environment with two tables. One process at a time opens a directory."""
+    """An LMDB environment. One process at a time opens a directory."""
 
-    def __init__(self, path: Path, map_bytes: int) -> None:
+    def __init__(self, path: Path, map_bytes: int, map_bytes_max: int) -> None:
+        """`map_bytes` of address space, doubled up to `map_bytes_max` when entries fill it."""
         self._path = path
         self._map_bytes = map_bytes
+        self._map_bytes_max = max(map_bytes, map_bytes_max)
+        self.grown = 0  # times the map was full
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._env: lmdb.Environment | None = None
 
@@ -73,12 +84,13 @@ class Catalogue:
 
         def start() -> Meta | None:
             self._path.mkdir(parents=True, exist_ok=True)
-            self._env = lmdb.open(
-                str(self._path), map_size=self._map_bytes, max_dbs=2, max_readers=4, mode=0o600
+            self._env = env = lmdb.open(
+                str(self._path), map_size=self._map_bytes, max_dbs=3, max_readers=4, mode=0o600
             )
-            self._chunks = self._env.open_db(b"chunks")
-            self._meta = self._env.open_db(b"meta")
-            with self._env.begin(self._meta) as reader:
+            self._chunks = self._growing(lambda: env.open_db(b"chunks"))
+            self._meta = self._growing(lambda: env.open_db(b"meta"))
+            self._aside = self._growing(lambda: env.open_db(b"aside"))
+            with env.begin(self._meta) as reader:
                 packed = reader.get(_META_KEY)
             return Meta(*_META.unpack(packed)) if packed is not None else None
 
@@ -106,6 +118,20 @@ class Catalogue:
 
         return await self._run(read)
 
+    async def aside(self) -> list[SetAside]:
+        """The extents out of use, the oldest first; what cannot be read is left out."""
+
+        def read() -> list[SetAside]:
+            with self._opened().begin(self._aside) as reader:
+                found = [
+                    _unpack_aside(at, packed)
+                    for at, packed in reader.cursor()
+                    if len(at) == _OFFSET.size and len(packed) == _ASIDE.size
+                ]
+            return sorted(found, key=lambda extent: extent.since)
+
+        return await self._run(read)
+
     async def commit(self, changes: Changes) -> None:
         """Apply durably, or raise CatalogueError."""
 
@@ -128,9 +154,14 @@ class Catalogue:
                         ),
                         db=self._meta,
                     )
+                if changes.aside is not None:
+                    writer.drop(self._aside, delete=False)
+                    for extent in changes.aside:
+                        packed = _ASIDE.pack(extent.key, extent.length, extent.since)
+                        writer.put(_OFFSET.pack(extent.at), packed, db=self._aside)
 
         try:
-            await self._run(write)
+            await self._run(lambda: self._growing(write))
         except (lmdb.Error, OSError) as error:
             raise CatalogueError(f"catalogue: {error}") from error
 
@@ -139,6 +170,22 @@ class Catalogue:
         if env is not None:
             await self._run(env.close)
         self._pool.shutdown()
+
+    def _growing(self, work: Callable[[], T]) -> T:
+        """Do a transaction's work, again with a larger map if it was full.
+
+        Even a delete needs pages of the map, so that a full one would never empty again.
+        """
+        while True:
+            try:
+                return work()
+            except lmdb.MapFullError:
+                if self._map_bytes >= self._map_bytes_max:
+                    raise
+                self._map_bytes = min(2 * self._map_bytes, self._map_bytes_max)
+                self._opened().set_mapsize(self._map_bytes)
+                self.grown += 1
+                _log.warning("catalogue_map_was_full: now %d bytes", self._map_bytes)
 
     def _opened(self) -> lmdb.Environment:
         assert self._env is not None, "the catalogue is used between open and close"
@@ -165,6 +212,11 @@ def _unpack(key: Key, packed: bytes) -> Entry:
     offset, length, digest, stamp, position, has_parent, parent = _ENTRY.unpack(packed)
     chunk = Chunk(key, length, digest, Key(parent) if has_parent else None, position)
     return Entry(chunk, offset, stamp)
+
+
+def _unpack_aside(at: bytes, packed: bytes) -> SetAside:
+    key, length, since = _ASIDE.unpack(packed)
+    return SetAside(Key(key), *_OFFSET.unpack(at), length, since)
 
 
 def _restamp(packed: bytes, stamp: int) -> bytes:

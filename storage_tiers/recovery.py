@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from storage_tiers.base import Key, TierError
+from storage_tiers.base import Key, SetAside, TierError
 from storage_tiers.catalogue import (
     FORMAT_VERSION,
     Catalogue,
@@ -52,6 +52,7 @@ class Directory:
     slots: SlabAllocator
     meta: Meta
     entries: list[Entry]
+    aside: list[SetAside]
     dropped: Counter[str]
     lock_fd: int
 
@@ -74,7 +75,7 @@ async def open_directory(
         raise TierError(f"unknown recover mode {mode!r}: use none, quiet or strict")
     lock_fd = _lock(path)
     map_bytes = min(_MAP_BASE_BYTES + capacity_bytes // 8, _MAP_MAX_BYTES)
-    catalogue = Catalogue(path / "catalogue", map_bytes)
+    catalogue = Catalogue(path / "catalogue", map_bytes, _MAP_MAX_BYTES)
     file: BlockFile | None = None
     mover: FileMover | None = None
     try:
@@ -96,10 +97,11 @@ async def open_directory(
         doomed = [Key(key) for key in unreadable] + [entry.chunk.key for entry in causes]
         if mode == "strict":
             await _verify(path, kept, causes, mover, unreadable_count=len(unreadable))
+        aside = _place_aside(await catalogue.aside(), slots)
         meta = Meta(FORMAT_VERSION, capacity_bytes, slots.granule_bytes, clean=False)
-        await catalogue.commit(Changes(delete=doomed, meta=meta))
+        await catalogue.commit(Changes(delete=doomed, meta=meta, aside=aside))
         file.shrink(capacity_bytes)
-        return Directory(catalogue, file, mover, slots, meta, kept, +dropped, lock_fd)
+        return Directory(catalogue, file, mover, slots, meta, kept, aside, +dropped, lock_fd)
     except BaseException as error:
         if mover is not None:
             await mover.close()
@@ -161,6 +163,18 @@ def _place(
             except ValueError:
                 causes[entry] = misfit
     return kept, Counter(causes.values()), causes
+
+
+def _place_aside(extents: Sequence[SetAside], slots: SlabAllocator) -> list[SetAside]:
+    """Keep these out of use, where no chunk lies by now and the capacity still reaches."""
+    kept: list[SetAside] = []
+    for extent in extents:
+        try:
+            slots.place(extent.at, extent.length)
+            kept.append(extent)
+        except ValueError:
+            continue  # the place is another one's: there is nothing left to keep
+    return kept
 
 
 async def _verify(

@@ -8,14 +8,18 @@ full, and no extent is overwritten while an entry still points to it. Every load
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import mmap
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from storage_tiers.base import (
     Chunk,
@@ -30,6 +34,7 @@ from storage_tiers.base import (
     Missing,
     RecoveryReport,
     RemovalReason,
+    SetAside,
     Stored,
     StoreItem,
     StoreOutcome,
@@ -41,7 +46,7 @@ from storage_tiers.base import (
 from storage_tiers.catalogue import CatalogueError, Changes, Entry
 from storage_tiers.codec import checksum
 from storage_tiers.eviction import find_victims
-from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover
+from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover, padded
 from storage_tiers.recency import Recency, Record
 from storage_tiers.recovery import RecoverMode, open_directory
 from storage_tiers.settle import Gate, settled
@@ -54,16 +59,11 @@ _VERIFY_THREADS: Final = 2
 _CLOSED: Final = Failed("the SSD tier is closed")
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """An extent whose bytes did not match; kept out of use for inspection."""
-
-    chunk: Chunk
-    offset: int
-
-
 class SsdTier:
-    """A directory with `extents`, `catalogue/` and `lock`. One event loop calls it."""
+    """A directory with `extents`, `catalogue/` and `lock`. One event loop calls it.
+
+    Also a `SupportsScrub`: extents whose bytes did not match are set aside, restarts included.
+    """
 
     name = TierName.SSD
 
@@ -87,7 +87,9 @@ class SsdTier:
         self._gate = Gate()
         self._storing = asyncio.Semaphore(STORES_AT_ONCE)
         self._placing: dict[Key, asyncio.Future[None]] = {}  # keys being written
-        self.quarantined: deque[Quarantined] = deque()
+        self._aside: dict[int, SetAside] = {}  # by offset, the oldest first
+        self._aside_unsaved = False
+        self._engaged = 0  # loads and stores under way; scrubbing gives way to them
         self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -102,6 +104,7 @@ class SsdTier:
         self._verifier = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="ssd-verify")
         self._index.restore([Record(e.chunk, e.offset, e.stamp) for e in directory.entries])
         self._key_at = {entry.offset: entry.chunk.key for entry in directory.entries}
+        self._aside = {extent.at: extent for extent in directory.aside}
         directory.entries = []
         self._gate.shut = False
         self._listener.appeared(self.name, [r.chunk.key for r in self._index.records()])
@@ -123,14 +126,14 @@ class SsdTier:
     async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
         if self._gate.shut:
             return [_CLOSED] * len(items)
-        with self._gate:
+        with self._gate, self._engagement():
             async with self._storing:
                 return await settled(self._store(items))
 
     async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
         if self._gate.shut:
             return [_CLOSED] * len(items)
-        with self._gate:
+        with self._gate, self._engagement():
             return await settled(self._load(items))
 
     async def remove(self, keys: Sequence[Key]) -> None:
@@ -158,6 +161,38 @@ class SsdTier:
             errors_total=dict(self._errors),
         )
 
+    # -- SupportsScrub -------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self._engaged > 0
+
+    async def places(self) -> Sequence[int]:
+        """Offsets of all extents, ascending. Cost: 8 bytes a chunk, and a walk over all of them."""
+        offsets = np.fromiter(self._key_at, np.int64, len(self._key_at))
+        await asyncio.to_thread(offsets.sort)
+        return offsets  # type: ignore[return-value]  # an array is a sequence of its numbers
+
+    async def scrub(self, places: Sequence[int]) -> list[LoadOutcome]:
+        if self._gate.shut:
+            return [_CLOSED] * len(places)
+        with self._gate:
+            return await settled(self._scrub(places))
+
+    def aside(self) -> Sequence[SetAside]:
+        return list(self._aside.values())
+
+    async def give_back(self, keys: Collection[Key]) -> list[SetAside]:
+        wanted = frozenset(keys)
+        found = [extent for extent in self._aside.values() if extent.key in wanted]
+        if not found or self._gate.shut:
+            return []
+        with self._gate:
+            for extent in found:
+                self._free_aside(extent)
+            await settled(self._delete_dropped())
+        return found
+
     def check_integrity(self) -> None:
         """Assert the module's invariants; call it when nothing is in flight. Cost: linear."""
         slots = self._directory.slots
@@ -165,9 +200,8 @@ class SsdTier:
         self._index.check_integrity()
         resident = {record.at: record.chunk.key for record in self._index.records()}
         assert resident == self._key_at
-        aside = {extent.offset for extent in self.quarantined}
-        assert not aside & resident.keys()
-        held = sum(slots.size_of(offset) for offset in (*resident, *aside))
+        assert not self._aside.keys() & resident.keys()
+        held = sum(slots.size_of(offset) for offset in (*resident, *self._aside))
         assert held == slots.used_bytes <= self._capacity_bytes
 
     # -- store ---------------------------------------------------------------------------
@@ -230,8 +264,8 @@ class SsdTier:
         """Victims out of the catalogue, data, sync, new entries into the catalogue."""
         if not placed:
             return {}
-        if not await self._delete_dropped():
-            return dict.fromkeys(placed, Failed("the catalogue could not be written"))
+        if (why_not := await self._delete_dropped()) is not None:
+            return dict.fromkeys(placed, Failed(why_not))
         pieces = [Piece(items[index].data, offset) for index, offset in placed.values()]
         moved = await self._directory.mover.write(pieces)
         synced = await self._directory.mover.sync()
@@ -249,9 +283,10 @@ class SsdTier:
         written.sort(key=lambda entry: -entry.chunk.position)
         first = self._index.reserve(len(written))
         put = [replace(entry, stamp=first + index) for index, entry in enumerate(written)]
-        if not await self._commit(Changes(put=put, stamps=self._take_restamped())):
+        why_not = await self._commit(Changes(put=put, stamps=self._take_restamped()))
+        if why_not is not None:
             self._undeleted.update(placed)  # in case the disk took it although it said no
-            return dict.fromkeys(placed, Failed("the catalogue could not be written"))
+            return dict.fromkeys(placed, Failed(why_not))
         return outcomes
 
     def _reserve(self, length: int) -> int | None:
@@ -266,7 +301,7 @@ class SsdTier:
 
     # -- load ----------------------------------------------------------------------------
 
-    async def _load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
+    async def _load(self, items: Sequence[LoadItem], *, op: str = "load") -> list[LoadOutcome]:
         outcomes: list[LoadOutcome] = [Missing()] * len(items)
         pinned: list[tuple[int, LoadItem, Record]] = []
         for index, item in enumerate(items):
@@ -283,13 +318,13 @@ class SsdTier:
             digests = await loop.run_in_executor(self._verifier, _digests, pieces)
             for (index, _, record), move, digest in zip(pinned, moved, digests, strict=True):
                 if isinstance(move, NotMoved):
-                    self._errors["load"] += 1
+                    self._errors[op] += 1
                     outcomes[index] = Failed(move.reason)
                 elif digest != record.chunk.checksum:
                     self._quarantine(record)
                     outcomes[index] = Corrupt("the bytes do not match the checksum")
                 else:
-                    self._loaded_bytes += record.chunk.length
+                    self._loaded_bytes += record.chunk.length if op == "load" else 0
                     outcomes[index] = Loaded(record.chunk)
         finally:
             for _, _, record in pinned:
@@ -297,6 +332,18 @@ class SsdTier:
         if self._undeleted or len(self._index.restamped) > _RESTAMPED_MAX:
             await self._delete_dropped()
         return outcomes
+
+    async def _scrub(self, places: Sequence[int]) -> list[LoadOutcome]:
+        keys = [self._key_at.get(at) for at in places]
+        lengths = {key: chunk.length for key in keys if key and (chunk := self.find([key])[0])}
+        scratch = memoryview(mmap.mmap(-1, max(sum(map(padded, lengths.values())), PAGE)))
+        items: list[LoadItem] = []
+        end = 0
+        for key, length in lengths.items():
+            items.append(LoadItem(key, scratch[end : end + length]))
+            end += padded(length)
+        found = dict(zip(lengths, await self._load(items, op="scrub"), strict=True))
+        return [Missing() if key is None else found.get(key, Missing()) for key in keys]
 
     # -- what leaves ---------------------------------------------------------------------
 
@@ -326,33 +373,58 @@ class SsdTier:
         del self._key_at[record.at]
         self._undeleted.add(key)
         self._evictions[RemovalReason.CORRUPT.value] += 1
-        self.quarantined.append(Quarantined(record.chunk, record.at))
-        if len(self.quarantined) > _QUARANTINE_MAX:
-            self._directory.slots.free(self.quarantined.popleft().offset)
+        self._aside[record.at] = SetAside(key, record.at, record.chunk.length, time.time())
+        self._aside_unsaved = True
+        if len(self._aside) > _QUARANTINE_MAX:
+            self._free_aside(next(iter(self._aside.values())))
         self._listener.removed(self.name, [key], RemovalReason.CORRUPT)
+
+    def _free_aside(self, extent: SetAside) -> None:
+        """Let it be used again; the catalogue forgets it before it is written."""
+        del self._aside[extent.at]
+        self._aside_unsaved = True
+        self._directory.slots.free(extent.at)
 
     def _unpin(self, record: Record) -> None:
         record.pins -= 1
         if record.gone and record.pins == 0:
             self._directory.slots.free(record.at)
 
-    async def _delete_dropped(self) -> bool:
+    async def _delete_dropped(self) -> str | None:
+        """Tell the catalogue what is gone; why it could not be told, if so."""
         doomed = list(self._undeleted)
-        if not doomed and len(self._index.restamped) <= _RESTAMPED_MAX:
-            return True
-        if not await self._commit(Changes(delete=doomed, stamps=self._take_restamped())):
-            return False
-        self._undeleted.difference_update(doomed)
-        return True
+        is_due = doomed or self._aside_unsaved or len(self._index.restamped) > _RESTAMPED_MAX
+        if not is_due:
+            return None
+        why_not = await self._commit(Changes(delete=doomed, stamps=self._take_restamped()))
+        if why_not is None:
+            self._undeleted.difference_update(doomed)
+        return why_not
 
-    async def _commit(self, changes: Changes) -> bool:
+    async def _commit(self, changes: Changes) -> str | None:
+        """Why the catalogue did not take it, or None."""
+        has_aside, self._aside_unsaved = self._aside_unsaved, False
+        if has_aside:
+            changes = replace(changes, aside=self.aside())
         try:
             await self._directory.catalogue.commit(changes)
-        except CatalogueError:
+        except CatalogueError as error:
             self._errors["catalogue"] += 1
             self._index.restamped = {**changes.stamps, **self._index.restamped}
-            return False
-        return True
+            self._aside_unsaved |= has_aside
+            return str(error)
+        finally:
+            if grown := self._directory.catalogue.grown:
+                self._errors["catalogue_full"] = grown
+        return None
+
+    @contextlib.contextmanager
+    def _engagement(self) -> Iterator[None]:
+        self._engaged += 1
+        try:
+            yield
+        finally:
+            self._engaged -= 1
 
     def _take_restamped(self) -> dict[Key, int]:
         taken, self._index.restamped = self._index.restamped, {}
@@ -364,6 +436,7 @@ class SsdTier:
             delete=list(self._undeleted),
             stamps=self._take_restamped(),
             meta=replace(self._directory.meta, clean=True),
+            aside=self.aside(),
         )
         self._verifier.shutdown()
         try:

@@ -28,7 +28,7 @@ from storage_tiers.base import (
 from storage_tiers.catalogue import CatalogueError, Changes, Meta
 from storage_tiers.files import MoveOutcome, NotMoved, Piece
 from storage_tiers.nixl import availability
-from storage_tiers.ssd import Quarantined, SsdTier
+from storage_tiers.ssd import SsdTier
 from storage_tiers.testing import (
     RecordingListener,
     TierConformance,
@@ -149,7 +149,8 @@ async def test_a_quarantined_extent_is_kept_aside(tmp_path: Path) -> None:
     offset = offset_of(tier, item.chunk.key)
     flip_bit(tmp_path, offset + 65535)
     assert isinstance((await load_one(tier, item))[0], Corrupt)
-    assert list(tier.quarantined) == [Quarantined(item.chunk, offset)]
+    (extent,) = tier.aside()
+    assert (extent.key, extent.at, extent.length) == (item.chunk.key, offset, item.chunk.length)
     for index in range(40):
         await tier.store(make_items(f"other{index}", 1, 65536))
         assert offset not in tier._key_at
@@ -166,7 +167,7 @@ async def test_quarantine_is_bounded(tmp_path: Path) -> None:
     for item in items:
         flip_bit(tmp_path, offset_of(tier, item.chunk.key))
         assert isinstance((await load_one(tier, item))[0], Corrupt)
-    assert len(tier.quarantined) == 64
+    assert [extent.key for extent in tier.aside()] == [item.chunk.key for item in items[16:]]
     tier.check_integrity()
     await tier.close()
 
