@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 SOCKET_NAME: Final = "kvbm.sock"
+# What the `kvbm` command reads; they begin like settings of the daemon and are none.
+ADMIN_URL_VARIABLE: Final = "KVBM_ADMIN_URL"
+ADMIN_TOKEN_VARIABLE: Final = "KVBM_ADMIN_TOKEN"  # noqa: S105 (a name, not a token)
 _PEER = struct.Struct("3i")
 SYSTEM_SOCKET: Final = Path("/run/kvbm") / SOCKET_NAME  # of a daemon that systemd started
 

@@ -27,6 +27,10 @@ class Meter(Protocol):
         """Something failed that the manager survives."""
         ...
 
+    def scrubbed(self, tier: TierName, outcome: str) -> None:
+        """A chunk was checked where it lies: outcome "sound", "damaged" or "unreadable"."""
+        ...
+
 
 class CountingMeter:
     """A meter that keeps plain counters."""
@@ -36,6 +40,7 @@ class CountingMeter:
         self.transfer_bytes: Counter[tuple[str, str]] = Counter()
         self.drops: Counter[tuple[str, str]] = Counter()
         self.errors: Counter[tuple[str, str]] = Counter()
+        self.scrubs: Counter[tuple[str, str]] = Counter()
 
     def lookup(self, tier: TierName, outcome: str, chunks: int) -> None:
         self.lookups[tier.value, outcome] += chunks
@@ -48,3 +53,6 @@ class CountingMeter:
 
     def error(self, op: str, kind: str, count: int = 1) -> None:
         self.errors[op, kind] += count
+
+    def scrubbed(self, tier: TierName, outcome: str) -> None:
+        self.scrubs[tier.value, outcome] += 1

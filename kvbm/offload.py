@@ -16,6 +16,7 @@ from typing import Final
 
 import structlog
 
+from kvbm.complaints import Complaints
 from kvbm.lane import Lane
 from kvbm.meter import Meter
 from kvbm.quarantine import Quarantine
@@ -79,6 +80,7 @@ class Offloader:
         self._attempts: dict[tuple[int, Key], int] = {}
         self._busy = 0  # chunks on their way
         self._hurries = 0  # who wants lanes not to linger
+        self._complaints = Complaints(_log)
 
     def offer(self, chunk: Chunk) -> None:
         """A chunk was committed to host memory."""
@@ -218,6 +220,7 @@ class Offloader:
                     self._drop(index, item.chunk, "full")
                 case Failed():
                     failed = True
+                    self._complaints.failed(tier.name, "store", outcome.reason)
                     self._try_again(index, item.chunk)
         return failed
 
@@ -232,6 +235,9 @@ class Offloader:
             if isinstance(outcome, Loaded):
                 return StoreItem(outcome.chunk, buffer)
             if isinstance(outcome, Corrupt):
+                name, key = tier.name.value, chunk.key.hex()
+                _log.error("chunk_damaged", tier=name, key=key, reason=outcome.reason)
+                self._meter.error(f"load_{name}", "corrupt")
                 self._quarantine.explain(tier.name, chunk.key, outcome.reason)
         return None
 

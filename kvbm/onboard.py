@@ -15,6 +15,7 @@ from typing import Final
 
 import structlog
 
+from kvbm.complaints import Complaints
 from kvbm.lane import Lane
 from kvbm.meter import Meter
 from kvbm.quarantine import Quarantine
@@ -54,6 +55,7 @@ class Onboarder:
         self._meter = meter
         self._quarantine = Quarantine() if quarantine is None else quarantine
         self._lanes = [Lane(queue_chunks) for _ in tiers]
+        self._complaints = Complaints(_log)
         self._pending: dict[Key, int] = {}  # key -> index of the tier it comes from
         # One for each tier, so that a slow one does not hold what another could use.
         self._budgets = [_Budget(bytes_in_flight // len(tiers)) for _ in tiers]
@@ -158,6 +160,8 @@ class Onboarder:
         if isinstance(outcome, Corrupt):
             _log.error("chunk_damaged", tier=tier.name.value, key=key.hex(), reason=outcome.reason)
             self._quarantine.explain(tier.name, key, outcome.reason)
+        if isinstance(outcome, Failed):
+            self._complaints.failed(tier.name, "load", outcome.reason)
         if isinstance(outcome, Corrupt | Failed):
             self._meter.error(f"load_{tier.name.value}", type(outcome).__name__.lower())
 

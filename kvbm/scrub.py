@@ -31,6 +31,7 @@ class ScrubPass:
     total: int = 0  # chunks there when it began
     checked: int = 0
     damaged: int = 0
+    unreadable: int = 0  # the medium failed; nothing is known of the bytes
     seconds: float = 0.0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -98,16 +99,24 @@ class Scrubber:
             run.checked += 1
             run.seconds = time.monotonic() - began
         run.ended.set()
-        _log.info("scrubbed", chunks=run.total, damaged=run.damaged, seconds=round(run.seconds, 3))
+        _log.info(
+            "scrubbed",
+            tier="G2",
+            chunks=run.total,
+            damaged=run.damaged,
+            seconds=round(run.seconds, 3),
+        )
 
     async def _is_sound(self, resident: Resident) -> bool:
         if not resident.sealed:
             return True  # committed a moment ago; its checksum is on the way
         digest = await asyncio.to_thread(checksum, self._dram.view(resident.slot))
         if digest == resident.chunk.checksum:
+            self._meter.scrubbed(self._dram.name, "sound")
             return True
         if not resident.gone:
             _log.error("host_memory_damaged", key=resident.chunk.key.hex())
             self._meter.error("scrub", "corrupt")
+            self._meter.scrubbed(self._dram.name, "damaged")
             self._dram.quarantine(resident.chunk.key)
         return False

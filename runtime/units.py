@@ -14,6 +14,8 @@ from typing import Annotated, Final
 
 from pydantic import BeforeValidator, SecretStr
 
+from runtime.secret import read_secret
+
 _SIZE_UNITS: Final = {
     "b": 1,
     "kib": 1 << 10,
@@ -41,7 +43,6 @@ _DURATION_UNITS: Final = {
 _QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _SIZE_ACCEPTED: Final = 'accepted: a whole number of bytes, or "512MiB", "64GiB", "2TB"'
 _DURATION_ACCEPTED: Final = 'accepted: a number of seconds, or "250ms", "5s", "10min", "1h", "7d"'
-_FILE_PREFIX: Final = "file:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +81,6 @@ def format_duration(duration_s: float) -> str:
         if count >= 1 and math.isclose(count, round(count)):
             return f"{round(count)}{unit}"
     return f"{duration_s:g}s"
-
-
-def read_secret(value: object) -> object:
-    """`file:PATH` becomes what the file holds, less trailing newlines; anything else stays."""
-    if not isinstance(value, str) or not value.startswith(_FILE_PREFIX):
-        return value
-    path = value.removeprefix(_FILE_PREFIX)
-    try:
-        with open(path, encoding="utf-8") as file:
-            secret = file.read().rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the secret's file {path} cannot be read: {error}") from error
-    if not secret:
-        raise ValueError(f"the secret's file {path} is empty")
-    return secret
 
 
 def _quantity(

@@ -220,15 +220,15 @@ class SetAside:
 
 
 @runtime_checkable
-class SupportsScrub(Protocol):
-    """What a tier can do besides that keeps chunks at places of its own and sets bad ones aside."""
+class SupportsScrub(Tier, Protocol):
+    """A tier that keeps chunks at places of its own, reads them back, and sets bad ones aside."""
 
     async def places(self) -> Sequence[int]:
         """Where chunks lie now, in the order in which the medium is read best."""
         ...
 
-    async def scrub(self, places: Sequence[int]) -> list[LoadOutcome]:
-        """Read back and verify what lies there, as `load` does; Missing where nothing does."""
+    async def scrub(self, place: int) -> tuple[Chunk, LoadOutcome] | None:
+        """Read back and verify what lies there, as `load` does; None if nothing does any more."""
         ...
 
     @property

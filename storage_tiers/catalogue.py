@@ -185,7 +185,7 @@ class Catalogue:
                 self._map_bytes = min(2 * self._map_bytes, self._map_bytes_max)
                 self._opened().set_mapsize(self._map_bytes)
                 self.grown += 1
-                _log.warning("catalogue_map_was_full: now %d bytes", self._map_bytes)
+                _log.warning("catalogue_map_was_full")
 
     def _opened(self) -> lmdb.Environment:
         assert self._env is not None, "the catalogue is used between open and close"
@@ -216,7 +216,7 @@ def _unpack(key: Key, packed: bytes) -> Entry:
 
 def _unpack_aside(at: bytes, packed: bytes) -> SetAside:
     key, length, since = _ASIDE.unpack(packed)
-    return SetAside(Key(key), *_OFFSET.unpack(at), length, since)
+    return SetAside(Key(key), _OFFSET.unpack(at)[0], length, since)
 
 
 def _restamp(packed: bytes, stamp: int) -> bytes:

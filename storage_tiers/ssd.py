@@ -173,11 +173,17 @@ class SsdTier:
         await asyncio.to_thread(offsets.sort)
         return offsets  # type: ignore[return-value]  # an array is a sequence of its numbers
 
-    async def scrub(self, places: Sequence[int]) -> list[LoadOutcome]:
+    async def scrub(self, place: int) -> tuple[Chunk, LoadOutcome] | None:
+        key = self._key_at.get(place)
+        (chunk,) = self.find([key]) if key is not None else (None,)
+        if chunk is None:
+            return None
         if self._gate.shut:
-            return [_CLOSED] * len(places)
+            return chunk, _CLOSED
+        scratch = memoryview(mmap.mmap(-1, padded(chunk.length)))[: chunk.length]
         with self._gate:
-            return await settled(self._scrub(places))
+            (outcome,) = await settled(self._load([LoadItem(chunk.key, scratch)], op="scrub"))
+        return chunk, outcome
 
     def aside(self) -> Sequence[SetAside]:
         return list(self._aside.values())
@@ -332,18 +338,6 @@ class SsdTier:
         if self._undeleted or len(self._index.restamped) > _RESTAMPED_MAX:
             await self._delete_dropped()
         return outcomes
-
-    async def _scrub(self, places: Sequence[int]) -> list[LoadOutcome]:
-        keys = [self._key_at.get(at) for at in places]
-        lengths = {key: chunk.length for key in keys if key and (chunk := self.find([key])[0])}
-        scratch = memoryview(mmap.mmap(-1, max(sum(map(padded, lengths.values())), PAGE)))
-        items: list[LoadItem] = []
-        end = 0
-        for key, length in lengths.items():
-            items.append(LoadItem(key, scratch[end : end + length]))
-            end += padded(length)
-        found = dict(zip(lengths, await self._load(items, op="scrub"), strict=True))
-        return [Missing() if key is None else found.get(key, Missing()) for key in keys]
 
     # -- what leaves ---------------------------------------------------------------------
 

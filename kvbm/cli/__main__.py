@@ -21,10 +21,11 @@ app = typer.Typer(
 )
 for command in (
     *(status.status, status.tiers, top.top, doctor.doctor),
-    *(chunks.chunks, chunks.quarantine),
+    chunks.chunks,
     *(actions.drain, actions.flush, actions.scrub),
 ):
     app.command()(command)
+app.add_typer(chunks.quarantine, name="quarantine")
 app.add_typer(events.app, name="events")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from enum import StrEnum
 from typing import Annotated, Final
 
 import typer
@@ -14,6 +15,14 @@ from kvbm.cli.output import console, print_json, size
 
 POLL_S: Final = 0.5
 ASK_S: Final = 5.0  # one request of a longer wait
+
+
+class Scrubbed(StrEnum):
+    """Tiers that can be scrubbed."""
+
+    G2 = "G2"
+    G3 = "G3"
+
 
 Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the end.")]
 
@@ -55,21 +64,32 @@ def flush(
 
 
 def scrub(
-    url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False, wait_s: Wait = 600.0
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+    wait_s: Wait = 600.0,
+    tier: Annotated[
+        Scrubbed, typer.Option("--tier", help="G2: host memory; G3: the SSD.")
+    ] = Scrubbed.G2,
 ) -> None:
-    """Check every chunk in host memory now. Exit status 1 if one is damaged, or in no time."""
+    """Check every chunk of a tier now. Exit status 1 if one is damaged, or it takes longer.
+
+    It goes on after --wait; asking again joins it.
+    """
     with AdminClient(url, token) as client:
         end = time.monotonic() + wait_s
-        answer = client.post("/v1/scrub", wait_s=min(wait_s, ASK_S))
+        answer = client.post("/v1/scrub", {"tier": tier.value}, wait_s=min(wait_s, ASK_S))
         while not answer["done"] and time.monotonic() < end:
             time.sleep(POLL_S)
-            answer = client.get("/v1/scrub")["latest"]
+            answer = client.get("/v1/scrub", {"tier": tier.value})["latest"]
             _talk(f"{answer['checked_chunks']} of {answer['total_chunks']} chunks", as_json)
     text = (
         f"{answer['checked_chunks']} of {answer['total_chunks']} chunks checked in "
-        f"{answer['seconds']:.1f} s, {answer['damaged_chunks']} damaged"
+        f"{answer['seconds']:.1f} s, {answer['damaged_chunks']} damaged, "
+        f"{answer['unreadable_chunks']} could not be read"
     )
-    failed = not answer["done"] or answer["damaged_chunks"] > 0
+    bad = answer["damaged_chunks"] + answer["unreadable_chunks"]
+    failed = not answer["done"] or bad > 0
     _end(answer, text, as_json, failed=failed)
 
 

@@ -35,8 +35,16 @@ def chunks(key: Key, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJso
     console().print(shown)
 
 
-def quarantine(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+quarantine = typer.Typer(invoke_without_command=True)
+
+
+@quarantine.callback()
+def show(
+    context: typer.Context, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
+) -> None:
     """Chunks taken out of use because their bytes were wrong; the latest last."""
+    if context.invoked_subcommand is not None:
+        return
     with AdminClient(url, token) as client:
         found = client.get("/v1/quarantine")
     if as_json:
@@ -44,8 +52,27 @@ def quarantine(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = Fa
         return
     out = console()
     if found["entries"]:
-        shown = table("when", "tier", "key", "why")
+        shown = table("when", "tier", "key", ">held", "why")
         for entry in found["entries"]:
-            shown.add_row(moment(entry["at"]), entry["tier"], entry["key"], entry["why"])
+            held = size(entry["held_bytes"]) if entry["held_bytes"] else "-"
+            shown.add_row(moment(entry["at"]), entry["tier"], entry["key"], held, entry["why"])
         out.print(shown)
     out.print(f"{found['total']} chunks since the daemon started")
+
+
+@quarantine.command()
+def clear(
+    key: Annotated[str | None, typer.Argument(help="One chunk's key; by default all.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forget them, and use their places on the SSD again. Exit status 1 if a key is not listed."""
+    with AdminClient(url, token) as client:
+        done = client.post("/v1/quarantine/clear", {} if key is None else {"key": key})
+    if as_json:
+        print_json(done)
+    else:
+        console().print(f"{done['cleared']} cleared, {size(done['freed_bytes'])} in use again")
+    if key is not None and not done["cleared"]:
+        raise typer.Exit(1)

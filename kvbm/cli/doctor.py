@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +17,6 @@ from kvbm.cli.findings import Finding, Place, Verdict, ok, problem, warning
 from kvbm.cli.machine import check_machine
 from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
 from kvbm.cli.output import console, print_json
-from kvbm.daemon.settings import DaemonSettings
-from runtime.settings import SettingsError
 
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
 _LOG: Final = "its log says more (journalctl -u kvbm-daemon)"
@@ -59,13 +56,12 @@ def doctor(
 
 
 def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Finding]:
-    settings: DaemonSettings | None = None
+    configured: Place | None = None
     if config is not None:
-        try:
-            settings = DaemonSettings.load(config).value
-            yield ok("settings", f"{config} can be used")
-        except SettingsError as error:
-            yield problem("settings", " ".join(str(error).split()), f"mend {config}")
+        from kvbm.cli.configured import check_settings
+
+        finding, configured = check_settings(config)
+        yield finding
     place: Place | None = None
     with AdminClient(url, token) as client:
         try:
@@ -82,8 +78,7 @@ def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Find
             yield from _daemon_findings(checks, node)
             place = _place_of(node, tiers)
     is_here = is_loopback(urlsplit(url).hostname or "")
-    if place is None and settings is not None:
-        place = _place_in(settings)
+    place = place or configured
     if place is not None and is_here:
         yield from check_machine(place)
     elif place is not None:
@@ -131,20 +126,4 @@ def _place_of(node: Json, tiers: list[Json]) -> Place:
         ssd_bytes=sum(tier["capacity_bytes"] for tier in tiers if tier["tier"] == "G3"),
         ssd_mover=process["ssd_mover"],
         movers={tier["tier"]: tier["mover"] for tier in tiers},
-    )
-
-
-def _place_in(settings: DaemonSettings) -> Place:
-    ssd = settings.ssd
-    return Place(
-        is_running=False,
-        socket=settings.socket,
-        pid=None,
-        uid=os.getuid(),
-        host_memory_bytes=settings.dram.capacity,
-        huge_pages=settings.dram.huge_pages,
-        ssd_path=None if ssd is None else ssd.path,
-        ssd_bytes=0 if ssd is None else ssd.capacity,
-        ssd_mover=None if ssd is None else ssd.mover,
-        movers={},
     )

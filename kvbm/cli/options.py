@@ -6,16 +6,18 @@ from typing import Annotated, Final
 
 import typer
 
+from kvbm.address import ADMIN_TOKEN_VARIABLE, ADMIN_URL_VARIABLE
+
 DEFAULT_URL: Final = "http://127.0.0.1:9470"
 
 Url = Annotated[
-    str, typer.Option("--url", envvar="KVBM_ADMIN_URL", help="The daemon's admin address.")
+    str, typer.Option("--url", envvar=ADMIN_URL_VARIABLE, help="The daemon's admin address.")
 ]
 Token = Annotated[
     str | None,
     typer.Option(
         "--token",
-        envvar="KVBM_ADMIN_TOKEN",
+        envvar=ADMIN_TOKEN_VARIABLE,
         help="The daemon's admin.token, or file:PATH.",
         show_default=False,
     ),

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from kvbm.daemon.access import readers
-from kvbm.daemon.admin_actions import actions_router
+from kvbm.daemon.admin_actions import KEY_PATTERN, ScrubbedTier, actions_router
 from kvbm.daemon.metrics import CONTENT_TYPE, Metrics
 from kvbm.daemon.problems import described, handle_problems, problem
 from kvbm.daemon.reports import (
@@ -34,15 +34,15 @@ from kvbm.daemon.reports import (
     Tiers,
     Version,
 )
-from kvbm.daemon.view import DrainStatus, NodeActions, NodeView
-from storage_tiers.base import KEY_BYTES, Key
+from kvbm.daemon.view import DrainStatus, NodeActions, NodeView, NoScrubError
+from storage_tiers.base import KEY_BYTES, Key, TierName
 
 NAME: Final = "kvbm-daemon"
 
 KeyHex = Annotated[
     str,
     InPath(
-        pattern=f"^[0-9A-Fa-f]{{{2 * KEY_BYTES}}}$",
+        pattern=KEY_PATTERN,
         description=f"The chunk's key, {2 * KEY_BYTES} hexadecimal digits.",
     ),
 ]
@@ -143,8 +143,9 @@ def _tiers(view: NodeView, metrics: Metrics) -> APIRouter:
     @router.get("/quarantine")
     async def quarantine() -> QuarantineReport:
         """Chunks taken out of use because their bytes were wrong: the latest of them."""
-        total, entries = view.quarantine()
-        return QuarantineReport(total=total, entries=[QuarantinedReport.of(e) for e in entries])
+        found = view.quarantine()
+        entries = [QuarantinedReport.of(entry) for entry in found.entries]
+        return QuarantineReport(total=found.total, entries=entries)
 
     return router
 
@@ -174,8 +175,11 @@ def _node(view: NodeView, metrics: Metrics) -> APIRouter:
         return view.drain_status()
 
     @router.get("/scrub")
-    async def scrub() -> Scrub:
-        """How far the latest pass over host memory is that was asked for, and what it found."""
-        return Scrub(latest=view.scrub_status())
+    async def scrub(tier: ScrubbedTier = TierName.DRAM) -> Scrub:
+        """How far the latest pass over a tier is that was asked for, and what it found."""
+        try:
+            return Scrub(latest=view.scrub_status(tier))
+        except NoScrubError as error:
+            raise HTTPException(HTTPStatus.NOT_FOUND, str(error)) from None
 
     return router

@@ -1,18 +1,28 @@
-"""What operators have a node do over the admin API: drain, flush, scrub.
+"""What operators have a node do over the admin API: drain, flush, scrub, clear the quarantine.
 
 Each request is bounded in time, may be repeated, and leaves a line in the log.
 """
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Annotated, Final
 
 import structlog
 from fastapi import APIRouter, Depends, Query, Request
+from starlette.exceptions import HTTPException
 
 from kvbm.daemon.access import operators
 from kvbm.daemon.problems import described
-from kvbm.daemon.view import DrainStatus, FlushStatus, NodeActions, ScrubStatus
+from kvbm.daemon.view import (
+    ClearStatus,
+    DrainStatus,
+    FlushStatus,
+    NodeActions,
+    NoScrubError,
+    ScrubStatus,
+)
+from storage_tiers.base import KEY_BYTES, Key, TierName
 
 DEADLINE_S_MAX: Final = 600.0
 FLUSH_S: Final = 30.0
@@ -20,6 +30,9 @@ SCRUB_S: Final = 30.0
 
 _log = structlog.get_logger("kvbm.admin")
 
+KEY_PATTERN: Final = f"^[0-9A-Fa-f]{{{2 * KEY_BYTES}}}$"
+
+ScrubbedTier = Annotated[TierName, Query(description="The tier to scrub.")]
 Deadline = Annotated[
     float, Query(ge=0, le=DEADLINE_S_MAX, description="Seconds to wait for the end, at most.")
 ]
@@ -49,13 +62,29 @@ def actions_router(actions: NodeActions, token: str | None) -> APIRouter:
         return await actions.flush(deadline_s)
 
     @router.post("/scrub")
-    async def scrub(request: Request, deadline_s: Deadline = SCRUB_S) -> ScrubStatus:
-        """Check every chunk in host memory against its checksum now.
+    async def scrub(
+        request: Request, tier: ScrubbedTier = TierName.DRAM, deadline_s: Deadline = SCRUB_S
+    ) -> ScrubStatus:
+        """Check every chunk in host memory (G2) or on the SSD (G3) against its checksum now.
 
         Joins a pass that was asked for before and goes on; a pass goes on after the deadline.
         """
         _note(request)
-        return await actions.scrub(deadline_s)
+        try:
+            return await actions.scrub(tier, deadline_s)
+        except NoScrubError as error:
+            raise HTTPException(HTTPStatus.NOT_FOUND, str(error)) from None
+
+    @router.post("/quarantine/clear")
+    async def clear(
+        request: Request,
+        key: Annotated[
+            str | None, Query(pattern=KEY_PATTERN, description="By default all.")
+        ] = None,
+    ) -> ClearStatus:
+        """Take chunks off the list of those with wrong bytes, and use their places again."""
+        _note(request)
+        return await actions.clear_quarantine(None if key is None else Key(bytes.fromhex(key)))
 
     return router
 

@@ -54,6 +54,8 @@ SPECS: Final = (
     Spec("kvbm_queue_depth", "gauge", "What waits in a queue.", ("queue",)),
     Spec("kvbm_queue_limit", "gauge", "Most that may wait in a queue.", ("queue",)),
     Spec("kvbm_errors_total", "counter", "Failures the daemon survived.", ("op", "kind")),
+    Spec("kvbm_scrubbed_chunks_total", "counter", "Chunks read back.", ("tier", "outcome")),
+    Spec("kvbm_quarantined_bytes", "gauge", "Space out of use for wrong bytes.", ("tier",)),
     Spec("kvbm_sessions", "gauge", "Connections of engines.", ("role",)),
     Spec("kvbm_claims", "gauge", "Chunks held against eviction for engines."),
     Spec("kvbm_leased_bytes", "gauge", "Host memory lent to engines to store into."),
@@ -100,6 +102,9 @@ class Metrics:
 
     def error(self, op: str, kind: str, count: int = 1) -> None:
         self._counts["kvbm_errors_total"][op, kind] += count
+
+    def scrubbed(self, tier: TierName, outcome: str) -> None:
+        self._counts["kvbm_scrubbed_chunks_total"][tier.value, outcome] += 1
 
     # -- reading --------------------------------------------------------------------------
 
@@ -152,6 +157,10 @@ class _NodeCollector(Collector):
             "kvbm_queue_depth": {(queue.name,): queue.depth for queue in view.queues()},
             "kvbm_queue_limit": {(queue.name,): queue.limit for queue in view.queues()},
         }
+        held: Counter[Labels] = Counter()
+        for entry in view.quarantine().entries:
+            held[entry.tier.value,] += entry.held_bytes
+        samples["kvbm_quarantined_bytes"] = dict(held)
         for usage in view.tiers():
             for name, values in _of_tier(usage).items():
                 samples.setdefault(name, {}).update(values)

@@ -18,20 +18,21 @@ from kvbm.daemon.view import (
     EventsStatus,
     NodeStatus,
     PolicyStatus,
+    QuarantineStatus,
     QueueStatus,
     Residency,
     ScrubStatus,
     SessionStatus,
 )
 from kvbm.manager import BlockManager, Catalogue
+from kvbm.patrol import Patrol
 from kvbm.protocol import Hello
-from kvbm.quarantine import Quarantined
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
 from runtime.events import EventPlane, create_event_plane
 from runtime.events.blocks import BlockPublisher
 from storage_tiers.arena import Arena
-from storage_tiers.base import Key, RecoveryReport, Tier, TierName, TierUsage
+from storage_tiers.base import Key, RecoveryReport, SupportsScrub, Tier, TierName, TierUsage
 from storage_tiers.dram import DramTier
 
 PROGRAM = "kvbm-daemon"
@@ -69,7 +70,25 @@ class Node:
         )
         self.members = Sessions(self.manager)
         self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
-        self.operations = Operations(self.members, self.manager.offloader, self.scrubber)
+        self.patrols = [
+            Patrol(
+                tier,
+                self.metrics,
+                catalogue.quarantine,
+                pass_s=settings.ssd.scrub_interval,
+                bytes_per_s=settings.ssd.scrub_bandwidth,
+            )
+            for tier in self.manager.tiers
+            if settings.ssd is not None and isinstance(tier, SupportsScrub)
+        ]
+        scrubbers = {patrol.tier: patrol for patrol in self.patrols}
+        self.operations = Operations(
+            self.members,
+            self.manager.offloader,
+            {self.dram.name: self.scrubber, **scrubbers},
+            catalogue.quarantine,
+            self.manager.tiers,
+        )
         self.speeds = Rates(self.tiers)
         self._started = time.time()
         self.reports: dict[TierName, RecoveryReport] = {}
@@ -160,9 +179,8 @@ class Node:
                 residencies.append(Residency(tier.name, chunk, sealed=True, claims=None))
         return ChunkStatus(residencies, key in self.manager.onboarder)
 
-    def quarantine(self) -> tuple[int, Sequence[Quarantined]]:
-        kept = self.manager.quarantine
-        return kept.total, kept.entries()
+    def quarantine(self) -> QuarantineStatus:
+        return self.operations.quarantine()
 
     def policies(self) -> Sequence[PolicyStatus]:
         return [
@@ -173,8 +191,8 @@ class Node:
     def drain_status(self) -> DrainStatus:
         return self.operations.drain_status()
 
-    def scrub_status(self) -> ScrubStatus | None:
-        return self.operations.scrub_status()
+    def scrub_status(self, tier: TierName) -> ScrubStatus | None:
+        return self.operations.scrub_status(tier)
 
 
 def _without_credentials(urls: Sequence[str]) -> str:

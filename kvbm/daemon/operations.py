@@ -1,4 +1,4 @@
-"""What an operator can have a running node do: drain, flush, scrub.
+"""What an operator can have a running node do: drain, flush, scrub, clear the quarantine.
 
 Each is idempotent and bounded in time: asking again joins what is under way and tells how far it
 is. Called on the daemon's event loop.
@@ -9,13 +9,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import structlog
 
-from kvbm.daemon.view import DrainStatus, FlushStatus, ScrubStatus
+from kvbm.daemon.view import (
+    ClearStatus,
+    DrainStatus,
+    FlushStatus,
+    NoScrubError,
+    QuarantineStatus,
+    ScrubStatus,
+)
 from kvbm.offload import Offloader
+from kvbm.patrol import Patrol
+from kvbm.quarantine import Quarantine
 from kvbm.scrub import Scrubber, ScrubPass
 from kvbm.session import Sessions
+from storage_tiers.base import Key, SupportsScrub, Tier, TierName
 
 _log = structlog.get_logger("kvbm.operations")
 
@@ -23,10 +36,19 @@ _log = structlog.get_logger("kvbm.operations")
 class Operations:
     """A node's `NodeActions`."""
 
-    def __init__(self, members: Sessions, offloader: Offloader, scrubber: Scrubber) -> None:
+    def __init__(
+        self,
+        members: Sessions,
+        offloader: Offloader,
+        scrubbers: Mapping[TierName, Scrubber | Patrol],
+        quarantine: Quarantine,
+        lower: Sequence[Tier],
+    ) -> None:
         self._members = members
         self._offloader = offloader
-        self._scrubber = scrubber
+        self._scrubbers = scrubbers
+        self._quarantine = quarantine
+        self._lower = [tier for tier in lower if isinstance(tier, SupportsScrub)]
         self._drained_since: float | None = None
 
     def drain(self) -> DrainStatus:
@@ -59,24 +81,54 @@ class Operations:
         left = await self._offloader.drain(deadline_s)
         return FlushStatus(done=not left, left_chunks=left, seconds=time.monotonic() - began)
 
-    async def scrub(self, deadline_s: float) -> ScrubStatus:
-        """Check all of host memory now; tells how far it is if that takes longer."""
-        run = self._scrubber.ask()
+    async def scrub(self, tier: TierName, deadline_s: float) -> ScrubStatus:
+        """Check all of a tier now; tells how far it is if that takes longer."""
+        run = self._scrubber(tier).ask()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(run.ended.wait(), deadline_s)
-        return _status(run)
+        return _status(tier, run)
 
-    def scrub_status(self) -> ScrubStatus | None:
+    def scrub_status(self, tier: TierName) -> ScrubStatus | None:
         """The latest pass that was asked for."""
-        latest = self._scrubber.latest
-        return None if latest is None else _status(latest)
+        latest = self._scrubber(tier).latest
+        return None if latest is None else _status(tier, latest)
+
+    def quarantine(self) -> QuarantineStatus:
+        held: Counter[tuple[TierName, Key]] = Counter()
+        for tier in self._lower:
+            for extent in tier.aside():
+                held[tier.name, extent.key] += extent.length
+        entries = [
+            replace(entry, held_bytes=held.pop((entry.tier, entry.key), 0))
+            for entry in reversed(self._quarantine.entries())  # a key's latest entry holds it
+        ]
+        return QuarantineStatus(self._quarantine.total, entries[::-1])
+
+    async def clear_quarantine(self, key: Key | None) -> ClearStatus:
+        """Forget what is listed and use its place again: one key's, or everything."""
+        freed = 0
+        for tier in self._lower:
+            keys = {extent.key for extent in tier.aside()} if key is None else {key}
+            freed += sum(extent.length for extent in await tier.give_back(keys))
+        cleared = self._quarantine.forget(None if key is None else {key})
+        _log.warning("quarantine_cleared", entries=cleared, freed_bytes=freed)
+        return ClearStatus(cleared, freed)
+
+    def _scrubber(self, tier: TierName) -> Scrubber | Patrol:
+        try:
+            return self._scrubbers[tier]
+        except KeyError:
+            known = ", ".join(name.value for name in self._scrubbers)
+            raise NoScrubError(f"{tier.value} cannot be scrubbed on this node: {known}") from None
 
 
-def _status(run: ScrubPass) -> ScrubStatus:
+def _status(tier: TierName, run: ScrubPass) -> ScrubStatus:
     return ScrubStatus(
+        tier=tier.value,
         done=run.ended.is_set(),
         total_chunks=run.total,
         checked_chunks=run.checked,
         damaged_chunks=run.damaged,
+        unreadable_chunks=run.unreadable,
         seconds=run.seconds,
     )

@@ -133,14 +133,24 @@ class QuarantinedReport(BaseModel):
     key: str
     at: float
     why: str
+    held_bytes: int
 
     @classmethod
     def of(cls, entry: Quarantined) -> QuarantinedReport:
-        return cls(tier=entry.tier.value, key=entry.key.hex(), at=entry.at, why=entry.why)
+        return cls(
+            tier=entry.tier.value,
+            key=entry.key.hex(),
+            at=entry.at,
+            why=entry.why,
+            held_bytes=entry.held_bytes,
+        )
 
 
 class QuarantineReport(BaseModel):
-    """The latest, oldest first; `total` counts all since the daemon's start."""
+    """The latest, oldest first; `total` counts all since the daemon's start.
+
+    `held_bytes` are out of use until the quarantine is cleared; on the SSD that outlasts restarts.
+    """
 
     total: int
     entries: list[QuarantinedReport]

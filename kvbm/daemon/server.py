@@ -19,7 +19,7 @@ from kvbm.daemon.admin_server import AdminServer
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.systemd import Notifier
-from storage_tiers.base import Tier, TierError, TierName
+from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
 
 DRAIN_S: Final = 30.0
 REMOTE_WAIT_S: Final = 10.0
@@ -80,6 +80,7 @@ class Server:
                 for name, work in (
                     ("offload", manager.offloader.run()),
                     ("scrub", self._node.scrubber.run()),
+                    *((f"patrol-{p.tier.value}", p.run()) for p in self._node.patrols),
                     ("watchdog", self._notifier.feed_watchdog()),
                     ("rates", self._node.speeds.run()),
                     ("open-remote", self._open_remote()),
@@ -118,6 +119,8 @@ class Server:
         report = await tier.open()
         self._node.problems.pop(name, None)
         self._node.reports[tier.name] = report
+        aside = tier.aside() if isinstance(tier, SupportsScrub) else ()
+        self._node.manager.quarantine.recall(tier.name, aside)
         _log.info(
             "tier_open",
             tier=name,
@@ -125,6 +128,7 @@ class Server:
             chunks=report.chunks,
             bytes=report.bytes,
             dropped=report.dropped,
+            quarantined=len(aside),
             seconds=round(report.seconds, 3),
         )
 

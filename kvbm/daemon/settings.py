@@ -17,7 +17,12 @@ from typing import Final, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from kvbm.address import default_socket, is_loopback
+from kvbm.address import (
+    ADMIN_TOKEN_VARIABLE,
+    ADMIN_URL_VARIABLE,
+    default_socket,
+    is_loopback,
+)
 from runtime.events.settings import EventPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
@@ -27,6 +32,7 @@ _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
+_OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE}
 _TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -62,6 +68,17 @@ class SsdSettings(Section):
         default="auto",
         description="What moves the bytes: `nixl`, `plain` (preadv and pwritev), or `auto`: NIXL "
         "where it loads.",
+    )
+
+    scrub_interval: Duration = Field(
+        default=7 * 86400.0,
+        description="Time for one pass that reads back every chunk on the SSD and checks it; 0 for "
+        "none.",
+    )
+    scrub_bandwidth: Size = Field(
+        default=256 << 20,
+        ge=1 << 20,
+        description="Most that scrubbing the SSD reads in a second. It gives way to engines.",
     )
 
     @field_validator("path")
@@ -292,7 +309,8 @@ class DaemonSettings(Settings):
     ) -> Loaded[Self]:
         """`runtime.settings.load`; `environ` is the process's if not given."""
         found = os.environ if environ is None else environ
-        return load(cls, file=file, environ=found, overrides=overrides)
+        ours = {name: value for name, value in found.items() if name not in _OF_THE_COMMAND}
+        return load(cls, file=file, environ=ours, overrides=overrides)
 
 
 def config_page() -> str:

@@ -108,13 +108,35 @@ class FlushStatus:
 
 @dataclass(frozen=True, slots=True)
 class ScrubStatus:
-    """A pass over host memory that was asked for."""
+    """A pass over one tier that was asked for."""
 
+    tier: str
     done: bool
     total_chunks: int
     checked_chunks: int
     damaged_chunks: int
+    unreadable_chunks: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineStatus:
+    """How many there were since the start, and the latest of them, oldest first."""
+
+    total: int
+    entries: Sequence[Quarantined]
+
+
+@dataclass(frozen=True, slots=True)
+class ClearStatus:
+    """What was taken off the list, and the space that is in use again."""
+
+    cleared: int
+    freed_bytes: int
+
+
+class NoScrubError(Exception):
+    """The node cannot scrub that tier; the message says which it can."""
 
 
 class NodeView(Protocol):
@@ -142,16 +164,14 @@ class NodeView(Protocol):
 
     def chunk(self, key: Key) -> ChunkStatus: ...
 
-    def quarantine(self) -> tuple[int, Sequence[Quarantined]]:
-        """How many there were in all, and the latest of them, oldest first."""
-        ...
+    def quarantine(self) -> QuarantineStatus: ...
 
     def policies(self) -> Sequence[PolicyStatus]: ...
 
     def drain_status(self) -> DrainStatus: ...
 
-    def scrub_status(self) -> ScrubStatus | None:
-        """The latest pass that was asked for, if any was."""
+    def scrub_status(self, tier: TierName) -> ScrubStatus | None:
+        """The latest pass that was asked for, if any was. Raises NoScrubError."""
         ...
 
 
@@ -162,4 +182,8 @@ class NodeActions(Protocol):
 
     async def flush(self, deadline_s: float) -> FlushStatus: ...
 
-    async def scrub(self, deadline_s: float) -> ScrubStatus: ...
+    async def scrub(self, tier: TierName, deadline_s: float) -> ScrubStatus:
+        """Raises NoScrubError."""
+        ...
+
+    async def clear_quarantine(self, key: Key | None) -> ClearStatus: ...

@@ -18,11 +18,14 @@ from kvbm.daemon.metrics import DURATION, SPECS, Metrics, metrics_page
 from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
     ChunkStatus,
+    ClearStatus,
     DrainStatus,
     EventsStatus,
     FlushStatus,
     NodeStatus,
+    NoScrubError,
     PolicyStatus,
+    QuarantineStatus,
     QueueStatus,
     Residency,
     ScrubStatus,
@@ -118,8 +121,9 @@ class Node:
             is_coming=False,
         )
 
-    def quarantine(self) -> tuple[int, list[Quarantined]]:
-        return 7, [Quarantined(TierName.SSD, KEY, 1.5e9, "the bytes do not match the checksum")]
+    def quarantine(self) -> QuarantineStatus:
+        why = "the bytes do not match the checksum"
+        return QuarantineStatus(7, [Quarantined(TierName.SSD, KEY, 1.5e9, why, held_bytes=4096)])
 
     def policies(self) -> list[PolicyStatus]:
         return [PolicyStatus(TierName.DRAM, "all", "lru")]
@@ -127,7 +131,9 @@ class Node:
     def drain_status(self) -> DrainStatus:
         return DrainStatus(draining=False, since=None, done=False, left_chunks=3, leased_bytes=4096)
 
-    def scrub_status(self) -> ScrubStatus | None:
+    def scrub_status(self, tier: TierName) -> ScrubStatus | None:
+        if tier is TierName.S3:
+            raise NoScrubError("G4 cannot be scrubbed on this node: G2, G3")
         return None
 
     def drain(self) -> DrainStatus:
@@ -138,11 +144,22 @@ class Node:
         self.asked.append(("flush", deadline_s))
         return FlushStatus(done=False, left_chunks=3, seconds=deadline_s)
 
-    async def scrub(self, deadline_s: float) -> ScrubStatus:
-        self.asked.append(("scrub", deadline_s))
+    async def scrub(self, tier: TierName, deadline_s: float) -> ScrubStatus:
+        self.scrub_status(tier)
+        self.asked.append(("scrub", tier.value, deadline_s))
         return ScrubStatus(
-            done=True, total_chunks=5, checked_chunks=5, damaged_chunks=1, seconds=0.5
+            tier.value,
+            done=True,
+            total_chunks=5,
+            checked_chunks=5,
+            damaged_chunks=1,
+            unreadable_chunks=0,
+            seconds=0.5,
         )
+
+    async def clear_quarantine(self, key: Key | None) -> ClearStatus:
+        self.asked.append(("clear", key))
+        return ClearStatus(1, 4096)
 
 
 @pytest.fixture
@@ -259,7 +276,8 @@ async def test_the_schema_describes_every_route(client: httpx2.AsyncClient) -> N
     probes = {"get /healthz", "get /readyz", "get /metrics", "get /version"}
     nouns = ("tiers", "recovery", "sessions", "node", "chunks/{key}", "quarantine", "policies")
     reads = {f"get /v1/{noun}" for noun in (*nouns, "drain", "scrub")}
-    assert routes == probes | reads | {"post /v1/drain", "post /v1/flush", "post /v1/scrub"}
+    actions = ("drain", "flush", "scrub", "quarantine/clear")
+    assert routes == probes | reads | {f"post /v1/{action}" for action in actions}
     for path, item in schema["paths"].items():
         for method, operation in item.items():
             assert operation["description"], path
@@ -302,6 +320,7 @@ async def test_what_is_out_of_use_and_how_tiers_choose_is_told(client: httpx2.As
                 "key": KEY.hex(),
                 "at": 1.5e9,
                 "why": "the bytes do not match the checksum",
+                "held_bytes": 4096,
             }
         ],
     }
@@ -322,10 +341,22 @@ async def test_actions_reach_the_node_with_their_deadline(
     assert (await client.post("/v1/drain")).json()["draining"] is True
     assert (await client.post("/v1/flush?deadline_s=2.5")).json()["seconds"] == 2.5
     assert (await client.post("/v1/scrub?deadline_s=0")).json()["damaged_chunks"] == 1
-    assert node.asked == ["drain", ("flush", 2.5), ("scrub", 0)]
+    assert (await client.post("/v1/scrub?tier=G3&deadline_s=1")).json()["tier"] == "G3"
+    assert (await client.post("/v1/quarantine/clear")).json() == {"cleared": 1, "freed_bytes": 4096}
+    assert (await client.post(f"/v1/quarantine/clear?key={KEY.hex()}")).json()["cleared"] == 1
+    assert node.asked == [
+        *("drain", ("flush", 2.5), ("scrub", "G2", 0), ("scrub", "G3", 1)),
+        *(("clear", None), ("clear", KEY)),
+    ]
     for bad in ("-1", "1e9", "nan", "soon"):
         assert (await client.post(f"/v1/flush?deadline_s={bad}")).status_code == 400
-    assert len(node.asked) == 3
+    assert (await client.post("/v1/scrub?tier=G9")).status_code == 400
+    assert (await client.post("/v1/quarantine/clear?key=xyz")).status_code == 400
+    for method in (client.post, client.get):
+        refused = await method("/v1/scrub?tier=G4")
+        assert refused.status_code == 404
+        assert "G2, G3" in refused.json()["detail"]
+    assert len(node.asked) == 6
 
 
 @pytest.mark.parametrize(

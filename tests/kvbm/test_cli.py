@@ -20,7 +20,7 @@ import typer
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from kvbm.cli import __main__ as cli
-from kvbm.cli.events import _Printer
+from kvbm.cli.event_feed import Printer
 from kvbm.protocol import MatchGroup
 from runtime.embedded import EmbeddedNats
 from runtime.events.blocks import BlockBatch, Removed, Stored
@@ -246,6 +246,55 @@ def test_scrub_finds_what_an_engine_damaged_and_quarantines_it(
     assert engine.fetch([key]) == [bytes(items[1].data)], "the SSD's copy is sound"
 
 
+def test_what_rots_on_the_ssd_is_found_kept_aside_over_a_restart_and_given_back(
+    tmp_path: Path, kvbm: Kvbm
+) -> None:
+    items = make_items("rots", 8, CHUNK)
+    bad = items[5]
+    with running_daemon(tmp_path) as daemon:
+        at = ("--url", daemon.url)
+        daemon.start()
+        with StandIn(daemon.socket, CHUNK) as engine:
+            engine.store(items)
+            assert kvbm("flush", *at).status == 0
+            assert kvbm("scrub", "--tier", "G3", *at).status == 0
+            extents = daemon.ssd_folder / "extents"
+            flip_bit_at(extents, extents.read_bytes().index(bytes(bad.data)) + 17)
+            found = kvbm("scrub", "--tier", "G3", "--json", *at)
+            assert found.status == 1
+            answer = json.loads(found.out)
+            assert (answer["total_chunks"], answer["damaged_chunks"]) == (8, 1)
+            assert engine.fetch(keys_of(items)) == [bytes(i.data) for i in items], "G2 has it"
+        assert '"chunk_damaged"' in daemon.process.log.read_text()
+        (listed,) = kvbm("quarantine", "--json", *at).json()["entries"]
+        assert (listed["tier"], listed["key"]) == ("G3", bad.chunk.key.hex())
+        assert listed["held_bytes"] == CHUNK
+        daemon.stop()
+        daemon.start()
+        recalled = kvbm("quarantine", "--json", *at).json()
+        assert recalled["total"] == 0, "since this start"
+        (again,) = recalled["entries"]
+        assert (again["key"], again["held_bytes"]) == (listed["key"], CHUNK)
+        assert again["at"] == pytest.approx(listed["at"], abs=5)
+        assert kvbm("scrub", "--tier", "G3", *at).status == 0
+        assert kvbm("quarantine", "clear", make_key("other").hex(), *at).status == 1
+        done = kvbm("quarantine", "clear", listed["key"], "--json", *at).json()
+        assert done == {"cleared": 1, "freed_bytes": CHUNK}
+        assert kvbm("quarantine", "--json", *at).json()["entries"] == []
+        daemon.stop()
+        daemon.start()
+        assert kvbm("quarantine", "--json", *at).json()["entries"] == []
+
+
+def flip_bit_at(path: Path, offset: int) -> None:
+    with path.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        [byte] = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+        os.fsync(file.fileno())
+
+
 def test_draining_stops_stores_keeps_loads_and_loses_nothing(
     tmp_path: Path, kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +413,7 @@ def test_events_are_followed_where_the_daemon_says_they_are(
 
 def test_gaps_and_restarts_of_a_node_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     key = make_key("k")
-    printer = _Printer(as_json=False, count=4)
+    printer = Printer(as_json=False, count=4)
     batches = [
         BlockBatch(1, 10, "node-1", [Stored("G2", [key])]),
         BlockBatch(1, 11, "node-1", [Removed("G2", [key])]),
@@ -479,6 +528,7 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 
 COMMANDS = [
     *(["status"], ["tiers"], ["top"], ["quarantine"], ["chunks", make_key("k").hex()]),
+    ["quarantine", "clear"],
     *(["drain"], ["flush"], ["scrub"], ["events", "tail"]),
 ]
 
@@ -511,9 +561,9 @@ def leaves() -> Iterator[tuple[str, Any]]:
     top: Any = typer.main.get_command(cli.app)
     for name, command in top.commands.items():
         below = getattr(command, "commands", None)
-        if below is None:
+        if below is None or command.invoke_without_command:
             yield name, command
-        else:
+        if below is not None:
             yield from ((f"{name} {leaf}", found) for leaf, found in below.items())
 
 

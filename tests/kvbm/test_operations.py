@@ -31,7 +31,13 @@ LINGERING = LaneSettings(enough_bytes=1 << 30, linger_s=3600.0)
 
 def operations_of(node: Node, scrubber: Scrubber | None = None) -> Operations:
     scrubber = scrubber or Scrubber(node.dram, node.meter, 0)
-    return Operations(Sessions(node.manager), node.manager.offloader, scrubber)
+    return Operations(
+        Sessions(node.manager),
+        node.manager.offloader,
+        {TierName.DRAM: scrubber},
+        node.manager.quarantine,
+        node.manager.tiers,
+    )
 
 
 # -- rates --------------------------------------------------------------------------------
@@ -153,10 +159,10 @@ async def test_a_pass_that_is_asked_for_finds_what_is_damaged(node: Node) -> Non
         assert victim is not None
         node.dram.view(victim.slot)[5] ^= 1
         node.dram.unclaim(victim)
-        found = await operations.scrub(WAIT_S)
+        found = await operations.scrub(TierName.DRAM, WAIT_S)
         assert (found.done, found.total_chunks, found.checked_chunks) == (True, 8, 8)
         assert found.damaged_chunks == 1
-        again = await operations.scrub(WAIT_S)
+        again = await operations.scrub(TierName.DRAM, WAIT_S)
         assert (again.total_chunks, again.damaged_chunks) == (7, 0)
     (entry,) = node.manager.quarantine.entries()
     assert (entry.tier, entry.key) == (TierName.DRAM, items[3].chunk.key)
@@ -167,14 +173,14 @@ async def test_a_second_request_joins_the_pass_under_way(node: Node) -> None:
     scrubber = Scrubber(node.dram, node.meter, 0)
     operations = operations_of(node, scrubber)
     node.commit(chunks_of("joined", 4))
-    first = await operations.scrub(0)  # nobody runs it yet
+    first = await operations.scrub(TierName.DRAM, 0)  # nobody runs it yet
     assert not first.done
     run = scrubber.latest
     assert scrubber.ask() is run
     async with background(scrubber.run):
-        assert (await operations.scrub(WAIT_S)).done
+        assert (await operations.scrub(TierName.DRAM, WAIT_S)).done
     assert scrubber.latest is run
-    status = operations.scrub_status()
+    status = operations.scrub_status(TierName.DRAM)
     assert status is not None and status.checked_chunks == 4
 
 
