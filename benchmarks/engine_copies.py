@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
-from benchmarks.report import Row, compared, interleaved, tell
 from connectors.vllm.transfer import ArenaSlots
 from connectors.vllm.worker_side import KvbmWorker
+from kvbm.cli.figures import Row, compared, interleaved, tell
 from kvbm.protocol import VERSION, Hello, Welcome
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.hbm import HostPages

@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import Row, bounded, tell
 from examples.demo.daemon import Daemon, DaemonConfig
+from kvbm.cli.figures import Row, bounded, tell
 from kvbm.client import Filled
 from kvbm.protocol import MatchGroup
+from kvbm.stand_in import StandIn
 from storage_tiers.base import KEY_BYTES, Key
-from tests.kvbm.stand_in import StandIn
 
 CHUNK_BYTES = 4096
 KEYS = 512

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.report import Row, compared, tell
+from kvbm.cli.figures import Row, compared, tell
 from kvbm.onboard import BATCH_BYTES, BATCH_CHUNKS
 from runtime.embedded import EmbeddedS3
 from storage_tiers.base import Chunk, Key, Loaded, LoadItem, SilentListener, Stored, StoreItem

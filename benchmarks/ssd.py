@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import mmap
-import os
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.report import Row, compared, tell
+from kvbm.cli.figures import Row, compared, tell
+from kvbm.cli.limits import BareFile, aligned
 from kvbm.onboard import BATCH_BYTES as LOAD_BYTES
 from kvbm.onboard import BATCH_CHUNKS
 from storage_tiers.base import Chunk, Key, Loaded, LoadItem, SilentListener, Stored, StoreItem
@@ -27,44 +23,8 @@ from storage_tiers.codec import checksum
 from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
 SIZES_BYTES = (256 << 10, 1 << 20, 4 << 20)
-IN_FLIGHT = 8
 BATCH_BYTES = 32 << 20  # as `offload.batch_bytes`
 TARGET = 0.85
-
-
-class Bare:
-    """A preallocated file, O_DIRECT, `IN_FLIGHT` threads."""
-
-    def __init__(self, path: Path, size_bytes: int) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
-        os.posix_fallocate(self._fd, 0, size_bytes)
-        self._pool = ThreadPoolExecutor(IN_FLIGHT)
-
-    def write(self, buffers: list[memoryview], size: int) -> None:
-        list(
-            self._pool.map(lambda i: os.pwrite(self._fd, buffers[i], i * size), range(len(buffers)))
-        )
-        os.fdatasync(self._fd)
-
-    def read(self, buffers: list[memoryview], size: int) -> None:
-        list(
-            self._pool.map(
-                lambda i: os.preadv(self._fd, [buffers[i]], i * size), range(len(buffers))
-            )
-        )
-
-    def close(self) -> None:
-        self._pool.shutdown()
-        os.close(self._fd)
-
-
-def aligned(count: int, size: int) -> list[memoryview]:
-    """Buffers in one page-aligned mapping, as in the arena."""
-    mapping = memoryview(mmap.mmap(-1, count * size))
-    np.frombuffer(mapping, dtype=np.uint8)[:] = np.random.default_rng(0).integers(
-        0, 255, count * size, dtype=np.uint8
-    )
-    return [mapping[i * size : (i + 1) * size] for i in range(count)]
 
 
 def items_of(buffers: list[memoryview], round_: int) -> list[StoreItem]:
@@ -77,7 +37,7 @@ def items_of(buffers: list[memoryview], round_: int) -> list[StoreItem]:
 
 async def measure(folder: Path, size: int, total: int, rounds: int) -> list[Row]:
     count = total // size
-    bare = Bare(folder / "bare", total)
+    bare = BareFile(folder / "bare", total)
     tier = SsdTier(folder / f"tier-{size}", 2 * total + (64 << 20), SilentListener())
     await tier.open()
     sources, targets = aligned(count, size), aligned(count, size)

@@ -1,4 +1,4 @@
-"""`kvbm`: status, top, doctor, events, chunks and the actions of a node.
+"""`kvbm`: status, top, doctor, events, chunks, benchmarks and the actions of a node.
 
 Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
 Data goes to standard output, talk to standard error.
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from kvbm.cli import actions, chunks, doctor, events, status, top
+from kvbm.cli import actions, bench, chunks, doctor, events, status, top
 from kvbm.cli.client import Failure
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ for command in (
     app.command()(command)
 app.add_typer(chunks.quarantine, name="quarantine")
 app.add_typer(events.app, name="events")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

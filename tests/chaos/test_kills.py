@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from examples.demo.daemon import Daemon, DaemonConfig
+from kvbm.stand_in import StandIn
 from runtime.embedded import EmbeddedS3
 from storage_tiers.base import StoreItem
 from storage_tiers.testing import make_items
-from tests.kvbm.stand_in import StandIn
 
 KILLS = int(os.environ.get("KVBM_CHAOS_KILLS", "4"))
 CHUNK = 64 << 10

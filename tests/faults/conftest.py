@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.demo.daemon import Daemon, DaemonConfig
+from kvbm.stand_in import StandIn
 from runtime.embedded import EmbeddedS3
 from storage_tiers.base import Key, StoreItem
-from tests.kvbm.stand_in import StandIn
 from tests.waiting import wait_until
 
 CHUNK = 64 << 10
@@ -68,22 +68,22 @@ class Watched(Daemon):
 MakeWatched = Callable[..., Watched]
 
 
-@pytest.fixture
-def make_daemon(tmp_path: Path) -> Iterator[MakeWatched]:
-    """Daemons that are not started yet and end with the test."""
+@contextmanager
+def making_daemons(folder: Path) -> Iterator[MakeWatched]:
+    """Makes daemons that are not started yet and end with the block."""
     with ExitStack() as running:
 
         def make(**config: Any) -> Watched:
-            folder = tmp_path / "node-1"
+            inside = folder / "node-1"
             runtime = Path(tempfile.mkdtemp(prefix="kvbm-test-"))
             running.callback(shutil.rmtree, runtime, ignore_errors=True)
             settings = {"dram": "32MiB", "ssd": "64MiB", **config}
             daemon = Watched(
                 DaemonConfig(
-                    folder=folder,
+                    folder=inside,
                     socket=runtime / "s",
-                    logs=folder,
-                    records=folder,
+                    logs=inside,
+                    records=inside,
                     node="node-1",
                     **settings,
                 )
@@ -91,6 +91,12 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeWatched]:
             running.callback(daemon.process.stop)
             return daemon
 
+        yield make
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[MakeWatched]:
+    with making_daemons(tmp_path) as make:
         yield make
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from kvbm.stand_in import StandIn
 from storage_tiers.testing import make_items
 from tests.faults.conftest import CHUNK, WAIT_S, MakeWatched, assert_never_wrong, keys_of
 from tests.faults.disk import SmallDisk, cannot_mount, flip_bit
-from tests.kvbm.stand_in import StandIn
 from tests.waiting import wait_until
 
 SMALL = 4096

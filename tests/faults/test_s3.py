@@ -6,12 +6,15 @@ a log line say what happened; when the wire is sound again, so is everything.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
 
 from kvbm.protocol import COMING, HERE, MatchGroup
+from kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
 from runtime.embedded import EmbeddedS3
+from storage_tiers.bucket import S3Bucket
 from storage_tiers.testing import make_items
 from tests.faults.conftest import (
     BUCKET,
@@ -23,7 +26,6 @@ from tests.faults.conftest import (
     keys_of,
 )
 from tests.faults.proxy import Mode, Proxy
-from tests.kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
 from tests.waiting import wait_until
 
 
@@ -45,6 +47,39 @@ def daemon(make_daemon: MakeWatched, s3: EmbeddedS3, wire: Proxy) -> Watched:
         "refresh": "500ms",
     }
     return make_daemon(ssd=None, s3=section)
+
+
+def test_flipped_bits_in_objects_are_misses_and_are_told(
+    daemon: Watched, s3: EmbeddedS3, wire: Proxy
+) -> None:
+    items = make_items("flipped objects", 8, CHUNK)
+    daemon.start()
+    with StandIn(daemon.socket, CHUNK) as engine:
+        engine.store(items)
+        daemon.await_kept("G4", len(items))
+    assert asyncio.run(_flip_first_records(s3, f"wire-{wire.port}/")) >= 2
+    daemon.restart()
+    with StandIn(daemon.socket, CHUNK) as engine:
+        came = assert_never_wrong(engine, items)
+        damaged = daemon.counted("kvbm_corrupt_chunks_total", tier="G4")
+        assert damaged >= 2 and came == len(items) - damaged
+        assert len(daemon.said("chunk_damaged", tier="G4", level="error")) == damaged
+    daemon.process.check()
+
+
+async def _flip_first_records(server: EmbeddedS3, prefix: str) -> int:
+    """One bit of the first record of every object; how many objects."""
+    bucket = S3Bucket(**server.settings(BUCKET))
+    await bucket.open()
+    try:
+        objects = await bucket.list_after(prefix, "")
+        for listed in objects:
+            body = bytearray(await bucket.get_range(listed.name, 0, listed.size_bytes))
+            body[1000] ^= 1
+            await bucket.put(listed.name, body)
+    finally:
+        await bucket.close()
+    return len(objects)
 
 
 @pytest.mark.parametrize("mode", ["refuse", "cut", "garble"])

@@ -1,11 +1,15 @@
-"""Nodes that are checked when their test ends."""
+"""Nodes that are checked when their test ends, and the `kvbm` command."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 
+from kvbm.cli import __main__ as cli
 from tests.kvbm import builders
 from tests.kvbm.builders import Node
 
@@ -28,3 +32,30 @@ def make_node() -> Iterator[Callable[..., Node]]:
 @pytest.fixture
 def node(make_node: Callable[..., Node]) -> Node:
     return make_node()
+
+
+class Run(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        assert not self.err, self.err
+        return json.loads(self.out)
+
+
+Kvbm = Callable[..., Run]
+
+
+@pytest.fixture
+def kvbm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Kvbm:
+    """The command as `kvbm` runs it, in this process."""
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["kvbm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Run(int(ended.value.code or 0), out, err)
+
+    return run

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from kvbm.protocol import HERE, MatchGroup
+from kvbm.stand_in import StandIn
 from tests.kvbm.builders import CHUNK_BYTES, chunks_of, keys_of
-from tests.kvbm.stand_in import StandIn
 
 ITEMS = chunks_of("child", 4)
 

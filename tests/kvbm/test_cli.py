@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import typer
@@ -22,11 +22,13 @@ from examples.demo.daemon import Daemon, DaemonConfig
 from kvbm.cli import __main__ as cli
 from kvbm.cli.event_feed import Printer
 from kvbm.protocol import MatchGroup
+from kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
 from runtime.embedded import EmbeddedNats
 from runtime.events.blocks import BlockBatch, Removed, Stored
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items, make_key
-from tests.kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
+from tests.faults.disk import flip_bit
+from tests.kvbm.conftest import Kvbm
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -35,33 +37,6 @@ NOWHERE = "http://127.0.0.1:1"
 CHUNK = 64 << 10
 TOKEN = "a-token-of-16-up"
 WAIT_S = 30.0
-
-
-class Run(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        assert not self.err, self.err
-        return json.loads(self.out)
-
-
-Kvbm = Callable[..., Run]
-
-
-@pytest.fixture
-def kvbm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Kvbm:
-    """The command as `kvbm` runs it, in this process."""
-
-    def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["kvbm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Run(int(ended.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +234,7 @@ def test_what_rots_on_the_ssd_is_found_kept_aside_over_a_restart_and_given_back(
             assert kvbm("flush", *at).status == 0
             assert kvbm("scrub", "--tier", "G3", *at).status == 0
             extents = daemon.ssd_folder / "extents"
-            flip_bit_at(extents, extents.read_bytes().index(bytes(bad.data)) + 17)
+            flip_bit(extents, extents.read_bytes().index(bytes(bad.data)) + 17)
             found = kvbm("scrub", "--tier", "G3", "--json", *at)
             assert found.status == 1
             answer = json.loads(found.out)
@@ -284,15 +259,6 @@ def test_what_rots_on_the_ssd_is_found_kept_aside_over_a_restart_and_given_back(
         daemon.stop()
         daemon.start()
         assert kvbm("quarantine", "--json", *at).json()["entries"] == []
-
-
-def flip_bit_at(path: Path, offset: int) -> None:
-    with path.open("r+b", buffering=0) as file:
-        file.seek(offset)
-        [byte] = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
-        os.fsync(file.fileno())
 
 
 def test_draining_stops_stores_keeps_loads_and_loses_nothing(
@@ -529,7 +495,7 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 COMMANDS = [
     *(["status"], ["tiers"], ["top"], ["quarantine"], ["chunks", make_key("k").hex()]),
     ["quarantine", "clear"],
-    *(["drain"], ["flush"], ["scrub"], ["events", "tail"]),
+    *(["drain"], ["flush"], ["scrub"], ["events", "tail"], ["bench", "tiers", "--running"]),
 ]
 
 

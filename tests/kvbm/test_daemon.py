@@ -19,12 +19,12 @@ import pytest
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.process import ProcessError
+from kvbm.stand_in import StandIn
 from runtime.embedded import EmbeddedNats, EmbeddedS3
 from runtime.events import EventPlaneSettings, create_event_plane
 from runtime.events.blocks import Follower, Stored, blocks_subject, decode_batch
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items
-from tests.kvbm.stand_in import StandIn
 from tests.waiting import wait_until
 
 CHUNK = 64 << 10

@@ -38,6 +38,7 @@ from kvbm.protocol import (
     encode,
 )
 from kvbm.session import Sessions
+from kvbm.stand_in import StandIn
 from storage_tiers.testing import make_key, store_all
 from tests.kvbm.builders import (
     CHUNK_BYTES,
@@ -49,7 +50,6 @@ from tests.kvbm.builders import (
     until,
 )
 from tests.kvbm.members import make_hello
-from tests.kvbm.stand_in import StandIn
 
 MakeNode = Callable[..., Node]
 ROOT = Path(__file__).parents[2]

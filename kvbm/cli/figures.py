@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -56,6 +56,13 @@ def bounded(name: str, unit: str, ours: Sequence[float], most: float | None) -> 
 
 def tell(benchmark: str, rows: Sequence[Row]) -> None:
     """A table to standard error for people, one JSON line to standard output."""
+    for line in lines(rows):
+        print(line, file=sys.stderr)
+    print(json.dumps({"benchmark": benchmark, "results": list(rows)}))
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """The table for people."""
     for row in rows:
         against = (
             f"{row['against_value']:>9g} {row['against']}, ratio {row['ratio']:.2f}"
@@ -64,9 +71,7 @@ def tell(benchmark: str, rows: Sequence[Row]) -> None:
         )
         target = "" if row["target"] is None else f" (target {row['target']:g})"
         mark = "" if row["ok"] else "  MISSED"
-        line = f"{row['name']:<34} {row['value']:>9g} {row['unit']:<6} {against}{target}{mark}"
-        print(line, file=sys.stderr)
-    print(json.dumps({"benchmark": benchmark, "results": list(rows)}))
+        yield f"{row['name']:<34} {row['value']:>9g} {row['unit']:<6} {against}{target}{mark}"
 
 
 def interleaved(

@@ -1,4 +1,7 @@
-"""An engine's place at the daemon without an engine: a scheduler, a worker, one cache group."""
+"""An engine's place at the daemon without an engine: a scheduler, a worker, one cache group.
+
+What `kvbm bench` and the tests store and load with. It waits where the connector never would.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,8 @@ class StandIn:
         waiting = list(items)
         end = time.monotonic() + WAIT_S
         while waiting:
-            assert time.monotonic() < end, f"no slots for {len(waiting)} chunks"
+            if time.monotonic() > end:
+                raise TimeoutError(f"no slots for {len(waiting)} chunks within {WAIT_S:g} s")
             if not (done := self.offer(waiting)):
                 time.sleep(0.01)
             del waiting[:done]
@@ -81,6 +85,24 @@ class StandIn:
 
     def fetch(self, keys: Sequence[Key]) -> list[bytes | None]:
         """Each chunk's bytes, None from the first one on that the daemon cannot give."""
+        return self._look(keys, lambda _, view: bytes(view))
+
+    def load(self, keys: Sequence[Key], into: Sequence[memoryview]) -> int:
+        """Copy each chunk into its buffer; how many came, of whose bytes nothing is checked here.
+
+        A buffer is as long as its chunk.
+        """
+
+        def copy(index: int, view: memoryview) -> bytes:
+            into[index][:] = view
+            return b""
+
+        return sum(found is not None for found in self._look(keys, copy))
+
+    def _look(
+        self, keys: Sequence[Key], take: Callable[[int, memoryview], bytes]
+    ) -> list[bytes | None]:
+        """What `take` makes of each chunk's index and bytes, while it is claimed."""
         group = MatchGroup(TOKENS_PER_CHUNK, 0, b"".join(keys))
         lookup = self.client.look_up([group], list(keys))
         if lookup is None:
@@ -94,8 +116,8 @@ class StandIn:
                 found.append(None)
                 continue
             slot, _ = lookup.slots[index]
-            found.append(bytes(self._arena.view(slot.offset, slot.length)))
-            assert self._arena.generation(slot.offset) == slot.generation
+            found.append(take(index, self._arena.view(slot.offset, slot.length)))
+            assert self._arena.generation(slot.offset) == slot.generation, "it is claimed"
         self.client.forget(lookup)
         return found
 
@@ -103,14 +125,15 @@ class StandIn:
         end = time.monotonic() + WAIT_S
         self.client.pump()
         while not true():
-            assert time.monotonic() < end, f"not within {WAIT_S:g} s: {what}"
+            if time.monotonic() > end:
+                raise TimeoutError(f"not within {WAIT_S:g} s: {what}")
             time.sleep(0.005)
             self.client.pump()
 
     # -- the worker's link ---------------------------------------------------------------
 
     def connected(self, connection: int, welcome: Welcome, arena_fd: int | None) -> None:
-        assert arena_fd is not None
+        assert arena_fd is not None, "a worker's welcome brings the arena"
         self._arena = Arena.attach(arena_fd)
         self._connection = connection
 
