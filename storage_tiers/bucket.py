@@ -7,6 +7,7 @@ goes wrong becomes a `BucketError` with one short sentence.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ class S3Bucket:
             answer = self._client.get_object(
                 Bucket=self.bucket, Key=name, Range=f"bytes={offset}-{offset + length - 1}"
             )
-            with answer["Body"] as body:
+            # Not the body's own context: inside it is the bare stream, whose errors are urllib3's.
+            with contextlib.closing(answer["Body"]) as body:
                 data: bytes = body.read()
             if len(data) != length:
                 raise BucketError(f"GET: {len(data)} of {length} bytes came")

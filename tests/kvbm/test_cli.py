@@ -28,7 +28,7 @@ from runtime.events.blocks import BlockBatch, Removed, Stored
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items, make_key
 from tests.faults.disk import flip_bit
-from tests.kvbm.conftest import Kvbm
+from tests.kvbm.conftest import Kvbm, Run
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
