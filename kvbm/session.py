@@ -208,7 +208,8 @@ class Session:
             return
         ticket = self._manager.match(groups, self._notifier(number))
         self._tickets[number] = ticket
-        self._scheduler.send(Matched(number, bytes(ticket.states), pack_slots(ticket.here)))
+        self._scheduler.send(Matched(number, ticket.states, ticket.here))
+        self._manager.note_use(ticket)
 
     def _notifier(self, number: int) -> Callable[[Arrivals], None]:
         def notify(arrivals: Arrivals) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,18 +38,22 @@ from storage_tiers.base import (
     TierName,
     TierUsage,
 )
-from storage_tiers.catalogue import CatalogueError, Changes, Entry
+from storage_tiers.catalogue import CatalogueError, Changes, Entry, Meta
+from storage_tiers.chunk_index import PLACE_UNIT, ChunkIndex
 from storage_tiers.codec import checksum
 from storage_tiers.eviction import find_victims
 from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover
-from storage_tiers.recency import Recency, Record
+from storage_tiers.leaves import NONE
+from storage_tiers.policy import EvictionPolicy, LruPolicy
 from storage_tiers.recovery import RecoverMode, open_directory
 from storage_tiers.settle import Gate, settled
+from storage_tiers.slabs import HELD
 
 STORES_AT_ONCE: Final = 2
 _QUARANTINE_MAX: Final = 64  # extents kept aside; the oldest is used again when it is exceeded
-_VICTIMS_TRIED_MAX: Final = 4096
-_RESTAMPED_MAX: Final = 8192  # touches held in memory before a load records them
+_CAPACITY_MAX: Final = PLACE_UNIT << 32
+_UNRECORDED_MAX: Final = 8192  # touches held in memory before a load records them; a commit's most
+_STAMPS_A_SECOND: Final = 1 << 24
 _VERIFY_THREADS: Final = 2
 _CLOSED: Final = Failed("the SSD tier is closed")
 
@@ -75,14 +79,15 @@ class SsdTier:
         *,
         recover: RecoverMode = "quiet",
         mover: str = "auto",
+        policy: EvictionPolicy | None = None,
     ) -> None:
         self._path = Path(path)
         self._capacity_bytes = capacity_bytes // PAGE * PAGE
         self._listener = listener
         self._recover = recover
         self._make_mover = partial(make_mover, kind=mover)
-        self._index: Recency[Record] = Recency(persistent=True)
-        self._key_at: dict[int, Key] = {}  # extent offset -> resident there
+        self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free)
+        self._stamp = 0  # the latest; its seconds are what survives a restart of recency
         self._undeleted: set[Key] = set()  # left the index; deleted before the next write
         self._gate = Gate()
         self._storing = asyncio.Semaphore(STORES_AT_ONCE)
@@ -96,19 +101,20 @@ class SsdTier:
         began = time.monotonic()
         if self._capacity_bytes <= 0:
             raise TierError("SSD capacity must be at least 4 KiB")
+        if self._capacity_bytes > _CAPACITY_MAX:
+            raise TierError(f"SSD capacity must be at most {_CAPACITY_MAX >> 40} TiB")
         self._directory = directory = await open_directory(
             self._path, self._capacity_bytes, self._recover, self._make_mover
         )
         self._verifier = ThreadPoolExecutor(_VERIFY_THREADS, thread_name_prefix="ssd-verify")
-        self._index.restore([Record(e.chunk, e.offset, e.stamp) for e in directory.entries])
-        self._key_at = {entry.offset: entry.chunk.key for entry in directory.entries}
-        directory.entries = []
+        found, directory.entries = directory.entries, []
+        self._take_over(found)
         self._gate.shut = False
-        self._listener.appeared(self.name, [r.chunk.key for r in self._index.records()])
+        self._listener.appeared(self.name, [entry.chunk.key for entry in found])
         return RecoveryReport(
             self.name,
-            chunks=len(self._index),
-            bytes=sum(record.chunk.length for record in self._index.records()),
+            chunks=len(found),
+            bytes=sum(entry.chunk.length for entry in found),
             dropped=dict(directory.dropped),
             seconds=time.monotonic() - began,
         )
@@ -118,7 +124,7 @@ class SsdTier:
             await settled(self._close())
 
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
-        return [r.chunk if (r := self._index.get(key)) is not None else None for key in keys]
+        return self._index.find(keys)
 
     async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
         if self._gate.shut:
@@ -137,11 +143,14 @@ class SsdTier:
         if self._gate.shut:
             return
         with self._gate:
-            self._drop(keys, RemovalReason.REQUESTED)
+            found = [r for key in dict.fromkeys(keys) if (r := self._index.record(key)) != NONE]
+            self._drop(found, RemovalReason.REQUESTED)
             await settled(self._delete_dropped())
 
     def touch(self, keys: Sequence[Key]) -> None:
-        self._index.touch(keys)
+        for record in self._index.touch(keys):
+            self._index.set_tag(record, self._stamps(1))
+            self._index.mark(record)
 
     def usage(self) -> TierUsage:
         opened = not self._gate.shut
@@ -163,8 +172,9 @@ class SsdTier:
         slots = self._directory.slots
         slots.check_integrity()
         self._index.check_integrity()
-        resident = {record.at: record.chunk.key for record in self._index.records()}
-        assert resident == self._key_at
+        records = self._index.records(self._index.all_keys()).tolist()
+        resident = {self._index.place(record): record for record in records}
+        assert all(slots.owner(offset) == record for offset, record in resident.items())
         aside = {extent.offset for extent in self.quarantined}
         assert not aside & resident.keys()
         held = sum(slots.size_of(offset) for offset in (*resident, *aside))
@@ -189,14 +199,10 @@ class SsdTier:
     async def _store_alone(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
         outcomes: list[StoreOutcome] = [Known()] * len(items)
         placed: dict[Key, tuple[int, int]] = {}  # key -> index of its item, offset
-        kept = [
-            record
-            for item in items
-            if item.chunk.key not in self._index
-            for record in self._index.ancestors(item.chunk)
-        ]
+        parents = [self._index.parent(item.chunk) for item in items]
+        kept = [record for record in parents if record != NONE]  # and so all above them
         for record in kept:
-            record.pins += 1
+            self._index.pin(record)
         for index, item in enumerate(items):
             assert len(item.data) == item.chunk.length, "a store item holds exactly its chunk"
             if item.chunk.key in self._index or item.chunk.key in placed:
@@ -210,24 +216,26 @@ class SsdTier:
             written = await self._write(items, placed)
         finally:
             for record in kept:
-                self._unpin(record)
-        for key, (index, offset) in placed.items():
-            outcome = outcomes[index] = written[key]
-            if isinstance(outcome, Failed):
+                self._index.unpin(record)
+        for key, (index, offset) in sorted(
+            placed.items(), key=lambda each: items[each[1][0]].chunk.position
+        ):
+            stamp = written[key]
+            if isinstance(stamp, Failed):
+                outcomes[index] = stamp
                 self._directory.slots.free(offset)
                 self._errors["store"] += 1
                 continue
-            self._index.add(Record(items[index].chunk, offset))
-            self._key_at[offset] = key
-            self._stored_bytes += items[index].chunk.length
-        here = [item.chunk for item in items if item.chunk.key in self._index]
-        self._index.touch([c.key for c in sorted(here, key=lambda chunk: -chunk.position)])
+            chunk = items[index].chunk
+            self._directory.slots.set_owner(offset, self._index.add(chunk, offset, stamp))
+            self._stored_bytes += chunk.length
+            outcomes[index] = Stored()
         return outcomes
 
     async def _write(
         self, items: Sequence[StoreItem], placed: dict[Key, tuple[int, int]]
-    ) -> dict[Key, Stored | Failed]:
-        """Victims out of the catalogue, data, sync, new entries into the catalogue."""
+    ) -> dict[Key, int | Failed]:
+        """Victims out of the catalogue, data, sync, new entries with their stamps into it."""
         if not placed:
             return {}
         if not await self._delete_dropped():
@@ -237,28 +245,29 @@ class SsdTier:
         synced = await self._directory.mover.sync()
         if isinstance(synced, NotMoved):
             return dict.fromkeys(placed, Failed(synced.reason))
-        outcomes: dict[Key, Stored | Failed] = {
-            key: Stored() if isinstance(move, Moved) else Failed(move.reason)
+        failed = {
+            key: Failed(move.reason)
             for key, move in zip(placed, moved, strict=True)
+            if not isinstance(move, Moved)
         }
         written = [
             Entry(items[index].chunk, offset, 0)
             for key, (index, offset) in placed.items()
-            if isinstance(outcomes[key], Stored)
+            if key not in failed
         ]
         written.sort(key=lambda entry: -entry.chunk.position)
-        first = self._index.reserve(len(written))
+        first = self._stamps(len(written))
         put = [replace(entry, stamp=first + index) for index, entry in enumerate(written)]
-        if not await self._commit(Changes(put=put, stamps=self._take_restamped())):
+        if not await self._commit(put):
             self._undeleted.update(placed)  # in case the disk took it although it said no
             return dict.fromkeys(placed, Failed("the catalogue could not be written"))
-        return outcomes
+        return failed | {entry.chunk.key: entry.stamp for entry in put}
 
     def _reserve(self, length: int) -> int | None:
         """An extent, evicting for it if need be. Each round evicts something or gives up."""
         slots = self._directory.slots
         while (offset := slots.allocate(length)) is None and slots.fits(length):
-            victims = find_victims(slots, self._index, self._key_at, length)
+            victims = find_victims(slots, self._index, length)
             if not victims:
                 return None
             self._drop(victims, RemovalReason.CAPACITY)
@@ -268,108 +277,116 @@ class SsdTier:
 
     async def _load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
         outcomes: list[LoadOutcome] = [Missing()] * len(items)
-        pinned: list[tuple[int, LoadItem, Record]] = []
+        held: list[tuple[int, LoadItem, int]] = []
         for index, item in enumerate(items):
-            record = self._index.get(item.key)
-            if record is None:
+            record = self._index.record(item.key)
+            if record == NONE:
                 continue
-            assert len(item.into) >= record.chunk.length, "the buffer is as long as the chunk"
-            record.pins += 1
-            pinned.append((index, item, record))
+            assert len(item.into) >= self._index.length(record), "it is as long as the chunk"
+            self._index.pin(record)
+            held.append((index, item, record))
         try:
-            pieces = [Piece(i.into[: r.chunk.length], r.at) for _, i, r in pinned]
+            pieces = [
+                Piece(item.into[: self._index.length(record)], self._index.place(record))
+                for _, item, record in held
+            ]
             moved = await self._directory.mover.read(pieces)
             loop = asyncio.get_running_loop()
             digests = await loop.run_in_executor(self._verifier, _digests, pieces)
-            for (index, _, record), move, digest in zip(pinned, moved, digests, strict=True):
+            for (index, _, record), move, digest in zip(held, moved, digests, strict=True):
+                chunk = self._index.chunk(record)
                 if isinstance(move, NotMoved):
                     self._errors["load"] += 1
                     outcomes[index] = Failed(move.reason)
-                elif digest != record.chunk.checksum:
+                elif digest != chunk.checksum:
                     self._quarantine(record)
                     outcomes[index] = Corrupt("the bytes do not match the checksum")
                 else:
-                    self._loaded_bytes += record.chunk.length
-                    outcomes[index] = Loaded(record.chunk)
+                    self._loaded_bytes += chunk.length
+                    outcomes[index] = Loaded(chunk)
         finally:
-            for _, _, record in pinned:
-                self._unpin(record)
-        if self._undeleted or len(self._index.restamped) > _RESTAMPED_MAX:
+            for _, _, record in held:
+                self._index.unpin(record)
+        if self._undeleted or self._index.marked > _UNRECORDED_MAX:
             await self._delete_dropped()
         return outcomes
 
     # -- what leaves ---------------------------------------------------------------------
 
-    def _drop(self, keys: Iterable[Key], reason: RemovalReason) -> None:
+    def _drop(self, records: Sequence[int], reason: RemovalReason) -> None:
         """Out of the index now; out of the catalogue before any extent is written again."""
-        removed: list[Key] = []
-        for key in keys:
-            record = self._index.pop(key)
-            if record is None:
-                continue
-            removed.append(key)
-            del self._key_at[record.at]
-            record.gone = record.pins > 0
-            if not record.gone:
-                self._directory.slots.free(record.at)
-        if removed:
-            self._undeleted.update(removed)
-            self._evictions[reason.value] += len(removed)
-            self._listener.removed(self.name, removed, reason)
+        if not records:
+            return
+        removed = [self._index.key(record) for record in records]
+        self._index.remove_all(records)
+        self._undeleted.update(removed)
+        self._evictions[reason.value] += len(removed)
+        self._listener.removed(self.name, removed, reason)
 
-    def _quarantine(self, record: Record) -> None:
-        key = record.chunk.key
+    def _quarantine(self, record: int) -> None:
         self._corrupt += 1
-        if self._index.get(key) is not record:
+        if not self._index.is_resident(record):
             return  # another load saw it first
-        self._index.pop(key)
-        del self._key_at[record.at]
-        self._undeleted.add(key)
+        chunk, offset = self._index.chunk(record), self._index.place(record)
+        self._index.remove(record, keep_place=True)
+        self._directory.slots.set_owner(offset, HELD)
+        self._undeleted.add(chunk.key)
         self._evictions[RemovalReason.CORRUPT.value] += 1
-        self.quarantined.append(Quarantined(record.chunk, record.at))
+        self.quarantined.append(Quarantined(chunk, offset))
         if len(self.quarantined) > _QUARANTINE_MAX:
-            self._directory.slots.free(self.quarantined.popleft().offset)
-        self._listener.removed(self.name, [key], RemovalReason.CORRUPT)
+            self._free(self.quarantined.popleft().offset)
+        self._listener.removed(self.name, [chunk.key], RemovalReason.CORRUPT)
 
-    def _unpin(self, record: Record) -> None:
-        record.pins -= 1
-        if record.gone and record.pins == 0:
-            self._directory.slots.free(record.at)
+    def _free(self, offset: int) -> None:
+        self._directory.slots.free(offset)
+
+    # -- catalogue -----------------------------------------------------------------------
+
+    def _take_over(self, entries: Sequence[Entry]) -> None:
+        """Index what the catalogue lists."""
+        entries = sorted(entries, key=lambda entry: entry.stamp)
+        self._index.restore(
+            [(entry.chunk, entry.offset, entry.stamp) for entry in entries],
+            [entry.stamp / _STAMPS_A_SECOND for entry in entries],
+        )
+        for record, entry in enumerate(entries):
+            self._directory.slots.set_owner(entry.offset, record)
+        self._stamp = entries[-1].stamp if entries else 0
+
+    def _stamps(self, count: int) -> int:
+        """The first of so many consecutive stamps, later than all before."""
+        first = max(self._stamp + 1, int(time.time()) * _STAMPS_A_SECOND)
+        self._stamp = first + count - 1
+        return first
 
     async def _delete_dropped(self) -> bool:
-        doomed = list(self._undeleted)
-        if not doomed and len(self._index.restamped) <= _RESTAMPED_MAX:
+        if not self._undeleted and self._index.marked <= _UNRECORDED_MAX:
             return True
-        if not await self._commit(Changes(delete=doomed, stamps=self._take_restamped())):
+        return await self._commit()
+
+    async def _commit(self, put: Sequence[Entry] = (), meta: Meta | None = None) -> bool:
+        """Write entries, and with them what waits: deletions all, stamps as many as are due."""
+        doomed = list(self._undeleted)
+        marked = self._index.take_marked(_UNRECORDED_MAX if meta is None else len(self._index))
+        stamps = {self._index.key(record): self._index.tag(record) for record in marked}
+        try:
+            await self._directory.catalogue.commit(Changes(put, doomed, stamps, meta))
+        except CatalogueError:
+            self._errors["catalogue"] += 1
+            for key in stamps:
+                if (record := self._index.record(key)) != NONE:
+                    self._index.mark(record)
             return False
         self._undeleted.difference_update(doomed)
         return True
 
-    async def _commit(self, changes: Changes) -> bool:
-        try:
-            await self._directory.catalogue.commit(changes)
-        except CatalogueError:
-            self._errors["catalogue"] += 1
-            self._index.restamped = {**changes.stamps, **self._index.restamped}
-            return False
-        return True
-
-    def _take_restamped(self) -> dict[Key, int]:
-        taken, self._index.restamped = self._index.restamped, {}
-        return taken
-
     async def _close(self) -> None:
         await self._gate.close()
-        changes = Changes(
-            delete=list(self._undeleted),
-            stamps=self._take_restamped(),
-            meta=replace(self._directory.meta, clean=True),
-        )
         self._verifier.shutdown()
         try:
-            await self._directory.close(changes)
-        except CatalogueError:
-            self._errors["catalogue"] += 1
+            await self._commit(meta=replace(self._directory.meta, clean=True))
+        finally:
+            await self._directory.close()
 
 
 def _digests(pieces: Sequence[Piece]) -> list[int]:

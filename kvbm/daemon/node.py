@@ -150,10 +150,12 @@ class Node:
 
     def chunk(self, key: Key) -> ChunkStatus:
         residencies: list[Residency] = []
-        if (resident := self.dram.claim(key)) is not None:
-            claims = resident.pins - 1  # ours is to look at it
-            self.dram.unclaim(resident)
-            residencies.append(Residency(self.dram.name, resident.chunk, resident.sealed, claims))
+        dram = self.dram
+        if (record := dram.claim(key)) is not None:
+            claims = dram.claims_on(record) - 1  # ours is to look at it
+            sealed = dram.is_sealed(record)
+            residencies.append(Residency(dram.name, dram.chunk(record), sealed, claims))
+            dram.unclaim(record)
         for tier in self.manager.tiers:
             (chunk,) = tier.find([key])
             if chunk is not None:

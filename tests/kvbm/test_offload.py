@@ -455,7 +455,7 @@ def test_a_chunk_knows_nothing_of_its_checksum_until_it_is_sealed(node: Node) ->
     [item] = chunks_of("a", 1)
     node.commit([item])
     resident = node.dram.claim(item.chunk.key)
-    assert resident is not None and not resident.sealed
+    assert resident is not None and not node.dram.is_sealed(resident)
     node.dram.unclaim(resident)
     assert node.dram.find([item.chunk.key]) == [
         Chunk(item.chunk.key, CHUNK_BYTES, 0, item.chunk.parent, 0)
