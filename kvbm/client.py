@@ -270,8 +270,9 @@ class SchedulerClient:
             return
         lookup.answered = True
         lookup.states[:] = message.states
-        for index, source, slot in unpack_slots(message.slots):
-            lookup.slots[index] = (slot, source)
+        lookup.slots = {
+            index: (slot, source) for index, source, slot in unpack_slots(message.slots)
+        }
 
     def _arrived(self, message: Arrived) -> None:
         lookup = self._lookups.get(message.ticket)

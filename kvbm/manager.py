@@ -154,8 +154,12 @@ class BlockManager:
     def note_use(self, ticket: Ticket) -> None:
         """Tell the tiers what a request uses; once, after it was answered, for it takes a while."""
         for keys in ticket.used:
-            for tier in (self.dram, *self.tiers):
-                tier.touch(keys[::-1])
+            deepest_first = keys[::-1]
+            self.dram.touch(deepest_first)
+            for index, tier in enumerate(self.tiers):
+                absent = tier.touch(deepest_first)
+                if absent:
+                    self.offloader.offer_again(index, absent[::-1])
         ticket.used.clear()
 
     def close(self, ticket: Ticket) -> None:
@@ -197,8 +201,12 @@ class BlockManager:
         added: list[Key] = []
         known: list[Key] = []
         for slot, chunk in filled:
-            outcome = self.dram.commit(slot, chunk)
             self._lent_bytes -= self.dram.slot_bytes(slot.length)
+            if (reason := self.dram.refusal(chunk)) is not None:
+                self.dram.release(slot)
+                self._meter.dropped("store", reason, 1)
+                continue
+            outcome = self.dram.commit(slot, chunk)
             if isinstance(outcome, Known):
                 known.append(chunk.key)
                 continue

@@ -86,10 +86,35 @@ class Offloader:
             self._meter.dropped("seal", "queue_full", 1)
 
     def offer_sealed(self, chunk: Chunk) -> None:
-        """A chunk with its checksum known; each tier that lacks it gets it."""
+        """A chunk with its checksum known; each tier that lacks it and wants it gets it."""
         for index, tier in enumerate(self._tiers):
-            if tier.find([chunk.key])[0] is None and not self._lanes[index].offer(chunk):
-                self._meter.dropped(f"offload_{tier.name.value}", "queue_full", 1)
+            if tier.find([chunk.key])[0] is None:
+                self._offer_to(index, chunk)
+
+    def offer_again(self, index: int, keys: Sequence[Key]) -> None:
+        """Chunks of one sequence, in its order, that are in use and that a tier lacks.
+
+        It refused them or had no room, or lost them. What comes after a refused one is of no use
+        there without it.
+        """
+        for key in keys:
+            if key in self._lanes[index]:
+                continue
+            record = self._dram.claim(key)
+            if record is None:
+                return
+            sealed, chunk = self._dram.is_sealed(record), self._dram.chunk(record)
+            self._dram.unclaim(record)
+            if not sealed or not self._offer_to(index, chunk):
+                return
+
+    def _offer_to(self, index: int, chunk: Chunk) -> bool:
+        tier = self._tiers[index]
+        reason = tier.refusal(chunk)
+        if reason is None and self._lanes[index].offer(chunk):
+            return True
+        self._meter.dropped(f"offload_{tier.name.value}", reason or "queue_full", 1)
+        return False
 
     @property
     def depth(self) -> dict[str, int]:

@@ -160,10 +160,11 @@ class TierUsage:
     evictions_total: dict[str, int] = field(default_factory=dict)  # RemovalReason -> chunks
     corrupt_total: int = 0
     errors_total: dict[str, int] = field(default_factory=dict)  # op -> failures
+    requests_total: dict[str, int] = field(default_factory=dict)  # op -> paid requests, of S3
 
 
 class Tier(Protocol):
-    """One medium, called from one event loop. `find`, `touch` and `usage` do no I/O."""
+    """One medium, called from one event loop. `find`, `refusal`, `touch` and `usage` do no I/O."""
 
     @property
     def name(self) -> TierName: ...
@@ -202,8 +203,18 @@ class Tier(Protocol):
         """Forget these keys; unknown ones are ignored."""
         ...
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        """Mark as used now, later ones more recently: pass a sequence's chunks deepest first."""
+    def refusal(self, chunk: Chunk) -> str | None:
+        """Why a chunk should not be stored now ("admission", "budget"), or None.
+
+        Asked each time it is offered, before anything is spent on it; `store` asks no more.
+        """
+        ...
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        """Mark as used now, later ones more recently: pass a sequence's chunks deepest first.
+
+        Returns those that are not here, in order.
+        """
         ...
 
     def usage(self) -> TierUsage: ...

@@ -20,6 +20,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_tiers.admission import Admission
 from storage_tiers.base import KEY_BYTES, Chunk, Key
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy
@@ -255,7 +256,7 @@ class ChunkIndex:
         record = self._put(chunk, place, tag, sealed=sealed)
         self.policy.inserted(
             record,
-            _fingerprint(chunk.key),
+            fingerprint(chunk.key),
             self._now(),
             parent=parent,
             cost_s=relative_cost(chunk),
@@ -285,7 +286,7 @@ class ChunkIndex:
         self._count -= 1
         self.marked -= bool(self._flag_view[record] & _MARKED)
         self._flag_view[record] = _GONE | (_KEPT if keep_place else 0)
-        self.policy.removed(record, _fingerprint(key))
+        self.policy.removed(record, fingerprint(key))
         if not self.pins(record):
             self._end_of(record)
 
@@ -297,19 +298,33 @@ class ChunkIndex:
         for record in records:
             self.remove(record)
 
-    def touch(self, keys: Sequence[Key]) -> list[int]:
-        """A request uses these, a sequence's deepest first; unknown ones are ignored.
+    def touch(self, keys: Sequence[Key]) -> tuple[list[int], list[Key]]:
+        """A request uses these, a sequence's deepest first.
 
-        Returns the records of those here.
+        Returns the records of those that are here, and the keys that are not.
         """
-        if not keys:
-            return []
         now_s, hit = self._now(), self.policy.hit
-        found = [record for record in self.records(keys).tolist() if record != NONE]
         words = self._word_view
-        for record in found:
+        here: list[int] = []
+        absent: list[Key] = []
+        for key, record in zip(keys, self.records(keys).tolist(), strict=True):
+            if record == NONE:
+                absent.append(key)
+                continue
             hit(record, words[record * _WORDS] or 1, now_s)
-        return found
+            here.append(record)
+        return here, absent
+
+    def admits(self, admission: Admission, chunk: Chunk, *, full: bool) -> bool:
+        """Whether to store a chunk; `full` says that another would have to go for it."""
+        return admission.admits(
+            fingerprint(chunk.key),
+            self._now(),
+            parent=self.parent(chunk),
+            cost_s=relative_cost(chunk),
+            size_bytes=chunk.length,
+            full=full,
+        )
 
     def evictable(self, tried_max: int | None = None) -> Iterator[int]:
         """Records in the order in which to evict them, without those that somebody holds.
@@ -438,5 +453,6 @@ def relative_cost(chunk: Chunk) -> float:
     return chunk.length * (1 + chunk.position / DEPTH_DOUBLES)
 
 
-def _fingerprint(key: Key) -> int:
+def fingerprint(key: Key) -> int:
+    """What policies know a key by: 64 bits, not 0."""
     return int.from_bytes(key[:8], "little") or 1

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from storage_tiers.admission import Admission, AdmitAll
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import (
     Chunk,
@@ -50,12 +51,18 @@ class DramTier:
     name = TierName.DRAM
 
     def __init__(
-        self, arena: Arena, listener: TierListener, *, policy: EvictionPolicy | None = None
+        self,
+        arena: Arena,
+        listener: TierListener,
+        *,
+        policy: EvictionPolicy | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self.arena = arena
         self._listener = listener
         self._slots = SlabAllocator(arena.capacity_bytes)
         self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free)
+        self._admission: Admission = AdmitAll() if admission is None else admission
         self._leased: dict[int, Slot] = {}  # slot offset -> slot reserved, not committed
         self._evictions: Counter[str] = Counter()
         self._stored_bytes = self._loaded_bytes = self._corrupt = 0
@@ -74,7 +81,7 @@ class DramTier:
             return None
         slot = Slot(offset, length, self.arena.advance(offset))
         self._leased[offset] = slot
-        self.leased_bytes += self._slots.size_of(offset)
+        self.leased_bytes += self._slots.slot_bytes(length)
         return slot
 
     def slot_bytes(self, length: int) -> int:
@@ -200,8 +207,12 @@ class DramTier:
         found = [record for key in keys if (record := self._index.record(key)) != NONE]
         self._remove(list(dict.fromkeys(found)), RemovalReason.REQUESTED)
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        self._index.touch(keys)
+    def refusal(self, chunk: Chunk) -> str | None:
+        admitted = self._index.admits(self._admission, chunk, full=False)
+        return None if admitted else "admission"
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        return self._index.touch(keys)[1]
 
     def usage(self) -> TierUsage:
         return TierUsage(
@@ -283,7 +294,7 @@ class DramTier:
         if self._leased.get(slot.offset) != slot:
             raise ValueError(f"slot at {slot.offset} is not leased with this generation")
         del self._leased[slot.offset]
-        self.leased_bytes -= self._slots.size_of(slot.offset)
+        self.leased_bytes -= self._slots.slot_bytes(slot.length)
 
     def _free(self, offset: int) -> None:
         self.arena.advance(offset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from storage_tiers.base import (
     Chunk,
@@ -40,6 +40,7 @@ class MemoryTier:
         self._capacity_bytes = capacity_bytes
         self._listener = listener
         self._index = ChunkIndex(LruPolicy(), lambda _: None)
+        self.refuse: Callable[[Chunk], str | None] = lambda _: None  # tests have their own
         self.contents: dict[Key, bytearray] = {}  # tests corrupt chunks here
         self._used_bytes = self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()
@@ -66,8 +67,11 @@ class MemoryTier:
     async def remove(self, keys: Sequence[Key]) -> None:
         self._drop(keys, RemovalReason.REQUESTED)
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        self._index.touch(keys)
+    def refusal(self, chunk: Chunk) -> str | None:
+        return self.refuse(chunk)
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        return self._index.touch(keys)[1]
 
     def usage(self) -> TierUsage:
         return TierUsage(

@@ -151,6 +151,13 @@ class SlabAllocator:
         """Whether an empty allocator could hold one slot of this size at all."""
         return self._slab_length(self.slot_bytes(size)) <= len(self._taken) * self.granule_bytes
 
+    def has_room(self, size: int) -> bool:
+        """Whether `allocate` would find a slot."""
+        slot_bytes = self.slot_bytes(size)
+        return bool(self._open.get(slot_bytes)) or (
+            self._find_run(self._slab_length(slot_bytes)) is not None
+        )
+
     def check_integrity(self) -> None:
         """Assert that slabs, slots and counters agree. Cost: linear in slots."""
         covered = bytearray(len(self._taken))

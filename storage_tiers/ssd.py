@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+from storage_tiers.admission import Admission, AdmitAll
 from storage_tiers.base import (
     Chunk,
     Corrupt,
@@ -38,11 +39,12 @@ from storage_tiers.base import (
     TierName,
     TierUsage,
 )
+from storage_tiers.budget import Budget
 from storage_tiers.catalogue import CatalogueError, Changes, Entry, Meta
 from storage_tiers.chunk_index import PLACE_UNIT, ChunkIndex
 from storage_tiers.codec import checksum
 from storage_tiers.eviction import find_victims
-from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover
+from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover, padded
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy, LruPolicy
 from storage_tiers.recovery import RecoverMode, open_directory
@@ -80,13 +82,20 @@ class SsdTier:
         recover: RecoverMode = "quiet",
         mover: str = "auto",
         policy: EvictionPolicy | None = None,
+        admission: Admission | None = None,
+        write_budget: Budget | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`write_budget` is in bytes; what is spent is what reaches the disk."""
         self._path = Path(path)
         self._capacity_bytes = capacity_bytes // PAGE * PAGE
         self._listener = listener
         self._recover = recover
         self._make_mover = partial(make_mover, kind=mover)
-        self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free)
+        self._clock = clock
+        self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free, now_s=clock)
+        self._admission: Admission = AdmitAll() if admission is None else admission
+        self._write_budget = Budget() if write_budget is None else write_budget
         self._stamp = 0  # the latest; its seconds are what survives a restart of recency
         self._undeleted: set[Key] = set()  # left the index; deleted before the next write
         self._gate = Gate()
@@ -147,10 +156,20 @@ class SsdTier:
             self._drop(found, RemovalReason.REQUESTED)
             await settled(self._delete_dropped())
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        for record in self._index.touch(keys):
+    def refusal(self, chunk: Chunk) -> str | None:
+        if self._gate.shut:
+            return None
+        if self._write_budget.left <= 0:
+            return "budget"
+        full = not self._directory.slots.has_room(chunk.length)
+        return None if self._index.admits(self._admission, chunk, full=full) else "admission"
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        here, absent = self._index.touch(keys)
+        for record in here:
             self._index.set_tag(record, self._stamps(1))
             self._index.mark(record)
+        return absent
 
     def usage(self) -> TierUsage:
         opened = not self._gate.shut
@@ -241,6 +260,7 @@ class SsdTier:
         if not await self._delete_dropped():
             return dict.fromkeys(placed, Failed("the catalogue could not be written"))
         pieces = [Piece(items[index].data, offset) for index, offset in placed.values()]
+        self._write_budget.spend(sum(padded(len(piece.data)) for piece in pieces))
         moved = await self._directory.mover.write(pieces)
         synced = await self._directory.mover.sync()
         if isinstance(synced, NotMoved):
@@ -355,7 +375,7 @@ class SsdTier:
 
     def _stamps(self, count: int) -> int:
         """The first of so many consecutive stamps, later than all before."""
-        first = max(self._stamp + 1, int(time.time()) * _STAMPS_A_SECOND)
+        first = max(self._stamp + 1, int(self._clock()) * _STAMPS_A_SECOND)
         self._stamp = first + count - 1
         return first
 

@@ -11,7 +11,7 @@ from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.tiers import make_lower_tiers
+from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy
 from kvbm.daemon.view import (
     ChunkStatus,
     DrainStatus,
@@ -57,7 +57,12 @@ class Node:
         )
         catalogue = Catalogue(self.blocks)
         self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
-        self.dram = DramTier(self.arena, catalogue)
+        self.dram = DramTier(
+            self.arena,
+            catalogue,
+            policy=make_policy(settings.dram.eviction),
+            admission=make_admission(settings.dram.admission),
+        )
         self.manager = BlockManager(
             self.dram,
             make_lower_tiers(settings, catalogue),
@@ -167,10 +172,14 @@ class Node:
         return kept.total, kept.entries()
 
     def policies(self) -> Sequence[PolicyStatus]:
-        return [
-            PolicyStatus(tier.name, "all", "age" if tier.name is TierName.S3 else "lru")
-            for tier in self.all_tiers
-        ]
+        dram, ssd, s3 = self.settings.dram, self.settings.ssd, self.settings.s3
+        found = [PolicyStatus(TierName.DRAM, dram.admission, dram.eviction)]
+        if ssd is not None:
+            budget = ssd.write_budget
+            found.append(PolicyStatus(TierName.SSD, ssd.admission, ssd.eviction, budget, "bytes"))
+        if s3 is not None:
+            found.append(PolicyStatus(TierName.S3, s3.admission, "age", s3.put_budget, "requests"))
+        return found
 
     def drain_status(self) -> DrainStatus:
         return self.operations.drain_status()

@@ -31,6 +31,13 @@ _TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
+Eviction = Literal["lru", "s3-fifo", "value"]
+_EVICTION: Final = (
+    "Which chunk goes first: `lru`, `s3-fifo` (which what is used once cannot flush), or `value`: "
+    "chance of reuse, learnt while running, times what computing it again costs, by its bytes."
+)
+
+
 class DramSettings(Section):
     capacity: Size = Field(
         default=4 << 30,
@@ -45,6 +52,11 @@ class DramSettings(Section):
         default=3600.0,
         description="Time for one pass that checks every chunk in host memory against its "
         "checksum; 0 for none.",
+    )
+    eviction: Eviction = Field(default="value", description=_EVICTION)
+    admission: Literal["all", "seen-twice"] = Field(
+        default="all",
+        description="Which chunks are taken in: `all`, or those that were offered before.",
     )
 
 
@@ -63,6 +75,24 @@ class SsdSettings(Section):
         description="What moves the bytes: `nixl`, `plain` (preadv and pwritev), or `auto`: NIXL "
         "where it loads.",
     )
+    eviction: Eviction = Field(default="value", description=_EVICTION)
+    admission: Literal["all", "seen-twice", "value"] = Field(
+        default="all",
+        description="Which chunks are written: `all`, those that were offered before "
+        "(`seen-twice`), or those worth at least what would go for them (`value`).",
+    )
+    write_budget: Size | None = Field(
+        default=None,
+        gt=0,
+        description="Most that is written in a day, in bytes, to spare the drive; what is unused "
+        "is kept for an hour. `null` for no bound.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.admission == "value" and self.eviction != "value":
+            raise ValueError(f"admission value needs eviction value, not {self.eviction}")
+        return self
 
     @field_validator("path")
     @classmethod
@@ -105,6 +135,16 @@ class S3Settings(Section):
     )
     refresh: Duration = Field(
         default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
+    )
+    admission: Literal["all", "seen-twice"] = Field(
+        default="all",
+        description="Which chunks are written: `all`, or those that were offered before.",
+    )
+    put_budget: int | None = Field(
+        default=None,
+        gt=0,
+        description="Most objects written in a day by this node, for each costs money; what is "
+        "unused is kept for an hour. `null` for no bound.",
     )
 
     @field_validator("bucket")

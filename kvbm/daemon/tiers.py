@@ -1,14 +1,45 @@
-"""The lower tiers that the settings ask for, each with how it wants its writes."""
+"""The tiers' parts that the settings ask for: policies, and the lower tiers themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pydantic import SecretStr
 
-from kvbm.daemon.settings import DaemonSettings, OffloadSettings, S3Settings, SsdSettings
+from kvbm.daemon.settings import (
+    DaemonSettings,
+    Eviction,
+    OffloadSettings,
+    S3Settings,
+    SsdSettings,
+)
 from kvbm.offload import LaneSettings
+from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitValue
 from storage_tiers.base import Tier, TierListener
+from storage_tiers.budget import Budget
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
 
 OBJECTS_IN_FLIGHT = 4
+OFFERS_REMEMBERED = 1 << 20
+"""By seen-twice admission, 8 bytes each."""
+
+_POLICIES: dict[Eviction, Callable[[], EvictionPolicy]] = {
+    "lru": LruPolicy,
+    "s3-fifo": S3FifoPolicy,
+    "value": ValuePolicy,
+}
+
+
+def make_policy(name: Eviction) -> EvictionPolicy:
+    return _POLICIES[name]()
+
+
+def make_admission(name: str, policy: EvictionPolicy | None = None) -> Admission:
+    """`policy` is the one that values chunks, for value admission."""
+    if name == "value":
+        assert isinstance(policy, ValuePolicy), "the settings see to it"
+        return AdmitValue(policy)
+    return AdmitSeenTwice(OFFERS_REMEMBERED) if name == "seen-twice" else AdmitAll()
 
 
 def make_lower_tiers(
@@ -28,12 +59,16 @@ def _ssd(
 ) -> tuple[Tier, LaneSettings]:
     from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
+    policy = make_policy(settings.eviction)
     tier = SsdTier(
         settings.path,
         settings.capacity,
         listener,
         recover=settings.recover,
         mover=settings.mover,
+        policy=policy,
+        admission=make_admission(settings.admission, policy),
+        write_budget=Budget(settings.write_budget),
     )
     lane = LaneSettings(
         batch_chunks=offload.batch_chunks,
@@ -66,6 +101,8 @@ def _s3(
         object_bytes=settings.object_bytes,
         max_age_s=settings.max_age,
         refresh_s=settings.refresh,
+        admission=make_admission(settings.admission),
+        put_budget=Budget(settings.put_budget),
     )
     lane = LaneSettings(
         # A batch is cut into objects: what fills one counts, not how many chunks that takes.
