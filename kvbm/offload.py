@@ -243,7 +243,7 @@ class Offloader:
                 case Stored() | Known():
                     self._attempts.pop((index, item.chunk.key), None)
                 case Full():
-                    self._drop(index, item.chunk, "full")
+                    self._drop(index, item.chunk, outcome.cause)
                 case Failed():
                     failed = True
                     self._try_again(index, item.chunk)

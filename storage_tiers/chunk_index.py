@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage_tiers.admission import Admission
-from storage_tiers.base import KEY_BYTES, Chunk, Key
+from storage_tiers.base import KEY_BYTES, Chunk, Key, tenant_of
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy
 
@@ -71,6 +71,8 @@ class ChunkIndex:
         self._clock = now_s
         self._latest_s = 0.0
         self._count = 0
+        self.tenant_bytes = array("q", [0]) * 256
+        """Bytes of chunks by their tenants' tags."""
         self._unused = array("i")  # records given back, to be used again
         self._end = 0  # records below it have been used
         self.marked = 0
@@ -284,6 +286,7 @@ class ChunkIndex:
         key = self.key(record)
         self._unhash(key)
         self._count -= 1
+        self.tenant_bytes[tenant_of(key)] -= self.length(record)
         self.marked -= bool(self._flag_view[record] & _MARKED)
         self._flag_view[record] = _GONE | (_KEPT if keep_place else 0)
         self.policy.removed(record, fingerprint(key))
@@ -341,6 +344,10 @@ class ChunkIndex:
         self.policy.check_integrity()
         here = [r for r in range(self._end) if self._flag_view[r] & _RESIDENT]
         assert len(here) == self._count
+        tenant_bytes = [0] * 256
+        for record in here:
+            tenant_bytes[tenant_of(self.key(record))] += self.length(record)
+        assert tenant_bytes == self.tenant_bytes.tolist()
         assert all(self.record(self.key(record)) == record for record in here)
         assert sorted(r - 1 for r in self._table.tolist() if r) == here
         assert self.marked == sum(bool(flag & _MARKED) for flag in self._flag_view[: self._end])
@@ -378,6 +385,7 @@ class ChunkIndex:
         )
         self._flag_view[record] = _RESIDENT | (_SEALED if sealed else 0)
         self._count += 1
+        self.tenant_bytes[tenant_of(chunk.key)] += chunk.length
         table, mask = self._table_view, self._mask
         entry = int.from_bytes(chunk.key[:8], "little") & mask
         while table[entry]:

@@ -39,7 +39,7 @@ from storage_tiers.base import (
 )
 from storage_tiers.chunk_index import ChunkIndex
 from storage_tiers.codec import checksum
-from storage_tiers.eviction import find_victims
+from storage_tiers.eviction import Quotas, find_own_victim, find_victims, within_quota
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy, LruPolicy
 from storage_tiers.slabs import SlabAllocator
@@ -57,12 +57,14 @@ class DramTier:
         *,
         policy: EvictionPolicy | None = None,
         admission: Admission | None = None,
+        quotas: Quotas | None = None,
     ) -> None:
         self.arena = arena
         self._listener = listener
         self._slots = SlabAllocator(arena.capacity_bytes)
         self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free)
         self._admission: Admission = AdmitAll() if admission is None else admission
+        self._quotas = quotas or {}
         self._leased: dict[int, Slot] = {}  # slot offset -> slot reserved, not committed
         self._evictions: Counter[str] = Counter()
         self._stored_bytes = self._loaded_bytes = self._corrupt = 0
@@ -208,8 +210,15 @@ class DramTier:
         self._remove(list(dict.fromkeys(found)), RemovalReason.REQUESTED)
 
     def refusal(self, chunk: Chunk) -> str | None:
-        admitted = self._index.admits(self._admission, chunk, full=False)
-        return None if admitted else "admission"
+        """A tenant beyond its quota gives up chunks of its own, as far as they can go."""
+        if not self._index.admits(self._admission, chunk, full=False):
+            return "admission"
+        while not within_quota(self._index, self._quotas, chunk):
+            victim = find_own_victim(self._index, chunk)
+            if victim == NONE:
+                return "quota"
+            self._remove([victim], RemovalReason.QUOTA)
+        return None
 
     def touch(self, keys: Sequence[Key]) -> list[Key]:
         return self._index.touch(keys)[1]

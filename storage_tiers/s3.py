@@ -40,10 +40,12 @@ from storage_tiers.base import (
     TierListener,
     TierName,
     TierUsage,
+    tenant_of,
 )
 from storage_tiers.bucket import Bucket, BucketError, ObjectMissingError
 from storage_tiers.budget import Budget
 from storage_tiers.chunk_index import fingerprint, relative_cost
+from storage_tiers.eviction import Quotas
 from storage_tiers.leaves import NONE
 from storage_tiers.object_index import ObjectIndex, StoredObject
 from storage_tiers.objects import (
@@ -85,6 +87,7 @@ class S3Tier:
         timeout_s: float = 30.0,
         admission: Admission | None = None,
         put_budget: Budget | None = None,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`put_budget` is in requests that write an object, the dear ones."""
@@ -116,6 +119,7 @@ class S3Tier:
         )
         self._storing: dict[Key, asyncio.Future[bool]] = {}  # keys of PUTs under way
         self._admission: Admission = AdmitAll() if admission is None else admission
+        self._quotas = quotas or {}
         self._put_budget = Budget() if put_budget is None else put_budget
         self._puts = asyncio.Semaphore(_PUTS_MAX)
         self._gets = asyncio.Semaphore(_GETS_MAX)
@@ -197,6 +201,10 @@ class S3Tier:
     def refusal(self, chunk: Chunk) -> str | None:
         if self._put_budget.left <= 0:
             return "budget"
+        tag = tenant_of(chunk.key)
+        quota = self._quotas.get(tag)
+        if quota is not None and self._index.tenant_bytes[tag] >= quota:
+            return "quota"  # age makes room again, whose objects these are
         admitted = self._admission.admits(
             fingerprint(chunk.key),
             self._clock(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,12 +39,13 @@ from storage_tiers.base import (
     TierListener,
     TierName,
     TierUsage,
+    tenant_of,
 )
 from storage_tiers.budget import Budget
 from storage_tiers.catalogue import CatalogueError, Changes, Entry, Meta
 from storage_tiers.chunk_index import PLACE_UNIT, ChunkIndex
 from storage_tiers.codec import checksum
-from storage_tiers.eviction import find_victims
+from storage_tiers.eviction import Quotas, find_own_victim, find_victims, within_quota
 from storage_tiers.files import PAGE, Moved, NotMoved, Piece, make_mover, padded
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy, LruPolicy
@@ -84,6 +86,7 @@ class SsdTier:
         policy: EvictionPolicy | None = None,
         admission: Admission | None = None,
         write_budget: Budget | None = None,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`write_budget` is in bytes; what is spent is what reaches the disk."""
@@ -95,6 +98,8 @@ class SsdTier:
         self._clock = clock
         self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free, now_s=clock)
         self._admission: Admission = AdmitAll() if admission is None else admission
+        self._quotas = quotas or {}
+        self._pending = array("q", [0]) * 256  # bytes being written, by tenant
         self._write_budget = Budget() if write_budget is None else write_budget
         self._stamp = 0  # the latest; its seconds are what survives a restart of recency
         self._undeleted: set[Key] = set()  # left the index; deleted before the next write
@@ -226,11 +231,12 @@ class SsdTier:
             assert len(item.data) == item.chunk.length, "a store item holds exactly its chunk"
             if item.chunk.key in self._index or item.chunk.key in placed:
                 continue
-            offset = self._reserve(item.chunk.length)
-            if offset is None:
-                outcomes[index] = Full("no chunk on the SSD can be evicted for this one")
+            offset = self._reserve(item.chunk)
+            if isinstance(offset, Full):
+                outcomes[index] = offset
             else:
                 placed[item.chunk.key] = (index, offset)
+                self._pending[tenant_of(item.chunk.key)] += item.chunk.length
         try:
             written = await self._write(items, placed)
         finally:
@@ -240,6 +246,7 @@ class SsdTier:
             placed.items(), key=lambda each: items[each[1][0]].chunk.position
         ):
             stamp = written[key]
+            self._pending[tenant_of(key)] -= items[index].chunk.length
             if isinstance(stamp, Failed):
                 outcomes[index] = stamp
                 self._directory.slots.free(offset)
@@ -283,14 +290,22 @@ class SsdTier:
             return dict.fromkeys(placed, Failed("the catalogue could not be written"))
         return failed | {entry.chunk.key: entry.stamp for entry in put}
 
-    def _reserve(self, length: int) -> int | None:
+    def _reserve(self, chunk: Chunk) -> int | Full:
         """An extent, evicting for it if need be. Each round evicts something or gives up."""
-        slots = self._directory.slots
-        while (offset := slots.allocate(length)) is None and slots.fits(length):
-            victims = find_victims(slots, self._index, length)
+        slots, index = self._directory.slots, self._index
+        pending = self._pending[tenant_of(chunk.key)]
+        while not within_quota(index, self._quotas, chunk, pending):
+            victim = find_own_victim(index, chunk)
+            if victim == NONE:
+                return Full("its tenant has used up its quota of the SSD", "quota")
+            self._drop([victim], RemovalReason.QUOTA)
+        while (offset := slots.allocate(chunk.length)) is None and slots.fits(chunk.length):
+            victims = find_victims(slots, index, chunk.length)
             if not victims:
-                return None
+                break
             self._drop(victims, RemovalReason.CAPACITY)
+        if offset is None:
+            return Full("no chunk on the SSD can be evicted for this one")
         return offset
 
     # -- load ----------------------------------------------------------------------------
