@@ -11,7 +11,7 @@ from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy
+from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
     ChunkStatus,
     DrainStatus,
@@ -57,22 +57,24 @@ class Node:
         )
         catalogue = Catalogue(self.blocks)
         self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
+        tenants = make_tenants(settings)
         self.dram = DramTier(
             self.arena,
             catalogue,
             policy=make_policy(settings.dram.eviction),
             admission=make_admission(settings.dram.admission),
+            quotas=tenants.quotas(TierName.DRAM),
         )
         self.manager = BlockManager(
             self.dram,
-            make_lower_tiers(settings, catalogue),
+            make_lower_tiers(settings, catalogue, tenants),
             self.blocks,
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
         )
-        self.members = Sessions(self.manager)
+        self.members = Sessions(self.manager, tenants)
         self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
         self.operations = Operations(self.members, self.manager.offloader, self.scrubber)
         self.speeds = Rates(self.tiers)

@@ -27,6 +27,7 @@ _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
+_SALT_LENGTH_MIN: Final = 16
 _TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -180,6 +181,37 @@ class S3Settings(Section):
         return self
 
 
+class TenantSettings(Section):
+    tag: int = Field(
+        ge=1,
+        le=255,
+        description="A number of the tenant's own, the same on all nodes and for ever: chunks are "
+        "told apart by it.",
+    )
+    salt: Secret = Field(
+        description="Goes into every key, or `file:PATH`; at least 16 characters, the same on all "
+        "nodes that share chunks."
+    )
+    dram_quota: Size | None = Field(
+        default=None, gt=0, description="Most of host memory its chunks may take; `null`: all."
+    )
+    ssd_quota: Size | None = Field(
+        default=None, gt=0, description="Most of the SSD its chunks may take; `null`: all."
+    )
+    s3_quota: Size | None = Field(
+        default=None,
+        gt=0,
+        description="Beyond this much of its chunks in S3 this node adds none; `null`: no bound.",
+    )
+
+    @field_validator("salt")
+    @classmethod
+    def _long(cls, salt: SecretStr) -> SecretStr:
+        if len(salt.get_secret_value()) < _SALT_LENGTH_MIN:
+            raise ValueError(f"a salt has at least {_SALT_LENGTH_MIN} characters")
+        return salt
+
+
 class AdminSettings(Section):
     host: str = Field(default="127.0.0.1", description="Address the admin REST server listens on.")
     port: int = Field(default=9470, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
@@ -296,10 +328,26 @@ class DaemonSettings(Settings):
         default=OnboardSettings(), description="Bringing up: S3 or SSD to host memory."
     )
 
+    tenants: dict[str, TenantSettings] = Field(
+        default={},
+        description="By name, which engines give as `tenant` in `kv_connector_extra_config`. "
+        "Tenants share nothing. If there are any, an engine of none is refused.",
+    )
+
     @property
     def onboard_bytes_max(self) -> int:
         given = self.onboard.max_bytes_in_flight
         return self.dram.capacity // 4 if given is None else given
+
+    @field_validator("tenants")
+    @classmethod
+    def _distinct_tags(cls, tenants: dict[str, TenantSettings]) -> dict[str, TenantSettings]:
+        by_tag: dict[int, str] = {}
+        for name, tenant in tenants.items():
+            other = by_tag.setdefault(tenant.tag, name)
+            if other != name:
+                raise ValueError(f"{other!r} and {name!r} have the same tag {tenant.tag}")
+        return tenants
 
     @field_validator("socket")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 from pydantic import SecretStr
@@ -14,9 +15,11 @@ from kvbm.daemon.settings import (
     SsdSettings,
 )
 from kvbm.offload import LaneSettings
+from kvbm.tenants import Tenant, Tenants
 from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitValue
-from storage_tiers.base import Tier, TierListener
+from storage_tiers.base import Tier, TierListener, TierName
 from storage_tiers.budget import Budget
+from storage_tiers.eviction import Quotas
 from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
 
 OBJECTS_IN_FLIGHT = 4
@@ -42,20 +45,36 @@ def make_admission(name: str, policy: EvictionPolicy | None = None) -> Admission
     return AdmitSeenTwice(OFFERS_REMEMBERED) if name == "seen-twice" else AdmitAll()
 
 
+def make_tenants(settings: DaemonSettings) -> Tenants:
+    tenants: list[Tenant] = []
+    for name, given in settings.tenants.items():
+        quotas = {
+            TierName.DRAM: given.dram_quota,
+            TierName.SSD: given.ssd_quota,
+            TierName.S3: given.s3_quota,
+        }
+        salt = hashlib.sha256(given.salt.get_secret_value().encode()).digest()
+        bounds = {tier: quota for tier, quota in quotas.items() if quota is not None}
+        tenants.append(Tenant(name, given.tag, salt, bounds))
+    return Tenants(tenants)
+
+
 def make_lower_tiers(
-    settings: DaemonSettings, listener: TierListener
+    settings: DaemonSettings, listener: TierListener, tenants: Tenants
 ) -> list[tuple[Tier, LaneSettings]]:
     """Fastest first, not opened."""
     lower: list[tuple[Tier, LaneSettings]] = []
     if settings.ssd is not None:
-        lower.append(_ssd(settings.ssd, settings.offload, listener))
+        quotas = tenants.quotas(TierName.SSD)
+        lower.append(_ssd(settings.ssd, settings.offload, listener, quotas))
     if settings.s3 is not None:
-        lower.append(_s3(settings.s3, settings.offload, listener, settings.node))
+        quotas = tenants.quotas(TierName.S3)
+        lower.append(_s3(settings.s3, settings.offload, listener, settings.node, quotas))
     return lower
 
 
 def _ssd(
-    settings: SsdSettings, offload: OffloadSettings, listener: TierListener
+    settings: SsdSettings, offload: OffloadSettings, listener: TierListener, quotas: Quotas
 ) -> tuple[Tier, LaneSettings]:
     from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
@@ -69,6 +88,7 @@ def _ssd(
         policy=policy,
         admission=make_admission(settings.admission, policy),
         write_budget=Budget(settings.write_budget),
+        quotas=quotas,
     )
     lane = LaneSettings(
         batch_chunks=offload.batch_chunks,
@@ -80,7 +100,11 @@ def _ssd(
 
 
 def _s3(
-    settings: S3Settings, offload: OffloadSettings, listener: TierListener, node: str
+    settings: S3Settings,
+    offload: OffloadSettings,
+    listener: TierListener,
+    node: str,
+    quotas: Quotas,
 ) -> tuple[Tier, LaneSettings]:
     from storage_tiers.bucket import S3Bucket
     from storage_tiers.s3 import S3Tier
@@ -103,6 +127,7 @@ def _s3(
         refresh_s=settings.refresh,
         admission=make_admission(settings.admission),
         put_budget=Budget(settings.put_budget),
+        quotas=quotas,
     )
     lane = LaneSettings(
         # A batch is cut into objects: what fills one counts, not how many chunks that takes.
