@@ -6,7 +6,8 @@ from a size on that a page never has; and the processor's prefetcher begins anew
 this copies whole lines with non-temporal stores, and asks for the next page's lines before it is
 reached. A piece costs two transfers of memory instead of three, and the engine keeps its cache.
 
-The loop is in LLVM's assembly language, compiled by llvmlite, which comes with vLLM (numba needs it). Where there is none, pieces are copied by memmove.
+The loop is in LLVM's assembly language, compiled by llvmlite, which comes with vLLM. Where there is
+none, pieces are copied by memmove.
 """
 
 from __future__ import annotations
