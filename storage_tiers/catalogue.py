@@ -1,13 +1,14 @@
 """The SSD tier's catalogue: which chunk lies where, in LMDB. The one file that imports it.
 
-Every `commit` is one synced transaction, so what it recorded is there after a crash, all of it or
-nothing. All of LMDB runs on one thread; the event loop only awaits.
+Every `commit` is part of one synced transaction, so what it recorded is there after a crash, all of
+it or nothing. All of LMDB runs on one thread; the event loop only awaits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -59,6 +60,14 @@ class Changes:
     meta: Meta | None = None
 
 
+@dataclass(slots=True)
+class _Commit:
+    """Changes on their way, and what became of them."""
+
+    changes: Changes
+    error: Exception | None = None
+
+
 class Catalogue:
     """An LMDB environment with two tables. One process at a time opens a directory."""
 
@@ -67,6 +76,7 @@ class Catalogue:
         self._map_bytes = map_bytes
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._env: lmdb.Environment | None = None
+        self._waiting: deque[_Commit] = deque()
 
     async def open(self) -> Meta | None:
         """Open or create; None if it is new. Raises TierError if LMDB cannot use it."""
@@ -107,32 +117,44 @@ class Catalogue:
         return await self._run(read)
 
     async def commit(self, changes: Changes) -> None:
-        """Apply durably, or raise CatalogueError."""
+        """Apply durably, or raise CatalogueError.
 
-        def write() -> None:
-            with self._opened().begin(self._chunks, write=True) as writer:
-                for key in changes.delete:
-                    writer.delete(key)
-                for entry in changes.put:
-                    writer.put(entry.chunk.key, _pack(entry))
-                for key, stamp in changes.stamps.items():
-                    packed = writer.get(key)
-                    if packed is not None:
-                        writer.put(key, _restamp(packed, stamp))
-                if changes.meta is not None:
-                    meta = changes.meta
-                    writer.put(
-                        _META_KEY,
-                        _META.pack(
-                            meta.version, meta.capacity_bytes, meta.granule_bytes, meta.clean
-                        ),
-                        db=self._meta,
-                    )
+        What waits while a transaction is written goes into the next one together, because syncing
+        costs far more than recording; it then fails together as well.
+        """
+        waiting = _Commit(changes)
+        self._waiting.append(waiting)
+        await self._run(self._commit_waiting)
+        if waiting.error is not None:
+            raise CatalogueError(f"catalogue: {waiting.error}") from waiting.error
 
+    def _commit_waiting(self) -> None:
+        """On the catalogue's thread, once a commit: those that came too late find it done."""
+        together: list[_Commit] = []
+        while self._waiting:
+            together.append(self._waiting.popleft())
+        if not together:
+            return
         try:
-            await self._run(write)
+            with self._opened().begin(self._chunks, write=True) as writer:
+                for commit in together:
+                    self._record(writer, commit.changes)
         except (lmdb.Error, OSError) as error:
-            raise CatalogueError(f"catalogue: {error}") from error
+            for commit in together:
+                commit.error = error
+
+    def _record(self, writer: lmdb.Transaction, changes: Changes) -> None:
+        for key in changes.delete:
+            writer.delete(key)
+        for entry in changes.put:
+            writer.put(entry.chunk.key, _pack(entry))
+        for key, stamp in changes.stamps.items():
+            packed = writer.get(key)
+            if packed is not None:
+                writer.put(key, _restamp(bytes(packed), stamp))
+        if (meta := changes.meta) is not None:
+            packed = _META.pack(meta.version, meta.capacity_bytes, meta.granule_bytes, meta.clean)
+            writer.put(_META_KEY, packed, db=self._meta)
 
     async def close(self) -> None:
         env, self._env = self._env, None
