@@ -29,6 +29,10 @@ MATCH_MS_MAX = 1.0
 BYTES_PER_CHUNK_MAX = 128.0
 
 
+def random_key() -> Key:
+    return Key(secrets.token_bytes(KEY_BYTES - 1) + b"\0")  # of no tenant
+
+
 def anonymous_bytes(pid: int) -> int:
     """The process's own memory, without the arena, which is shared memory."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -40,7 +44,7 @@ def fill(engine: StandIn, count: int) -> list[list[Key]]:
     """Chains of `KEYS` chunks each, committed without writing a byte."""
     chains: list[list[Key]] = []
     while count > 0:
-        chain = [Key(secrets.token_bytes(KEY_BYTES)) for _ in range(KEYS)]
+        chain = [random_key() for _ in range(KEYS)]
         parents: list[Key | None] = [None, *chain[:-1]]
         done = 0
         while done < KEYS:
@@ -86,7 +90,7 @@ def measure(daemon: Daemon, chunks: int, rounds: int) -> list[Row]:
         misses: list[float] = []
         for number in range(rounds):
             hits.append(ask_ms(engine, chains[number * 7919 % len(chains)]))
-            absent = [Key(secrets.token_bytes(KEY_BYTES)) for _ in range(KEYS)]
+            absent = [random_key() for _ in range(KEYS)]
             misses.append(ask_ms(engine, absent))
     return [
         bounded(f"match of {KEYS} keys, all there", "ms", hits, MATCH_MS_MAX),

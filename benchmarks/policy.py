@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from storage_tiers import admission, policy
-from storage_tiers.policy import NONE, EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
+from storage_tiers.leaves import NONE
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
 
 Request = tuple[float, list[int]]  # seconds, blocks
 TRACE = Path("build/traces/conversation_trace.jsonl")

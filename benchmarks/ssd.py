@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -17,80 +18,90 @@ from pathlib import Path
 from kvbm.cli.figures import Row, compared, tell
 from kvbm.cli.limits import BareFile, aligned
 from kvbm.onboard import BATCH_BYTES as LOAD_BYTES
-from kvbm.onboard import BATCH_CHUNKS
+from kvbm.onboard import BATCH_CHUNKS, WORKERS_PER_TIER
 from storage_tiers.base import Chunk, Key, Loaded, LoadItem, SilentListener, Stored, StoreItem
 from storage_tiers.codec import checksum
 from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
 SIZES_BYTES = (256 << 10, 1 << 20, 4 << 20)
+IN_FLIGHT = 8
 BATCH_BYTES = 32 << 20  # as `offload.batch_bytes`
 TARGET = 0.85
 
 
-def items_of(buffers: list[memoryview], round_: int) -> list[StoreItem]:
-    items: list[StoreItem] = []
-    for index, buffer in enumerate(buffers):
-        key = Key(round_.to_bytes(8, "big") + index.to_bytes(8, "big"))
-        items.append(StoreItem(Chunk(key, len(buffer), checksum(buffer), None, index), buffer))
-    return items
+class Ours:
+    """The SSD tier, stored to and loaded from as the offloader and the onboarder do it."""
+
+    def __init__(self, folder: Path, size: int, count: int) -> None:
+        self._size = size
+        self.tier = SsdTier(folder, 2 * count * size + (64 << 20), SilentListener())
+        self.sources, self.targets = aligned(count, size), aligned(count, size)
+        self._sums = [checksum(source) for source in self.sources]
+        self._rounds = itertools.count(1)
+        self._items: list[StoreItem] = []
+
+    async def write(self) -> float:
+        """Seconds to store chunks it does not know."""
+        number = next(self._rounds)
+        self._items = [
+            StoreItem(Chunk(_key(number, i), self._size, self._sums[i], None, i), source)
+            for i, source in enumerate(self.sources)
+        ]
+        step = BATCH_BYTES // self._size
+        parts = [self._items[at : at + step] for at in range(0, len(self._items), step)]
+
+        async def writer() -> None:
+            while parts:
+                outcomes = await self.tier.store(parts.pop(0))
+                assert all(isinstance(outcome, Stored) for outcome in outcomes), outcomes
+
+        began = time.perf_counter()
+        await asyncio.gather(*(writer() for _ in range(STORES_AT_ONCE)))
+        return time.perf_counter() - began
+
+    async def read(self) -> float:
+        """Seconds to load what was stored last."""
+        pairs = zip(self._items, self.targets, strict=True)
+        wanted = [LoadItem(item.chunk.key, target) for item, target in pairs]
+        step = min(BATCH_CHUNKS, LOAD_BYTES // self._size)
+        batches = [wanted[at : at + step] for at in range(0, len(wanted), step)]
+
+        async def worker() -> None:
+            while batches:
+                for outcome in await self.tier.load(batches.pop(0)):
+                    assert isinstance(outcome, Loaded), outcome
+
+        began = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(WORKERS_PER_TIER)))
+        return time.perf_counter() - began
+
+
+def _key(round_: int, index: int) -> Key:
+    return Key(round_.to_bytes(8, "big") + index.to_bytes(8, "big"))
 
 
 async def measure(folder: Path, size: int, total: int, rounds: int) -> list[Row]:
-    count = total // size
     bare = BareFile(folder / "bare", total)
-    tier = SsdTier(folder / f"tier-{size}", 2 * total + (64 << 20), SilentListener())
-    await tier.open()
-    sources, targets = aligned(count, size), aligned(count, size)
-    rates: dict[str, list[float]] = {"write": [], "bare write": [], "read": [], "bare read": []}
+    ours = Ours(folder / "tier", size, total // size)
+    await ours.tier.open()
+    rates: dict[str, list[float]] = {}
 
-    def note(name: str, began: float, round_: int) -> None:
-        if round_:
-            rates[name].append(total / (time.perf_counter() - began) / 1e9)
+    async def limit() -> dict[str, float]:
+        return {
+            "bare write": bare.write(ours.sources, size),
+            "bare read": bare.read(ours.targets, size),
+        }
+
+    async def tier() -> dict[str, float]:
+        return {"write": await ours.write(), "read": await ours.read()}
 
     for round_ in range(rounds + 1):
-        items = items_of(sources, round_)
-
-        async def ours(items: list[StoreItem] = items, round_: int = round_) -> None:
-            began = time.perf_counter()
-            step = BATCH_BYTES // size
-            parts = [items[at : at + step] for at in range(0, count, step)]
-
-            async def writer() -> None:
-                while parts:
-                    outcomes = await tier.store(parts.pop(0))
-                    assert all(isinstance(outcome, Stored) for outcome in outcomes), outcomes
-
-            await asyncio.gather(*(writer() for _ in range(STORES_AT_ONCE)))  # as the offloader
-            note("write", began, round_)
-            began = time.perf_counter()
-            wanted = [LoadItem(i.chunk.key, t) for i, t in zip(items, targets, strict=True)]
-            step = min(BATCH_CHUNKS, LOAD_BYTES // size)
-            batches = [wanted[at : at + step] for at in range(0, count, step)]
-
-            async def worker() -> None:
-                while batches:
-                    for outcome in await tier.load(batches.pop(0)):
-                        assert isinstance(outcome, Loaded), outcome
-
-            await asyncio.gather(worker(), worker())  # as the onboarder does
-            note("read", began, round_)
-
-        def limit(round_: int = round_) -> None:
-            began = time.perf_counter()
-            bare.write(sources, size)
-            note("bare write", began, round_)
-            began = time.perf_counter()
-            bare.read(targets, size)
-            note("bare read", began, round_)
-
-        if round_ % 2:
-            limit()
-            await ours()
-        else:
-            await ours()
-            limit()
-    mover = tier.usage().mover
-    await tier.close()
+        for side in (limit, tier) if round_ % 2 else (tier, limit):
+            for name, seconds in (await side()).items():
+                if round_:
+                    rates.setdefault(name, []).append(total / seconds / 1e9)
+    mover = ours.tier.usage().mover
+    await ours.tier.close()
     bare.close()
     label = f"{size >> 10} KiB, {mover}"
     return [

@@ -131,6 +131,8 @@ class SchedulerClient:
         self._renounced = 0  # events of connections up to this one come too late
         self.epoch = b""
         self.session = 0
+        self.salt = b""
+        self.tag = 0
         self.layout: Ready | None = None  # set while the engine's members are all connected
 
     @property
@@ -162,6 +164,7 @@ class SchedulerClient:
                 case Welcome():
                     self.connection = connection
                     self.epoch, self.session = event.epoch, event.session
+                    self.salt, self.tag = event.salt, event.tag
                 case Ready():
                     self._become_ready(event)
                 case Matched():
@@ -270,8 +273,9 @@ class SchedulerClient:
             return
         lookup.answered = True
         lookup.states[:] = message.states
-        for index, source, slot in unpack_slots(message.slots):
-            lookup.slots[index] = (slot, source)
+        lookup.slots = {
+            index: (slot, source) for index, source, slot in unpack_slots(message.slots)
+        }
 
     def _arrived(self, message: Arrived) -> None:
         lookup = self._lookups.get(message.ticket)

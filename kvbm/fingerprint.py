@@ -20,12 +20,15 @@ def namespace_of(fingerprint: Mapping[str, str]) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def key_of(namespace: bytes, block_hash: bytes, group: int) -> Key:
-    """The key of a chunk: BLAKE2b-128 of block hash and cache group, keyed with the namespace.
+def key_of(
+    namespace: bytes, block_hash: bytes, group: int, *, salt: bytes = b"", tag: int = 0
+) -> Key:
+    """The key of a chunk: BLAKE2b-120 of block hash and cache group, and the tenant's tag.
 
+    The hash is keyed with the namespace and the tenant's salt, 64 bytes at most together.
     `block_hash` is the engine's chained hash of the chunk's last block; it covers all tokens
     before it.
     """
-    digest = hashlib.blake2b(block_hash, digest_size=KEY_BYTES, key=namespace)
+    digest = hashlib.blake2b(block_hash, digest_size=KEY_BYTES - 1, key=namespace + salt)
     digest.update(group.to_bytes(4, "big"))
-    return Key(digest.digest())
+    return Key(digest.digest() + bytes([tag]))

@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvbm.meter import Meter
 from kvbm.offload import LaneSettings, Offloader
 from kvbm.onboard import BYTES_IN_FLIGHT, Onboarder
-from kvbm.protocol import COMING, HERE, MISS, PRESENT, SOURCES
+from kvbm.protocol import COMING, HERE, MISS, PRESENT, SLOT_RECORD, SOURCES
 from kvbm.quarantine import Quarantine
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
-from storage_tiers.dram import DramTier, Resident
+from storage_tiers.dram import DramTier
+from storage_tiers.leaves import NONE
 
 _IN_DRAM = 1  # places: 0 is nowhere, from 2 on the lower tiers in their order
 
@@ -55,11 +59,21 @@ class Ticket:
     """What one request holds. Made by `match`, ended by `close`."""
 
     notify: Callable[[Arrivals], None]
-    states: bytearray = field(default_factory=bytearray)
-    here: list[tuple[int, int, Slot]] = field(default_factory=list)  # index, source, slot
-    claims: list[Resident] = field(default_factory=list)
+    states: bytes = b""
+    here: bytes = b""  # packed records (`SLOT_RECORD`) of what is HERE
+    used: list[Sequence[Key]] = field(default_factory=list)  # until the tiers are told
+    claims: list[int] = field(default_factory=list)  # records in host memory
     coming: dict[Key, int] = field(default_factory=dict)  # key -> index in the request
     closed: bool = False
+
+
+@dataclass(slots=True)
+class _Found:
+    """Where one cache group's chunks are."""
+
+    records: NDArray[np.int64]  # in host memory
+    places: NDArray[np.uint8]
+    below: dict[int, Chunk]  # index -> chunk, of those in a lower tier
 
 
 class Catalogue:
@@ -118,23 +132,40 @@ class BlockManager:
         `notify` is called later, never from within this call, for the chunks that are COMING.
         """
         ticket = Ticket(notify)
-        found = [self._residencies(group.keys) for group in groups]
+        found = [self._find(group.keys) for group in groups]
         reach = _usable_tokens(groups, found)
+        states: list[bytes] = []
+        here: list[bytes] = []
         base = 0
-        for group, residencies in zip(groups, found, strict=True):
-            self._match_group(ticket, base, group, residencies, reach)
+        for group, each in zip(groups, found, strict=True):
+            end = -(-reach // group.tokens_per_chunk)
+            # A window's chunks are looked for from the end of the hit backwards; one more than
+            # the window covers an end that is not on a chunk boundary. Only these are brought up.
+            start = max(0, end - group.window - 1) if group.window else 0
+            state = np.where(each.places, np.uint8(PRESENT), np.uint8(MISS))
+            here.append(self._claim_here(ticket, base, each, state[:end]))
+            self._bring_up(ticket, base, each, state, range(start, end))
+            states.append(state.tobytes())
+            ticket.used.append(group.keys[:end])
             base += len(group.keys)
-        for group in groups:
-            used = group.keys[: -(-reach // group.tokens_per_chunk)]
-            for tier in (self.dram, *self.tiers):
-                tier.touch(used[::-1])
+        ticket.states, ticket.here = b"".join(states), b"".join(here)
         return ticket
+
+    def note_use(self, ticket: Ticket) -> None:
+        """Tell the tiers what a request uses; once, after it was answered, for it takes a while."""
+        for keys in ticket.used:
+            deepest_first = keys[::-1]
+            self.dram.touch(deepest_first)
+            for index, tier in enumerate(self.tiers):
+                absent = tier.touch(deepest_first)
+                if absent:
+                    self.offloader.offer_again(index, absent[::-1])
+        ticket.used.clear()
 
     def close(self, ticket: Ticket) -> None:
         """End a ticket: its claims and what is still coming for it alone. Idempotent."""
         ticket.closed = True
-        for resident in ticket.claims:
-            self.dram.unclaim(resident)
+        self.dram.unclaim_all(np.array(ticket.claims, dtype=np.int64))
         ticket.claims.clear()
         for key in ticket.coming:
             waiting = self._waiting[key]
@@ -168,14 +199,20 @@ class BlockManager:
     def commit(self, filled: Sequence[tuple[Slot, Chunk]]) -> None:
         """Leased slots that now hold chunks (checksum not known yet) become residencies."""
         added: list[Key] = []
+        known: list[Key] = []
         for slot, chunk in filled:
-            outcome = self.dram.commit(slot, chunk)
             self._lent_bytes -= self.dram.slot_bytes(slot.length)
+            if (reason := self.dram.refusal(chunk)) is not None:
+                self.dram.release(slot)
+                self._meter.dropped("store", reason, 1)
+                continue
+            outcome = self.dram.commit(slot, chunk)
             if isinstance(outcome, Known):
+                known.append(chunk.key)
                 continue
             added.append(chunk.key)
             self.offloader.offer(chunk)
-        self.dram.touch([chunk.key for _, chunk in reversed(filled)])
+        self.dram.touch(known[::-1])
         self._meter.transfer(TierName.HBM.value, TierName.DRAM.value, _total(filled), 0.0)
         if added:
             self._events.stored(TierName.DRAM, added)
@@ -189,50 +226,55 @@ class BlockManager:
 
     # -- below ---------------------------------------------------------------------------
 
-    def _residencies(self, keys: Sequence[Key]) -> list[int]:
-        """Per key: 1 for host memory, 2 and up for the first lower tier that has it, 0 if none."""
-        places = [_IN_DRAM if key in self.dram else 0 for key in keys]
-        self._meter.lookup(TierName.DRAM, "hit", sum(1 for place in places if place))
-        self._meter.lookup(TierName.DRAM, "miss", sum(1 for place in places if not place))
+    def _find(self, keys: Sequence[Key]) -> _Found:
+        records = self.dram.records(keys)
+        places = (records != NONE).astype(np.uint8) * np.uint8(_IN_DRAM)
+        missing = np.flatnonzero(places == 0).tolist()
+        self._meter.lookup(TierName.DRAM, "hit", len(keys) - len(missing))
+        self._meter.lookup(TierName.DRAM, "miss", len(missing))
+        below: dict[int, Chunk] = {}
         for number, tier in enumerate(self.tiers, start=_IN_DRAM + 1):
-            missing = [index for index, place in enumerate(places) if not place]
             if not missing:
                 break
             chunks = tier.find([keys[index] for index in missing])
-            hits = [index for index, c in zip(missing, chunks, strict=True) if c is not None]
-            for index in hits:
-                places[index] = number
+            hits = {i: c for i, c in zip(missing, chunks, strict=True) if c is not None}
+            places[list(hits)] = number
+            below.update(hits)
             self._meter.lookup(tier.name, "hit", len(hits))
             self._meter.lookup(tier.name, "miss", len(missing) - len(hits))
-        return places
+            missing = [index for index in missing if index not in hits]
+        return _Found(records, places, below)
 
-    def _match_group(
-        self, ticket: Ticket, base: int, group: Wanted, places: list[int], reach: int
+    def _claim_here(
+        self, ticket: Ticket, base: int, found: _Found, states: NDArray[np.uint8]
+    ) -> bytes:
+        """Claim of the first chunks, as many as there are states, those in host memory."""
+        indexes = np.flatnonzero(found.places[: len(states)] == _IN_DRAM)
+        records = found.records[indexes]
+        self.dram.claim_all(records)
+        ticket.claims.extend(records.tolist())
+        states[indexes] = HERE
+        packed = np.empty(len(indexes), dtype=SLOT_RECORD)
+        packed["index"] = indexes + base
+        packed["source"] = SOURCES[TierName.DRAM]
+        packed["offset"], packed["length"], packed["generation"] = self.dram.rows(records)
+        return packed.tobytes()
+
+    def _bring_up(
+        self, ticket: Ticket, base: int, found: _Found, states: NDArray[np.uint8], wanted: range
     ) -> None:
-        end = -(-reach // group.tokens_per_chunk)
-        # A window's chunks are looked for from the end of the hit backwards; one more than the
-        # window covers an end that is not on a chunk boundary. Only these are worth bringing up.
-        start = max(0, end - group.window - 1) if group.window else 0
-        for index, (key, place) in enumerate(zip(group.keys, places, strict=True)):
-            state = PRESENT if place else MISS
-            if place == _IN_DRAM and index < end:
-                slot = self._claim(ticket, key)
-                ticket.here.append((base + index, SOURCES[TierName.DRAM], slot))
-                state = HERE
-            elif place and start <= index < end:
-                tier = place - _IN_DRAM - 1
-                (chunk,) = self.tiers[tier].find([key])
-                if chunk is not None and self.onboarder.request(chunk, tier):
-                    ticket.coming[key] = base + index
-                    self._waiting.setdefault(key, []).append(ticket)
-                    state = COMING
-            ticket.states.append(state)
+        for index, chunk in found.below.items():
+            tier = int(found.places[index]) - _IN_DRAM - 1
+            if index in wanted and self.onboarder.request(chunk, tier):
+                ticket.coming[chunk.key] = base + index
+                self._waiting.setdefault(chunk.key, []).append(ticket)
+                states[index] = COMING
 
     def _claim(self, ticket: Ticket, key: Key) -> Slot:
-        resident = self.dram.claim(key)
-        assert resident is not None, "claimed between two looks on one event loop"
-        ticket.claims.append(resident)
-        return resident.slot
+        record = self.dram.claim(key)
+        assert record is not None, "claimed between two looks on one event loop"
+        ticket.claims.append(record)
+        return self.dram.slot(record)
 
     def _landed(self, ended: Sequence[tuple[Key, int]]) -> None:
         arrivals: dict[int, tuple[Ticket, Arrivals]] = {}
@@ -247,7 +289,6 @@ class BlockManager:
                 else:
                     arrival.failed.append(index)
         if keys:
-            self.dram.touch(keys[::-1])
             self._events.stored(TierName.DRAM, keys)
             for chunk in self.dram.find(keys):
                 if chunk is not None:
@@ -269,13 +310,13 @@ class BlockManager:
             assert key in self.onboarder
 
 
-def _usable_tokens(groups: Sequence[Wanted], found: Sequence[list[int]]) -> int:
+def _usable_tokens(groups: Sequence[Wanted], found: Sequence[_Found]) -> int:
     """How far the groups that need every chunk reach; without such groups, the whole request."""
     reach = min((len(g.keys) * g.tokens_per_chunk for g in groups), default=0)
-    for group, places in zip(groups, found, strict=True):
-        if not group.window:
-            first_gap = next((i for i, place in enumerate(places) if not place), len(places))
-            reach = min(reach, first_gap * group.tokens_per_chunk)
+    for group, each in zip(groups, found, strict=True):
+        gaps = np.flatnonzero(each.places == 0)
+        if len(gaps) and not group.window:
+            reach = min(reach, int(gaps[0]) * group.tokens_per_chunk)
     return reach
 
 

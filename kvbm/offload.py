@@ -34,7 +34,7 @@ from storage_tiers.base import (
     Tier,
 )
 from storage_tiers.codec import checksum
-from storage_tiers.dram import DramTier, Resident
+from storage_tiers.dram import DramTier
 
 SEAL_BATCH_CHUNKS: Final = 16
 BACKOFF_S_MAX: Final = 30.0
@@ -88,10 +88,35 @@ class Offloader:
             self._meter.dropped("seal", "queue_full", 1)
 
     def offer_sealed(self, chunk: Chunk) -> None:
-        """A chunk with its checksum known; each tier that lacks it gets it."""
+        """A chunk with its checksum known; each tier that lacks it and wants it gets it."""
         for index, tier in enumerate(self._tiers):
-            if tier.find([chunk.key])[0] is None and not self._lanes[index].offer(chunk):
-                self._meter.dropped(f"offload_{tier.name.value}", "queue_full", 1)
+            if tier.find([chunk.key])[0] is None:
+                self._offer_to(index, chunk)
+
+    def offer_again(self, index: int, keys: Sequence[Key]) -> None:
+        """Chunks of one sequence, in its order, that are in use and that a tier lacks.
+
+        It refused them or had no room, or lost them. What comes after a refused one is of no use
+        there without it.
+        """
+        for key in keys:
+            if key in self._lanes[index]:
+                continue
+            record = self._dram.claim(key)
+            if record is None:
+                return
+            sealed, chunk = self._dram.is_sealed(record), self._dram.chunk(record)
+            self._dram.unclaim(record)
+            if not sealed or not self._offer_to(index, chunk):
+                return
+
+    def _offer_to(self, index: int, chunk: Chunk) -> bool:
+        tier = self._tiers[index]
+        reason = tier.refusal(chunk)
+        if reason is None and self._lanes[index].offer(chunk):
+            return True
+        self._meter.dropped(f"offload_{tier.name.value}", reason or "queue_full", 1)
+        return False
 
     @property
     def depth(self) -> dict[str, int]:
@@ -146,19 +171,20 @@ class Offloader:
         while True:
             batch = await self._to_seal.take(SEAL_BATCH_CHUNKS)
             self._busy += len(batch)
-            residents = [r for chunk in batch if (r := self._dram.claim(chunk.key)) is not None]
-            if len(residents) < len(batch):
-                self._meter.dropped("seal", "evicted_first", len(batch) - len(residents))
+            dram = self._dram
+            records = [r for chunk in batch if (r := dram.claim(chunk.key)) is not None]
+            if len(records) < len(batch):
+                self._meter.dropped("seal", "evicted_first", len(batch) - len(records))
             try:
-                unsealed = [r for r in residents if not r.sealed]
-                views = [self._dram.view(r.slot) for r in unsealed]
+                unsealed = [record for record in records if not dram.is_sealed(record)]
+                views = [dram.view(dram.slot(record)) for record in unsealed]
                 digests = await asyncio.to_thread(_checksums, views)
-                for resident, digest in zip(unsealed, digests, strict=True):
-                    self._dram.seal(resident.chunk.key, digest)
-                for resident in residents:
-                    self.offer_sealed(resident.chunk)
+                for record, digest in zip(unsealed, digests, strict=True):
+                    dram.seal(record, digest)
+                for record in records:
+                    self.offer_sealed(dram.chunk(record))
             finally:
-                self._unclaim(residents)
+                self._unclaim(records)
                 self._busy -= len(batch)
 
     async def _write(self, index: int) -> None:
@@ -188,15 +214,17 @@ class Offloader:
     async def _write_batch(self, index: int, batch: list[Chunk]) -> bool:
         """Move one batch into a tier. True if the medium failed for any of it."""
         tier = self._tiers[index]
-        residents: list[Resident] = []
+        dram = self._dram
+        records: list[int] = []
         items: list[StoreItem] = []
         try:
             for chunk in batch:
-                resident = self._dram.claim(chunk.key)
-                if resident is not None:
-                    residents.append(resident)
-                    if resident.sealed:  # else it came anew, and is offered again once it is
-                        items.append(StoreItem(resident.chunk, self._dram.view(resident.slot)))
+                record = dram.claim(chunk.key)
+                if record is not None:
+                    records.append(record)
+                    if dram.is_sealed(record):  # else it came anew, and is offered once it is
+                        data = dram.view(dram.slot(record))
+                        items.append(StoreItem(dram.chunk(record), data))
                 elif (item := await self._reread(index, chunk)) is not None:
                     items.append(item)
                 else:
@@ -204,12 +232,12 @@ class Offloader:
             start = time.perf_counter()
             outcomes = await tier.store(items)
         finally:
-            self._unclaim(residents)
+            self._unclaim(records)
         seconds = time.perf_counter() - start
         stored = [i.chunk for i, o in zip(items, outcomes, strict=True) if isinstance(o, Stored)]
         if stored:
             size = sum(chunk.length for chunk in stored)
-            self._meter.transfer(self._dram.name.value, tier.name.value, size, seconds)
+            self._meter.transfer(dram.name.value, tier.name.value, size, seconds)
             self._stored(tier, [chunk.key for chunk in stored])
         failed = False
         for item, outcome in zip(items, outcomes, strict=True):
@@ -217,7 +245,7 @@ class Offloader:
                 case Stored() | Known():
                     self._attempts.pop((index, item.chunk.key), None)
                 case Full():
-                    self._drop(index, item.chunk, "full")
+                    self._drop(index, item.chunk, outcome.cause)
                 case Failed():
                     failed = True
                     self._complaints.failed(tier.name, "store", outcome.reason)
@@ -254,9 +282,9 @@ class Offloader:
         self._attempts.pop((index, chunk.key), None)
         self._meter.dropped(f"offload_{self._tiers[index].name.value}", reason, 1)
 
-    def _unclaim(self, residents: Sequence[Resident]) -> None:
-        for resident in residents:
-            self._dram.unclaim(resident)
+    def _unclaim(self, records: Sequence[int]) -> None:
+        for record in records:
+            self._dram.unclaim(record)
 
 
 def _checksums(views: Sequence[memoryview]) -> list[int]:

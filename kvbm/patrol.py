@@ -93,14 +93,15 @@ class Patrol:
         # A daemon that is restarted more often than a pass takes gets everywhere all the same.
         first = random.randrange(run.total) if run.total else 0
         for index in range(run.total):
+            # Before the first one too: a start is busy enough.
+            now = time.monotonic()
+            due = max(due, now - CATCH_UP_S) + pass_s / run.total
+            await asyncio.sleep(max(0.0, due - now))
             await self._give_way()
             length = await self._check(int(places[(first + index) % run.total]), run)
             run.checked += 1
             run.seconds = time.monotonic() - began
-            cost_s = max(length / self._bytes_per_s, pass_s / run.total)
-            now = time.monotonic()
-            due = max(due, now - CATCH_UP_S) + cost_s
-            await asyncio.sleep(max(0.0, due - now))
+            due += length / self._bytes_per_s
         run.ended.set()
         if run.total:
             _log.info(

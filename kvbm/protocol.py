@@ -23,7 +23,7 @@ import numpy.typing as npt
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Key, TierName
 
-VERSION: Final = 1
+VERSION: Final = 2
 FRAME_BYTES_MAX: Final = 16 << 20
 KEYS_PER_MATCH_MAX: Final = 1 << 17
 POSITIONS_MAX: Final = 1 << 31
@@ -125,6 +125,8 @@ class Welcome(Message, frozen=True):
     version: int
     epoch: bytes  # of the arena: 16 bytes, new with each daemon
     session: int  # leases are good within one session only
+    salt: bytes = b""  # goes into every key the engine makes
+    tag: int = 0  # its tenant's, the last byte of every key
 
 
 class Refused(Message, frozen=True):

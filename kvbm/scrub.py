@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,9 +18,11 @@ import structlog
 from kvbm.meter import Meter
 from storage_tiers.base import Key
 from storage_tiers.codec import checksum
-from storage_tiers.dram import DramTier, Resident
+from storage_tiers.dram import DramTier
 
 IDLE_S: Final = 1.0
+CHUNKS_AT_ONCE: Final = 4096
+"""Listed at a time; the list is not to grow with host memory."""
 
 _log = structlog.get_logger("kvbm.scrub")
 
@@ -62,25 +65,25 @@ class Scrubber:
 
     async def check(self, key: Key) -> bool:
         """False if the chunk was found damaged, and quarantined."""
-        resident = self._dram.claim(key)
-        if resident is None:
+        record = self._dram.claim(key)
+        if record is None:
             return True
         try:
-            return await self._is_sound(resident)
+            return await self._is_sound(record)
         finally:
-            self._dram.unclaim(resident)
+            self._dram.unclaim(record)
 
     # -- below ---------------------------------------------------------------------------
 
     async def _patrol(self) -> None:
         while self._pass_s > 0:
-            keys = self._dram.oldest(len(self._dram))
-            if not keys:
+            if not len(self._dram):
                 await asyncio.sleep(min(IDLE_S, self._pass_s))
                 continue
-            for key in keys:
+            pause_s = self._pass_s / len(self._dram)
+            async for key in self._all():
                 await self.check(key)
-                await asyncio.sleep(self._pass_s / len(keys))
+                await asyncio.sleep(pause_s)
             self.passes += 1
 
     async def _serve(self) -> None:
@@ -92,9 +95,8 @@ class Scrubber:
 
     async def _pass_over(self, run: ScrubPass) -> None:
         began = time.monotonic()
-        keys = self._dram.oldest(len(self._dram))
-        run.total = len(keys)
-        for key in keys:
+        run.total = len(self._dram)
+        async for key in self._all():
             run.damaged += not await self.check(key)
             run.checked += 1
             run.seconds = time.monotonic() - began
@@ -107,16 +109,27 @@ class Scrubber:
             seconds=round(run.seconds, 3),
         )
 
-    async def _is_sound(self, resident: Resident) -> bool:
-        if not resident.sealed:
+    async def _all(self) -> AsyncIterator[Key]:
+        """Every chunk that is there all the while."""
+        keys, at = self._dram.some(0, CHUNKS_AT_ONCE)
+        while True:
+            for key in keys:
+                yield key
+            if not at:
+                return
+            keys, at = self._dram.some(at, CHUNKS_AT_ONCE)
+
+    async def _is_sound(self, record: int) -> bool:
+        if not self._dram.is_sealed(record):
             return True  # committed a moment ago; its checksum is on the way
-        digest = await asyncio.to_thread(checksum, self._dram.view(resident.slot))
-        if digest == resident.chunk.checksum:
+        digest = await asyncio.to_thread(checksum, self._dram.view(self._dram.slot(record)))
+        chunk = self._dram.chunk(record)
+        if digest == chunk.checksum:
             self._meter.scrubbed(self._dram.name, "sound")
             return True
-        if not resident.gone:
-            _log.error("host_memory_damaged", key=resident.chunk.key.hex())
+        if self._dram.is_resident(record):
+            _log.error("host_memory_damaged", key=chunk.key.hex())
             self._meter.error("scrub", "corrupt")
             self._meter.scrubbed(self._dram.name, "damaged")
-            self._dram.quarantine(resident.chunk.key)
+            self._dram.quarantine(chunk.key)
         return False

@@ -43,6 +43,7 @@ from kvbm.protocol import (
     split_keys,
     unpack_slots,
 )
+from kvbm.tenants import Tenant, Tenants, UnknownTenantError
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Chunk, Key
 
@@ -72,10 +73,13 @@ class Member(Protocol):
 class Session:
     """One engine. All calls from the daemon's event loop."""
 
-    def __init__(self, number: int, engine: str, world_size: int, manager: BlockManager) -> None:
+    def __init__(
+        self, number: int, engine: str, world_size: int, manager: BlockManager, tenant: Tenant
+    ) -> None:
         self.number = number
         self.engine = engine
         self.world_size = world_size
+        self.tenant = tenant
         self.ending = False
         self._manager = manager
         self._scheduler: Member | None = None
@@ -105,6 +109,8 @@ class Session:
     def join(self, member: Member) -> None:
         """Add a member. Raises Refusal if it does not fit the engine it names."""
         hello = member.hello
+        if hello.fingerprint.get("tenant", "") != self.tenant.name and self.tenant.name:
+            raise Refusal(f"engine {self.engine} belongs to tenant {self.tenant.name!r}")
         if hello.world_size != self.world_size:
             raise Refusal(f"world size {hello.world_size} is not its engine's {self.world_size}")
         if hello.role == "scheduler":
@@ -195,6 +201,8 @@ class Session:
         count = sum(len(group.keys) for group in groups)
         if not 0 < len(groups) <= GROUPS_MAX or count > KEYS_PER_MATCH_MAX:
             raise FrameError(f"a match of {len(groups)} groups and {count} keys")
+        if not all(self.tenant.owns(group.keys) for group in message.groups):
+            raise FrameError("a match of another tenant's keys")
         if any(group.tokens_per_chunk <= 0 or group.window < 0 for group in groups):
             raise FrameError("a match group without tokens per chunk")
         if len({key for group in groups for key in group.keys}) != count:
@@ -208,7 +216,8 @@ class Session:
             return
         ticket = self._manager.match(groups, self._notifier(number))
         self._tickets[number] = ticket
-        self._scheduler.send(Matched(number, bytes(ticket.states), pack_slots(ticket.here)))
+        self._scheduler.send(Matched(number, ticket.states, ticket.here))
+        self._manager.note_use(ticket)
 
     def _notifier(self, number: int) -> Callable[[Arrivals], None]:
         def notify(arrivals: Arrivals) -> None:
@@ -233,6 +242,8 @@ class Session:
         count = len(message.slots) // SLOT_RECORD.itemsize
         if not len(keys) == len(parents) == len(message.positions) == count:
             raise FrameError("a commit whose lists differ in length")
+        if not self.tenant.owns(message.keys):
+            raise FrameError("a commit of another tenant's keys")
         if not all(0 <= position < POSITIONS_MAX for position in message.positions):
             raise FrameError("a commit with a position out of range")
         slots = self._take_leased(message.slots)
@@ -278,8 +289,9 @@ class Session:
 class Sessions:
     """All engines of the node."""
 
-    def __init__(self, manager: BlockManager) -> None:
+    def __init__(self, manager: BlockManager, tenants: Tenants | None = None) -> None:
         self._manager = manager
+        self._tenants = Tenants() if tenants is None else tenants
         self._numbers = itertools.count(1)
         self._forming: dict[str, Session] = {}  # engine -> its session that is not ending
         self._of: dict[int, Session] = {}  # id(member) -> session
@@ -295,7 +307,13 @@ class Sessions:
         _check(hello, self._manager.dram.arena.capacity_bytes)
         session = self._forming.get(hello.engine)
         if session is None:
-            session = Session(next(self._numbers), hello.engine, hello.world_size, self._manager)
+            try:
+                tenant = self._tenants.named(hello.fingerprint.get("tenant", ""))
+            except UnknownTenantError as error:
+                raise Refusal(str(error)) from error
+            session = Session(
+                next(self._numbers), hello.engine, hello.world_size, self._manager, tenant
+            )
         session.join(member)
         self._forming[hello.engine] = session
         self._of[id(member)] = session

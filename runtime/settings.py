@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
@@ -145,6 +145,11 @@ def section_of(annotation: object) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def is_by_name(annotation: object) -> bool:
+    """Whether an annotation is of sections by names that the user chooses."""
+    return get_origin(annotation) is dict and section_of(annotation) is not None
 
 
 # -- reading the layers -------------------------------------------------------------------
@@ -288,9 +293,14 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 
 def _reason(model: type[BaseModel], parts: list[str], detail: ErrorDetails) -> str:
     section: type[BaseModel] | None = model
+    by_name = False
     for part in parts[:-1]:
+        if by_name:  # the part is a name; the section stays
+            by_name = False
+            continue
         known = section.model_fields.get(part) if section is not None else None
         section = section_of(known.annotation) if known is not None else None
+        by_name = known is not None and is_by_name(known.annotation)
     names = section.model_fields if section is not None else {}
     about = names.get(parts[-1]) if parts else None
     match detail["type"]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from runtime.settings import Settings, section_of
+from runtime.settings import Settings, is_by_name, section_of
 from runtime.units import Kind, format_duration, format_size
 
 
@@ -74,7 +74,11 @@ def _groups(
         text = about.description or ""
         if section is not None:
             nullable = type(None) in get_args(about.annotation)
-            below += _groups(section, f"{path}{key}", text, f"{prefix}{key.upper()}__", nullable)
+            named = is_by_name(about.annotation)
+            under, variable = f"{path}{key}", f"{prefix}{key.upper()}__"
+            if named:  # what is in capitals is the reader's to fill in
+                under, variable = f"{under}.NAME", f"{variable}NAME__"
+            below += _groups(section, under, text, variable, nullable)
             continue
         default = _default(about, hints[key])
         row = Row(f"{path}{key}", f"{prefix}{key.upper()}", _type(hints[key]), default, text)

@@ -15,8 +15,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +30,7 @@ class ArenaError(Exception):
     """The arena cannot be created or mapped; the message says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(NamedTuple):
     """A place in the arena: who holds this value with this generation holds the bytes."""
 
     offset: int

@@ -19,9 +19,14 @@ from enum import StrEnum
 from typing import NewType, Protocol, runtime_checkable
 
 Key = NewType("Key", bytes)
-"""16 bytes: BLAKE2b-128 of (block hash, cache group), keyed with the engine's namespace."""
+"""16 bytes: 15 that say what the chunk is (`kvbm.fingerprint.key_of`), then its tenant's tag."""
 
 KEY_BYTES = 16
+
+
+def tenant_of(key: Key) -> int:
+    """The tag of the tenant whose chunk it is: 0 to 255, 0 where there are no tenants."""
+    return key[KEY_BYTES - 1]
 
 
 class TierName(StrEnum):
@@ -71,9 +76,10 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """No room could be made (everything claimed, or a budget is spent)."""
+    """No room could be made: everything is claimed, or the tenant's quota is used up."""
 
     reason: str
+    cause: str = "full"  # or "quota"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,7 @@ LoadOutcome = Loaded | Missing | Corrupt | Failed
 class RemovalReason(StrEnum):
     CAPACITY = "capacity"
     AGE = "age"
+    QUOTA = "quota"
     CORRUPT = "corrupt"
     REQUESTED = "requested"
 
@@ -160,10 +167,11 @@ class TierUsage:
     evictions_total: dict[str, int] = field(default_factory=dict)  # RemovalReason -> chunks
     corrupt_total: int = 0
     errors_total: dict[str, int] = field(default_factory=dict)  # op -> failures
+    requests_total: dict[str, int] = field(default_factory=dict)  # op -> paid requests, of S3
 
 
 class Tier(Protocol):
-    """One medium, called from one event loop. `find`, `touch` and `usage` do no I/O."""
+    """One medium, called from one event loop. `find`, `refusal`, `touch` and `usage` do no I/O."""
 
     @property
     def name(self) -> TierName: ...
@@ -202,8 +210,18 @@ class Tier(Protocol):
         """Forget these keys; unknown ones are ignored."""
         ...
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        """Mark as used now, later ones more recently: pass a sequence's chunks deepest first."""
+    def refusal(self, chunk: Chunk) -> str | None:
+        """Why a chunk should not be stored now ("admission", "budget", "quota"), or None.
+
+        Asked each time it is offered, before anything is spent on it; `store` asks no more.
+        """
+        ...
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        """Mark as used now, later ones more recently: pass a sequence's chunks deepest first.
+
+        Returns those that are not here, in order.
+        """
         ...
 
     def usage(self) -> TierUsage: ...

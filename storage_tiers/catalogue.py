@@ -1,9 +1,10 @@
 """The SSD tier's catalogue: which chunk lies where, in LMDB. The one file that imports it.
 
-Every `commit` is one synced transaction, so what it recorded is there after a crash, all of it or
-nothing. All of LMDB runs on one thread; the event loop only awaits. Three tables: `chunks`, `meta`,
-and `aside`, the extents that are out of use. Format 1 has had `aside` from its second release on: a
-directory without it opens, and a program that does not know it only uses those extents again.
+Every `commit` is part of one synced transaction, so what it recorded is there after a crash, all of
+it or nothing. All of LMDB runs on one thread; the event loop only awaits. Three tables: `chunks`,
+`meta`, and `aside`, the extents that are out of use. Format 1 has had `aside` from its second
+release on: a directory without it opens, and a program that does not know it only uses those
+extents again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -67,6 +69,14 @@ class Changes:
     aside: Sequence[SetAside] | None = None  # all extents out of use, if that changed
 
 
+@dataclass(slots=True)
+class _Commit:
+    """Changes on their way, and what became of them."""
+
+    changes: Changes
+    error: Exception | None = None
+
+
 class Catalogue:
     """An LMDB environment. One process at a time opens a directory."""
 
@@ -78,6 +88,7 @@ class Catalogue:
         self.grown = 0  # times the map was full
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="catalogue")
         self._env: lmdb.Environment | None = None
+        self._waiting: deque[_Commit] = deque()
 
     async def open(self) -> Meta | None:
         """Open or create; None if it is new. Raises TierError if LMDB cannot use it."""
@@ -133,43 +144,53 @@ class Catalogue:
         return await self._run(read)
 
     async def commit(self, changes: Changes) -> None:
-        """Apply durably, or raise CatalogueError."""
+        """Apply durably, or raise CatalogueError.
+
+        What waits while a transaction is written goes into the next one together, because syncing
+        costs far more than recording; it then fails together as well.
+        """
+        waiting = _Commit(changes)
+        self._waiting.append(waiting)
+        await self._run(self._commit_waiting)
+        if waiting.error is not None:
+            raise CatalogueError(f"catalogue: {waiting.error}") from waiting.error
+
+    def _commit_waiting(self) -> None:
+        """On the catalogue's thread, once a commit: those that came too late find it done."""
+        together: list[_Commit] = []
+        while self._waiting:
+            together.append(self._waiting.popleft())
+        if not together:
+            return
 
         def write() -> None:
             with self._opened().begin(self._chunks, write=True) as writer:
-                for key in changes.delete:
-                    writer.delete(key)
-                for entry in changes.put:
-                    writer.put(entry.chunk.key, _pack(entry))
-                for key, stamp in changes.stamps.items():
-                    packed = writer.get(key)
-                    if packed is not None:
-                        writer.put(key, _restamp(packed, stamp))
-                if changes.meta is not None:
-                    meta = changes.meta
-                    writer.put(
-                        _META_KEY,
-                        _META.pack(
-                            meta.version, meta.capacity_bytes, meta.granule_bytes, meta.clean
-                        ),
-                        db=self._meta,
-                    )
-                if changes.aside is not None:
-                    writer.drop(self._aside, delete=False)
-                    for extent in changes.aside:
-                        packed = _ASIDE.pack(extent.key, extent.length, extent.since)
-                        writer.put(_OFFSET.pack(extent.at), packed, db=self._aside)
+                for commit in together:
+                    self._record(writer, commit.changes)
 
         try:
-            await self._run(lambda: self._growing(write))
+            self._growing(write)
         except (lmdb.Error, OSError) as error:
-            raise CatalogueError(f"catalogue: {error}") from error
+            for commit in together:
+                commit.error = error
 
-    async def close(self) -> None:
-        env, self._env = self._env, None
-        if env is not None:
-            await self._run(env.close)
-        self._pool.shutdown()
+    def _record(self, writer: lmdb.Transaction, changes: Changes) -> None:
+        for key in changes.delete:
+            writer.delete(key)
+        for entry in changes.put:
+            writer.put(entry.chunk.key, _pack(entry))
+        for key, stamp in changes.stamps.items():
+            packed = writer.get(key)
+            if packed is not None:
+                writer.put(key, _restamp(bytes(packed), stamp))
+        if (meta := changes.meta) is not None:
+            packed = _META.pack(meta.version, meta.capacity_bytes, meta.granule_bytes, meta.clean)
+            writer.put(_META_KEY, packed, db=self._meta)
+        if changes.aside is not None:
+            writer.drop(self._aside, delete=False)
+            for extent in changes.aside:
+                packed = _ASIDE.pack(extent.key, extent.length, extent.since)
+                writer.put(_OFFSET.pack(extent.at), packed, db=self._aside)
 
     def _growing(self, work: Callable[[], T]) -> T:
         """Do a transaction's work, again with a larger map if it was full.
@@ -186,6 +207,12 @@ class Catalogue:
                 self._opened().set_mapsize(self._map_bytes)
                 self.grown += 1
                 _log.warning("catalogue_map_was_full")
+
+    async def close(self) -> None:
+        env, self._env = self._env, None
+        if env is not None:
+            await self._run(env.close)
+        self._pool.shutdown()
 
     def _opened(self) -> lmdb.Environment:
         assert self._env is not None, "the catalogue is used between open and close"

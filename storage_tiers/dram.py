@@ -1,19 +1,22 @@
 """G2: chunks in the host-memory arena, with leases and claims.
 
 The manager and, through it, engines use the arena by slot: `reserve` a slot, fill it, `commit` it
-as a chunk; `claim` a chunk while somebody reads its slot. The `Tier` methods do the same by copy.
+as a chunk; `claim` a chunk while somebody reads its slot. A claim is answered with the chunk's
+record, by which everything else is asked for. The `Tier` methods do the same by copy.
 
 Invariants: a slot is free, leased (reserved, not committed) or resident, never two of these; a
-claimed chunk is not evicted, and leaves go before their parents (`storage_tiers.recency`).
+claimed chunk is not evicted, and its slot's generation is the one in its row.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from storage_tiers.admission import Admission, AdmitAll
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import (
     Chunk,
@@ -34,22 +37,12 @@ from storage_tiers.base import (
     TierName,
     TierUsage,
 )
+from storage_tiers.chunk_index import ChunkIndex
 from storage_tiers.codec import checksum
-from storage_tiers.eviction import find_victims
-from storage_tiers.recency import Recency, Record
+from storage_tiers.eviction import Quotas, find_own_victim, find_victims, within_quota
+from storage_tiers.leaves import NONE
+from storage_tiers.policy import EvictionPolicy, LruPolicy
 from storage_tiers.slabs import SlabAllocator
-
-
-@dataclass(slots=True)
-class Resident(Record):
-    """A chunk in host memory. `sealed` once its checksum is known; its pins are claims."""
-
-    generation: int = 0  # of its slot
-    sealed: bool = False
-
-    @property
-    def slot(self) -> Slot:
-        return Slot(self.at, self.chunk.length, self.generation)
 
 
 class DramTier:
@@ -57,12 +50,21 @@ class DramTier:
 
     name = TierName.DRAM
 
-    def __init__(self, arena: Arena, listener: TierListener) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        listener: TierListener,
+        *,
+        policy: EvictionPolicy | None = None,
+        admission: Admission | None = None,
+        quotas: Quotas | None = None,
+    ) -> None:
         self.arena = arena
         self._listener = listener
         self._slots = SlabAllocator(arena.capacity_bytes)
-        self._residents: Recency[Resident] = Recency()
-        self._key_at: dict[int, Key] = {}  # slot offset -> resident there
+        self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free)
+        self._admission: Admission = AdmitAll() if admission is None else admission
+        self._quotas = quotas or {}
         self._leased: dict[int, Slot] = {}  # slot offset -> slot reserved, not committed
         self._evictions: Counter[str] = Counter()
         self._stored_bytes = self._loaded_bytes = self._corrupt = 0
@@ -75,14 +77,13 @@ class DramTier:
         """A slot to fill, evicting unclaimed chunks if need be. None: no room can be made."""
         offset = self._slots.allocate(length)
         if offset is None and self._slots.fits(length):
-            victims = find_victims(self._slots, self._residents, self._key_at, length)
-            self._remove(victims, RemovalReason.CAPACITY)
+            self._remove(find_victims(self._slots, self._index, length), RemovalReason.CAPACITY)
             offset = self._slots.allocate(length)
         if offset is None:
             return None
         slot = Slot(offset, length, self.arena.advance(offset))
         self._leased[offset] = slot
-        self.leased_bytes += self._slots.size_of(offset)
+        self.leased_bytes += self._slots.slot_bytes(length)
         return slot
 
     def slot_bytes(self, length: int) -> int:
@@ -97,11 +98,11 @@ class DramTier:
     def commit(self, slot: Slot, chunk: Chunk, *, sealed: bool = False) -> Stored | Known:
         """Make a reserved, filled slot the chunk's residency; if it has one, free the slot."""
         self._end_lease(slot)
-        if chunk.key in self._residents:
+        if chunk.key in self._index:
             self._free(slot.offset)
             return Known()
-        self._residents.add(Resident(chunk, slot.offset, generation=slot.generation, sealed=sealed))
-        self._key_at[slot.offset] = chunk.key
+        record = self._index.add(chunk, slot.offset, slot.generation, sealed=sealed)
+        self._slots.set_owner(slot.offset, record)
         self._stored_bytes += chunk.length
         return Stored()
 
@@ -109,44 +110,85 @@ class DramTier:
         """Whether the slot is reserved and not committed, and has not changed hands."""
         return self._leased.get(slot.offset) == slot
 
-    def seal(self, key: Key, digest: int) -> None:
-        """Record the checksum of a resident chunk, once it is computed."""
-        resident = self._residents.get(key)
-        if resident is not None and not resident.sealed:
-            resident.chunk = replace(resident.chunk, checksum=digest)
-            resident.sealed = True
-
-    def claim(self, key: Key) -> Resident | None:
-        """Promise not to evict the chunk until `unclaim`; None if it is not here."""
-        resident = self._residents.get(key)
-        if resident is not None:
-            resident.pins += 1
-            self.claims += 1
-        return resident
-
-    def unclaim(self, resident: Resident) -> None:
-        """End one claim. A chunk that was removed meanwhile is freed with its last claim."""
-        assert resident.pins > 0, "unclaim without claim"
-        resident.pins -= 1
-        self.claims -= 1
-        if resident.gone and resident.pins == 0:
-            self._free(resident.at)
-
     def view(self, slot: Slot) -> memoryview:
         """The slot's bytes, `length` long."""
         return self.arena.view(slot.offset, slot.length)
 
-    def __contains__(self, key: Key) -> bool:
-        return key in self._residents
+    # -- claims --------------------------------------------------------------------------
 
-    def __len__(self) -> int:
-        return len(self._residents)
+    def records(self, keys: Sequence[Key]) -> NDArray[np.int64]:
+        """The record of each key, or NONE; valid until anything else is done to the tier."""
+        return self._index.records(keys)
 
-    def oldest(self, count: int) -> list[Key]:
-        """The first keys in eviction order; what the scrubber walks and tests look at."""
-        return [r.chunk.key for r in islice(self._residents.records(), count)]
+    def claim(self, key: Key) -> int | None:
+        """Promise not to evict the chunk until `unclaim`; None if it is not here."""
+        record = self._index.record(key)
+        if record == NONE:
+            return None
+        self._index.pin(record)
+        self.claims += 1
+        return record
+
+    def unclaim(self, record: int) -> None:
+        """End one claim. A chunk that was removed meanwhile is freed with its last claim."""
+        self._index.unpin(record)
+        self.claims -= 1
+
+    def claim_all(self, records: NDArray[np.int64]) -> None:
+        """Claim each of these different records."""
+        self._index.pin_all(records)
+        self.claims += len(records)
+
+    def unclaim_all(self, records: NDArray[np.int64]) -> None:
+        """End one claim of each of these different records."""
+        self._index.unpin_all(records)
+        self.claims -= len(records)
+
+    def rows(self, records: NDArray[np.int64]) -> tuple[NDArray[np.uint64], ...]:
+        """Of claimed records: offset, length and generation of their slots."""
+        return self._index.rows(records)
+
+    def chunk(self, record: int) -> Chunk:
+        """The chunk of a claimed record; its checksum is 0 while it is not sealed."""
+        return self._index.chunk(record)
+
+    def slot(self, record: int) -> Slot:
+        """The slot of a claimed record."""
+        index = self._index
+        return Slot(index.place(record), index.length(record), index.tag(record))
+
+    def claims_on(self, record: int) -> int:
+        """How many claims a claimed record has."""
+        return self._index.pins(record)
+
+    def is_resident(self, record: int) -> bool:
+        """Whether a claimed record's chunk is still here, not only its bytes."""
+        return self._index.is_resident(record)
+
+    def is_sealed(self, record: int) -> bool:
+        """Whether the checksum of a claimed record's chunk is known."""
+        return self._index.is_sealed(record)
+
+    def seal(self, record: int, digest: int) -> None:
+        """Record the checksum of a claimed record's chunk, once it is computed."""
+        if not self._index.is_sealed(record):
+            self._index.seal(record, digest)
 
     # -- Tier ----------------------------------------------------------------------------
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def some(self, start: int, count: int) -> tuple[list[Key], int]:
+        """Some of the keys, from a position on, and the next position; 0: that was the end."""
+        return self._index.some(start, count)
+
+    def all_keys(self) -> list[Key]:
+        """All keys, in no order."""
+        return self._index.all_keys()
 
     async def open(self) -> RecoveryReport:
         return RecoveryReport(self.name)
@@ -155,22 +197,31 @@ class DramTier:
         return None
 
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
-        residents = self._residents
-        return [r.chunk if (r := residents.get(key)) is not None else None for key in keys]
+        return self._index.find(keys)
 
     async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
-        outcomes = [self._store_one(item) for item in items]
-        self.touch([item.chunk.key for item in items])
-        return outcomes
+        return [self._store_one(item) for item in items]
 
     async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
         return [self._load_one(item) for item in items]
 
     async def remove(self, keys: Sequence[Key]) -> None:
-        self._remove(keys, RemovalReason.REQUESTED)
+        found = [record for key in keys if (record := self._index.record(key)) != NONE]
+        self._remove(list(dict.fromkeys(found)), RemovalReason.REQUESTED)
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        self._residents.touch(keys)
+    def refusal(self, chunk: Chunk) -> str | None:
+        """A tenant beyond its quota gives up chunks of its own, as far as they can go."""
+        if not self._index.admits(self._admission, chunk, full=False):
+            return "admission"
+        while not within_quota(self._index, self._quotas, chunk):
+            victim = find_own_victim(self._index, chunk)
+            if victim == NONE:
+                return "quota"
+            self._remove([victim], RemovalReason.QUOTA)
+        return None
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        return self._index.touch(keys)[1]
 
     def usage(self) -> TierUsage:
         return TierUsage(
@@ -178,7 +229,7 @@ class DramTier:
             mover="shared-memory",
             capacity_bytes=self.arena.capacity_bytes,
             used_bytes=self._slots.used_bytes,
-            chunks=len(self._residents),
+            chunks=len(self._index),
             stored_bytes_total=self._stored_bytes,
             loaded_bytes_total=self._loaded_bytes,
             evictions_total=dict(self._evictions),
@@ -188,7 +239,9 @@ class DramTier:
     def quarantine(self, key: Key) -> None:
         """Drop a chunk whose bytes are wrong; the slot's generation tells readers."""
         self._corrupt += 1
-        self._remove([key], RemovalReason.CORRUPT)
+        record = self._index.record(key)
+        if record != NONE:
+            self._remove([record], RemovalReason.CORRUPT)
 
     def count_loaded(self, length: int) -> None:
         """An engine loaded this many bytes out of a slot by itself."""
@@ -197,60 +250,60 @@ class DramTier:
     def check_integrity(self) -> None:
         """Assert the invariants of this module. Cost: linear in residents."""
         self._slots.check_integrity()
-        self._residents.check_integrity()
-        assert self._key_at == {r.at: r.chunk.key for r in self._residents.records()}
-        assert not self._key_at.keys() & self._leased.keys()
+        self._index.check_integrity()
+        for record in self._index.records(self.all_keys()).tolist():
+            place = self._index.place(record)
+            assert self._slots.owner(place) == record and place not in self._leased
+            assert self.arena.generation(place) == self._index.tag(record)
         assert self.leased_bytes == sum(self._slots.size_of(o) for o in self._leased)
-        for resident in self._residents.records():
-            assert self.arena.generation(resident.at) == resident.generation
 
     # -- below ---------------------------------------------------------------------------
 
     def _store_one(self, item: StoreItem) -> StoreOutcome:
         chunk = item.chunk
-        if chunk.key in self._residents:
+        if chunk.key in self._index:
             return Known()
+        parent = self._index.parent(chunk)
+        if parent != NONE:
+            self._index.pin(parent)  # it must not go to make room for its own child
         slot = self.reserve(chunk.length)
+        if parent != NONE:
+            self._index.unpin(parent)
         if slot is None:
             return Full("host memory holds no chunk that can be evicted for this one")
         _copy(item.data, self.view(slot))
         return self.commit(slot, chunk, sealed=True)
 
     def _load_one(self, item: LoadItem) -> LoadOutcome:
-        resident = self.claim(item.key)
-        if resident is None:
+        record = self.claim(item.key)
+        if record is None:
             return Missing()
         try:
-            _copy(self.view(resident.slot), item.into)
-            if resident.sealed and checksum(self.view(resident.slot)) != resident.chunk.checksum:
+            chunk, data = self.chunk(record), self.view(self.slot(record))
+            _copy(data, item.into)
+            if self.is_sealed(record) and checksum(data) != chunk.checksum:
                 self.quarantine(item.key)
                 return Corrupt("host memory no longer matches its checksum")
         finally:
-            self.unclaim(resident)
-        self._loaded_bytes += resident.chunk.length
-        return Loaded(resident.chunk)
+            self.unclaim(record)
+        self._loaded_bytes += chunk.length
+        return Loaded(chunk)
 
-    def _remove(self, keys: Iterable[Key], reason: RemovalReason) -> None:
-        removed: list[Key] = []
-        for key in keys:
-            resident = self._residents.pop(key)
-            if resident is None:
-                continue
-            del self._key_at[resident.at]
-            resident.gone = True
-            self.arena.advance(resident.at)
-            if not resident.pins:
-                self._free(resident.at)
-            removed.append(key)
-        if removed:
-            self._evictions[reason.value] += len(removed)
-            self._listener.removed(self.name, removed, reason)
+    def _remove(self, records: Sequence[int], reason: RemovalReason) -> None:
+        if not records:
+            return
+        removed = [self._index.key(record) for record in records]
+        for record in records:
+            self.arena.advance(self._index.place(record))
+        self._index.remove_all(records)
+        self._evictions[reason.value] += len(removed)
+        self._listener.removed(self.name, removed, reason)
 
     def _end_lease(self, slot: Slot) -> None:
         if self._leased.get(slot.offset) != slot:
             raise ValueError(f"slot at {slot.offset} is not leased with this generation")
         del self._leased[slot.offset]
-        self.leased_bytes -= self._slots.size_of(slot.offset)
+        self.leased_bytes -= self._slots.slot_bytes(slot.length)
 
     def _free(self, offset: int) -> None:
         self.arena.advance(offset)

@@ -108,8 +108,11 @@ class Instrumented:
             raise
         self._tell("remove", began, 0, {"removed": len(keys)})
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        self._tier.touch(keys)
+    def refusal(self, chunk: Chunk) -> str | None:
+        return self._tier.refusal(chunk)
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        return self._tier.touch(keys)
 
     def usage(self) -> TierUsage:
         return self._tier.usage()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from storage_tiers.base import (
     Chunk,
@@ -24,8 +24,10 @@ from storage_tiers.base import (
     TierName,
     TierUsage,
 )
+from storage_tiers.chunk_index import ChunkIndex
 from storage_tiers.codec import checksum
-from storage_tiers.recency import Recency, Record
+from storage_tiers.leaves import NONE
+from storage_tiers.policy import LruPolicy
 
 
 class MemoryTier:
@@ -37,7 +39,8 @@ class MemoryTier:
         self._name = name
         self._capacity_bytes = capacity_bytes
         self._listener = listener
-        self._index: Recency[Record] = Recency()
+        self._index = ChunkIndex(LruPolicy(), lambda _: None)
+        self.refuse: Callable[[Chunk], str | None] = lambda _: None  # tests have their own
         self.contents: dict[Key, bytearray] = {}  # tests corrupt chunks here
         self._used_bytes = self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()
@@ -53,13 +56,10 @@ class MemoryTier:
         return None
 
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
-        return [r.chunk if (r := self._index.get(key)) is not None else None for key in keys]
+        return self._index.find(keys)
 
     async def store(self, items: Sequence[StoreItem]) -> list[StoreOutcome]:
-        outcomes = [self._store_one(item) for item in items]
-        stored = [item.chunk.key for item in items if item.chunk.key in self._index]
-        self._index.touch(stored[::-1])
-        return outcomes
+        return [self._store_one(item) for item in items]
 
     async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
         return [self._load_one(item) for item in items]
@@ -67,8 +67,11 @@ class MemoryTier:
     async def remove(self, keys: Sequence[Key]) -> None:
         self._drop(keys, RemovalReason.REQUESTED)
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        self._index.touch(keys)
+    def refusal(self, chunk: Chunk) -> str | None:
+        return self.refuse(chunk)
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        return self._index.touch(keys)[1]
 
     def usage(self) -> TierUsage:
         return TierUsage(
@@ -85,7 +88,7 @@ class MemoryTier:
 
     def check_integrity(self) -> None:
         self._index.check_integrity()
-        assert {record.chunk.key for record in self._index.records()} == self.contents.keys()
+        assert set(self._index.all_keys()) == self.contents.keys()
         assert self._used_bytes == sum(map(len, self.contents.values())) <= self._capacity_bytes
 
     def _store_one(self, item: StoreItem) -> StoreOutcome:
@@ -97,40 +100,37 @@ class MemoryTier:
         self.contents[chunk.key] = bytearray(item.data)
         self._used_bytes += chunk.length
         self._stored_bytes += chunk.length
-        self._index.add(Record(chunk))
-        self._index.touch([chunk.key])
+        self._index.add(chunk, 0)
         return Stored()
 
     def _make_room(self, chunk: Chunk) -> bool:
-        kept = {record.chunk.key for record in self._index.ancestors(chunk)}
-        excess = self._used_bytes + chunk.length - self._capacity_bytes
-        victims: list[Key] = []
-        for key in self._index.evictable():
-            if excess <= 0:
-                break
-            if key not in kept:
-                victims.append(key)
-                excess -= len(self.contents[key])
-        if excess > 0:
+        """Evict until the chunk fits, but not its parent, and with it none of its ancestors."""
+        if chunk.length > self._capacity_bytes:
             return False
-        self._drop(victims, RemovalReason.CAPACITY)
+        parent = self._index.parent(chunk)
+        while self._used_bytes + chunk.length > self._capacity_bytes:
+            victim = next((r for r in self._index.evictable() if r != parent), NONE)
+            if victim == NONE:
+                return False
+            self._drop([self._index.key(victim)], RemovalReason.CAPACITY)
         return True
 
     def _load_one(self, item: LoadItem) -> LoadOutcome:
-        record = self._index.get(item.key)
-        if record is None:
+        (chunk,) = self._index.find([item.key])
+        if chunk is None:
             return Missing()
         data = self.contents[item.key]
-        if checksum(data) != record.chunk.checksum:
+        if checksum(data) != chunk.checksum:
             self._corrupt += 1
             self._drop([item.key], RemovalReason.CORRUPT)
             return Corrupt("the bytes do not match the checksum")
         item.into[: len(data)] = data
         self._loaded_bytes += len(data)
-        return Loaded(record.chunk)
+        return Loaded(chunk)
 
     def _drop(self, keys: Iterable[Key], reason: RemovalReason) -> None:
-        removed = [key for key in keys if self._index.pop(key) is not None]
+        removed = [key for key in dict.fromkeys(keys) if key in self._index]
+        self._index.remove_all([self._index.record(key) for key in removed])
         for key in removed:
             self._used_bytes -= len(self.contents.pop(key))
         if removed:

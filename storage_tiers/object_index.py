@@ -7,12 +7,12 @@ several objects (two nodes stored it at a time); it is here as long as one of th
 from __future__ import annotations
 
 import bisect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from storage_tiers.base import Chunk, Key
+from storage_tiers.base import Chunk, Key, tenant_of
 from storage_tiers.objects import ObjectName
 
 _DELETED_MAX: Final = 4096  # names remembered, so that a listing made before does not bring back
@@ -29,6 +29,11 @@ class StoredObject:
     pins: int = 0  # loads under way
     ignored: set[Key] = field(default_factory=set)  # damaged or removed here
 
+    @property
+    def tenant(self) -> int:
+        """The tag of the tenant whose chunks it holds: those of one sequence."""
+        return tenant_of(self.chunks[0].key)
+
     def index_of(self, key: Key) -> int:
         return next(index for index, chunk in enumerate(self.chunks) if chunk.key == key)
 
@@ -42,6 +47,7 @@ class ObjectIndex:
         self._holders: dict[Key, tuple[StoredObject, ...]] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
         self.used_bytes = 0
+        self.tenant_bytes: Counter[int] = Counter()  # by tag of each object's first key
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -76,6 +82,7 @@ class ObjectIndex:
         self._objects[name] = added
         bisect.insort(self._names, name)
         self.used_bytes += added.size_bytes
+        self.tenant_bytes[added.tenant] += added.size_bytes
         fresh: list[Key] = []
         for chunk in added.chunks:
             holders = self._holders.get(chunk.key, ())
@@ -92,6 +99,7 @@ class ObjectIndex:
             return []
         del self._names[bisect.bisect_left(self._names, name)]
         self.used_bytes -= dropped.size_bytes
+        self.tenant_bytes[dropped.tenant] -= dropped.size_bytes
         self._deleted[name] = None
         if len(self._deleted) > _DELETED_MAX:
             self._deleted.popitem(last=False)

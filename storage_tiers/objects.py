@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from storage_tiers.base import KEY_BYTES, Chunk, Key, StoreItem
+from storage_tiers.base import KEY_BYTES, Chunk, Key, StoreItem, tenant_of
 from storage_tiers.codec import checksum
 
 CHUNKS_MAX: Final = 32  # an object; keeps names well below S3's 1024 bytes
@@ -91,18 +91,28 @@ def record_bytes(length: int) -> int:
 
 
 def group(items: Sequence[StoreItem], object_bytes: int) -> list[list[StoreItem]]:
-    """Runs of chunks that follow each other and are equally long, one an object."""
-    groups: list[list[StoreItem]] = []
+    """Which chunks share an object: equally long ones of one tenant, sequence after sequence.
+
+    Each object is filled before the next is begun, because requests cost money; a sequence's chunks
+    lie side by side in it, so that they are read with one range.
+    """
+    sequences: dict[Key, list[StoreItem]] = {}  # by the key of its last chunk so far
     for item in items:
-        if groups:
-            run = groups[-1]
-            last = run[-1].chunk
-            fits = (len(run) + 1) * record_bytes(last.length) <= object_bytes
-            follows = item.chunk.parent == last.key and item.chunk.length == last.length
-            if fits and follows and len(run) < CHUNKS_MAX:
-                run.append(item)
-                continue
-        groups.append([item])
+        chunk = item.chunk
+        sequence = sequences.pop(chunk.parent, []) if chunk.parent is not None else []
+        sequence.append(item)
+        sequences[chunk.key] = sequence
+    groups: list[list[StoreItem]] = []
+    filling: dict[tuple[int, int], list[StoreItem]] = {}  # by length and tenant
+    for sequence in sequences.values():
+        for item in sequence:
+            kind = (item.chunk.length, tenant_of(item.chunk.key))
+            most = min(object_bytes // record_bytes(item.chunk.length), CHUNKS_MAX)
+            run = filling.get(kind)
+            if run is None or len(run) >= most:
+                run = filling[kind] = []
+                groups.append(run)
+            run.append(item)
     return groups
 
 

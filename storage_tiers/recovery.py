@@ -56,15 +56,12 @@ class Directory:
     dropped: Counter[str]
     lock_fd: int
 
-    async def close(self, changes: Changes) -> None:
-        """Record the last changes and give everything up, whatever fails."""
-        try:
-            await self.catalogue.commit(changes)
-        finally:
-            await self.mover.close()
-            await self.catalogue.close()
-            self.file.close()
-            os.close(self.lock_fd)
+    async def close(self) -> None:
+        """Give everything up."""
+        await self.mover.close()
+        await self.catalogue.close()
+        self.file.close()
+        os.close(self.lock_fd)
 
 
 async def open_directory(

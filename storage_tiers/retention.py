@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
@@ -36,6 +37,7 @@ class Retention:
         *,
         appeared: Callable[[Sequence[Key]], None],
         removed: Callable[[Sequence[Key], RemovalReason], None],
+        requests: Counter[str],
         max_age_s: float | None,
         timeout_s: float,
     ) -> None:
@@ -46,6 +48,7 @@ class Retention:
         self._clock = clock
         self._appeared = appeared
         self._removed = removed
+        self._requests = requests
         self._max_age_s = max_age_s
         self._timeout_s = timeout_s
         self._room = asyncio.Lock()
@@ -63,7 +66,7 @@ class Retention:
                 after += f"{max(0, self._newest_ms - _OVERLAP_MS):013d}"
             before = set(self._index.names()) if everything else set()
             seen: set[str] = set()
-            while page := await self.within(self._bucket.list_after(root(self._prefix), after)):
+            while page := await self._list(after):
                 after = page[-1].name
                 seen.update(listed.name for listed in page)
                 self._take_page(page)
@@ -91,6 +94,7 @@ class Retention:
     async def delete(self, names: Sequence[str], reason: RemovalReason) -> None:
         """Out of the bucket, then out of the index. If it fails the index is as before."""
         if names:
+            self._requests["delete"] += 1
             await self.within(self._bucket.delete(names))
             self._removed([key for name in names for key in self._index.drop(name)], reason)
 
@@ -101,6 +105,10 @@ class Retention:
                 return await call
         except TimeoutError as error:
             raise BucketError(f"no answer within {self._timeout_s:g} s") from error
+
+    async def _list(self, after: str) -> Sequence[Listed]:
+        self._requests["list"] += 1
+        return await self.within(self._bucket.list_after(root(self._prefix), after))
 
     def _take_page(self, page: Sequence[Listed]) -> None:
         appeared: list[Key] = []

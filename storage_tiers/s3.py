@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
+from storage_tiers.admission import Admission, AdmitAll
 from storage_tiers.base import (
     Chunk,
     Corrupt,
@@ -39,8 +40,13 @@ from storage_tiers.base import (
     TierListener,
     TierName,
     TierUsage,
+    tenant_of,
 )
 from storage_tiers.bucket import Bucket, BucketError, ObjectMissingError
+from storage_tiers.budget import Budget
+from storage_tiers.chunk_index import fingerprint, relative_cost
+from storage_tiers.eviction import Quotas
+from storage_tiers.leaves import NONE
 from storage_tiers.object_index import ObjectIndex, StoredObject
 from storage_tiers.objects import (
     NODE_PATTERN,
@@ -79,8 +85,12 @@ class S3Tier:
         max_age_s: float | None = None,
         refresh_s: float = 10.0,
         timeout_s: float = 30.0,
+        admission: Admission | None = None,
+        put_budget: Budget | None = None,
+        quotas: Quotas | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`put_budget` is in requests that write an object, the dear ones."""
         if not NODE_PATTERN.fullmatch(node) or len(prefix) > PREFIX_LENGTH_MAX:
             raise TierError(f"node {node!r} or prefix {prefix!r} cannot be in an object's name")
         self._bucket = bucket
@@ -94,6 +104,7 @@ class S3Tier:
         self._session = secrets.token_hex(4)
         self._sequence = itertools.count(1)
         self._index = ObjectIndex()
+        self._requests: Counter[str] = Counter()
         self._retention = Retention(
             bucket,
             self._index,
@@ -102,10 +113,14 @@ class S3Tier:
             clock,
             appeared=lambda keys: listener.appeared(self.name, keys),
             removed=self._tell_removed,
+            requests=self._requests,
             max_age_s=max_age_s,
             timeout_s=timeout_s,
         )
         self._storing: dict[Key, asyncio.Future[bool]] = {}  # keys of PUTs under way
+        self._admission: Admission = AdmitAll() if admission is None else admission
+        self._quotas = quotas or {}
+        self._put_budget = Budget() if put_budget is None else put_budget
         self._puts = asyncio.Semaphore(_PUTS_MAX)
         self._gets = asyncio.Semaphore(_GETS_MAX)
         self._gate = Gate()
@@ -183,8 +198,26 @@ class S3Tier:
             except BucketError:
                 self._errors["delete"] += 1
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        """Nothing: objects go by age, whatever was used."""
+    def refusal(self, chunk: Chunk) -> str | None:
+        if self._put_budget.left <= 0:
+            return "budget"
+        tag = tenant_of(chunk.key)
+        quota = self._quotas.get(tag)
+        if quota is not None and self._index.tenant_bytes[tag] >= quota:
+            return "quota"  # age makes room again, whose objects these are
+        admitted = self._admission.admits(
+            fingerprint(chunk.key),
+            self._clock(),
+            parent=NONE,
+            cost_s=relative_cost(chunk),
+            size_bytes=chunk.length,
+            full=False,
+        )
+        return None if admitted else "admission"
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        """Marks nothing: objects go by age, whatever was used."""
+        return [key for key in keys if self._index.holder(key) is None]
 
     async def refresh(self) -> None:
         """Learn what other nodes stored and deleted, and hold capacity and age."""
@@ -209,6 +242,7 @@ class S3Tier:
             evictions_total=dict(self._evictions),
             corrupt_total=self._corrupt,
             errors_total=dict(self._errors),
+            requests_total=dict(self._requests),
         )
 
     def check_integrity(self) -> None:
@@ -265,6 +299,8 @@ class S3Tier:
                 body = await settled(self._in_thread(build, run))
                 parts = self._new_name(run)
                 name = parts.encode(self._prefix)
+                self._put_budget.spend(1)
+                self._requests["put"] += 1
                 await self._retention.within(self._bucket.put(name, body))
                 self._index.add(name, parts, [item.chunk for item in run])
             except BucketError as error:
@@ -323,6 +359,7 @@ class S3Tier:
         run = range(first, first + count)
         try:
             async with self._gets:
+                self._requests["get"] += 1
                 data = await self._retention.within(
                     self._bucket.get_range(stored.name, first * size, count * size)
                 )

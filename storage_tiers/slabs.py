@@ -6,13 +6,22 @@ slots of one size; an empty slab gives its granules back, so memory moves betwee
 
 A slab of a class always has the same length and starts at a multiple of it. Where a slot lies is
 therefore a pure function of (offset, size), and `place` can rebuild the state after a restart from
-offsets and sizes alone.
+offsets and sizes alone. Each slot in use has an owner, a number of the caller's; what the allocator
+knows of a slot takes 4 bytes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
 
+HELD: Final = -1
+"""The owner of a slot that is in use and has been given none."""
+
+_FREE: Final = -2
+_NO_SLAB: Final = -1
 _WASTE_MAX = 1 / 16  # of a slab, at its tail
 _SLAB_GRANULES_MAX = 16  # unless one slot alone needs more
 _GRANULES_MIN = 64  # small ranges get smaller granules
@@ -23,12 +32,20 @@ class _Slab:
     start: int  # bytes
     length: int  # bytes
     slot_bytes: int
-    used: set[int] = field(default_factory=set)  # offsets
-    free: list[int] = field(default_factory=list)  # offsets, ascending pops from the end
+    owners: array[int]  # by slot: its owner, HELD or _FREE
+    used: int = 0  # slots
+    first_free: int = 0  # no slot before it is free
+
+    def offset_of(self, slot: int) -> int:
+        return self.start + slot * self.slot_bytes
 
 
 class SlabAllocator:
-    """Slots at multiples of `align` within `[0, capacity_bytes)`. O(1) but for a new slab."""
+    """Slots at multiples of `align` within `[0, capacity_bytes)`.
+
+    O(1) but for a new slab, and for finding a slab's next free slot, which is a scan of 4 bytes a
+    slot.
+    """
 
     def __init__(
         self, capacity_bytes: int, *, align: int = 4096, granule_bytes: int = 2 << 20
@@ -40,10 +57,11 @@ class SlabAllocator:
         self.capacity_bytes = capacity_bytes
         self.align = align
         self.used_bytes = 0  # slots handed out, rounding included
-        self._taken = bytearray(capacity_bytes // self.granule_bytes)  # 1: granule is in a slab
-        self._slabs: dict[int, _Slab] = {}  # start -> slab
+        count = capacity_bytes // self.granule_bytes
+        self._taken = bytearray(count)  # 1: granule is in a slab
+        self._slab_starts = array("i", [_NO_SLAB]) * count  # granule -> its slab's first granule
+        self._slabs: dict[int, _Slab] = {}  # first granule -> slab
         self._open: dict[int, dict[int, _Slab]] = {}  # slot size -> start -> slab with free slots
-        self._slot_sizes: dict[int, int] = {}  # offset -> slot size, of slots handed out
         self._lengths: dict[int, int] = {}  # slot size -> slab length, memoised
 
     def slot_bytes(self, size: int) -> int:
@@ -54,52 +72,63 @@ class SlabAllocator:
 
     def allocate(self, size: int) -> int | None:
         """Offset of a free slot for `size` bytes, or None if none is free and no slab fits."""
-        slot = self.slot_bytes(size)
-        slabs = self._open.get(slot)
+        slot_bytes = self.slot_bytes(size)
+        slabs = self._open.get(slot_bytes)
         if slabs:
             slab = next(reversed(slabs.values()))
         else:
-            start = self._find_run(self._slab_length(slot))
+            start = self._find_run(self._slab_length(slot_bytes))
             if start is None:
                 return None
-            slab = self._add_slab(start, slot)
-        offset = slab.free.pop()
-        self._hand_out(slab, offset)
-        return offset
+            slab = self._add_slab(start, slot_bytes)
+        slot = slab.owners.index(_FREE, slab.first_free)
+        self._hand_out(slab, slot)
+        slab.first_free = slot + 1
+        return slab.offset_of(slot)
 
     def free(self, offset: int) -> None:
         """Give a slot back. Raises ValueError for an offset that is not handed out."""
-        slot = self._slot_sizes.pop(offset, None)
-        if slot is None:
-            raise ValueError(f"offset {offset} is not allocated")
-        slab = self._slab_at(offset, slot)
-        slab.used.remove(offset)
-        slab.free.append(offset)
-        self.used_bytes -= slot
+        slab, slot = self._locate(offset)
+        slab.owners[slot] = _FREE
+        slab.used -= 1
+        slab.first_free = min(slab.first_free, slot)
+        self.used_bytes -= slab.slot_bytes
         if slab.used:
-            self._open.setdefault(slot, {})[slab.start] = slab
+            self._open.setdefault(slab.slot_bytes, {})[slab.start] = slab
         else:
             self._drop_slab(slab)
 
     def place(self, offset: int, size: int) -> None:
         """Hand out exactly this slot, as `allocate` once did. Raises ValueError if it cannot be."""
-        slot = self.slot_bytes(size)
-        length = self._slab_length(slot)
+        slot_bytes = self.slot_bytes(size)
+        length = self._slab_length(slot_bytes)
         start = offset // length * length if offset >= 0 else -1
         if start < 0 or start + length > len(self._taken) * self.granule_bytes:
-            raise ValueError(f"slot at {offset} of {slot} bytes is outside the range")
-        slab = self._slabs.get(start)
-        if slab is None:
-            first, count = start // self.granule_bytes, length // self.granule_bytes
+            raise ValueError(f"slot at {offset} of {slot_bytes} bytes is outside the range")
+        first, count = start // self.granule_bytes, length // self.granule_bytes
+        slab = self._slabs.get(first)
+        if slab is None or slab.slot_bytes != slot_bytes:
             if any(self._taken[first : first + count]):
-                raise ValueError(f"slot at {offset} of {slot} bytes overlaps another slab")
-            if (offset - start) % slot or offset + slot > start + length:
-                raise ValueError(f"no slot of {slot} bytes starts at {offset}")
-            slab = self._add_slab(start, slot)
-        if slab.slot_bytes != slot or offset not in slab.free:
-            raise ValueError(f"slot at {offset} of {slot} bytes overlaps another slot")
-        slab.free.remove(offset)
-        self._hand_out(slab, offset)
+                raise ValueError(f"slot at {offset} of {slot_bytes} bytes overlaps another slab")
+            slab = None
+        slot, rest = divmod(offset - start, slot_bytes)
+        if rest or offset + slot_bytes > start + length:
+            raise ValueError(f"no slot of {slot_bytes} bytes starts at {offset}")
+        if slab is None:
+            slab = self._add_slab(start, slot_bytes)
+        if slab.owners[slot] != _FREE:
+            raise ValueError(f"slot at {offset} of {slot_bytes} bytes overlaps another slot")
+        self._hand_out(slab, slot)
+
+    def set_owner(self, offset: int, owner: int) -> None:
+        """Note whose a slot in use is; `owner` is not negative, or HELD."""
+        slab, slot = self._locate(offset)
+        slab.owners[slot] = owner
+
+    def owner(self, offset: int) -> int:
+        """Whose a slot in use is, or HELD. Raises ValueError for one that is not in use."""
+        slab, slot = self._locate(offset)
+        return slab.owners[slot]
 
     def blockers(self, offset: int, size: int) -> list[int]:
         """Slots that must be freed for a slab of `size` to be formed around `offset`.
@@ -110,59 +139,60 @@ class SlabAllocator:
         start = offset // length * length
         if start + length > len(self._taken) * self.granule_bytes:
             return []
-        found: list[int] = []
         first = start // self.granule_bytes
-        seen: set[int] = set()
-        for granule in range(first, first + length // self.granule_bytes):
-            slab = self._slab_covering(granule * self.granule_bytes)
-            if slab is not None and slab.start not in seen:
-                seen.add(slab.start)
-                found.extend(slab.used)
-        return found
+        slabs = set(self._slab_starts[first : first + length // self.granule_bytes]) - {_NO_SLAB}
+        return [offset for at in sorted(slabs) for offset in self._used_in(self._slabs[at])]
 
     def size_of(self, offset: int) -> int:
-        """Slot size at an offset that is handed out (KeyError otherwise)."""
-        return self._slot_sizes[offset]
+        """Slot size at an offset that is handed out. Raises ValueError otherwise."""
+        return self._locate(offset)[0].slot_bytes
 
     def fits(self, size: int) -> bool:
         """Whether an empty allocator could hold one slot of this size at all."""
         return self._slab_length(self.slot_bytes(size)) <= len(self._taken) * self.granule_bytes
 
+    def has_room(self, size: int) -> bool:
+        """Whether `allocate` would find a slot."""
+        slot_bytes = self.slot_bytes(size)
+        return bool(self._open.get(slot_bytes)) or (
+            self._find_run(self._slab_length(slot_bytes)) is not None
+        )
+
     def check_integrity(self) -> None:
         """Assert that slabs, slots and counters agree. Cost: linear in slots."""
         covered = bytearray(len(self._taken))
-        handed_out = 0
-        for start, slab in self._slabs.items():
-            assert start == slab.start and start % slab.length == 0
-            first, count = start // self.granule_bytes, slab.length // self.granule_bytes
+        starts = array("i", [_NO_SLAB]) * len(self._taken)
+        used_bytes = 0
+        for first, slab in self._slabs.items():
+            assert first * self.granule_bytes == slab.start and slab.start % slab.length == 0
+            count = slab.length // self.granule_bytes
             assert not any(covered[first : first + count]), "slabs overlap"
             covered[first : first + count] = b"\x01" * count
-            slots = {*slab.used, *slab.free}
-            assert len(slots) == len(slab.used) + len(slab.free) == slab.length // slab.slot_bytes
-            assert all((o - start) % slab.slot_bytes == 0 for o in slots)
-            assert slab.used, "an empty slab was kept"
-            assert bool(slab.free) == (start in self._open.get(slab.slot_bytes, {}))
-            assert all(self._slot_sizes[o] == slab.slot_bytes for o in slab.used)
-            handed_out += len(slab.used)
-        assert covered == self._taken
-        assert handed_out == len(self._slot_sizes)
-        assert self.used_bytes == sum(self._slot_sizes.values()) <= self.capacity_bytes
+            starts[first : first + count] = array("i", [first]) * count
+            assert len(slab.owners) == slab.length // slab.slot_bytes
+            free = slab.owners.count(_FREE)
+            assert slab.used == len(slab.owners) - free > 0, "an empty slab was kept"
+            assert _FREE not in slab.owners[: slab.first_free]
+            assert bool(free) == (slab.start in self._open.get(slab.slot_bytes, {}))
+            used_bytes += slab.used * slab.slot_bytes
+        assert covered == self._taken and starts == self._slab_starts
+        assert self.used_bytes == used_bytes <= self.capacity_bytes
 
     # -- below: one slab at a time -------------------------------------------------------
 
-    def _slab_length(self, slot: int) -> int:
-        known = self._lengths.get(slot)
+    def _slab_length(self, slot_bytes: int) -> int:
+        known = self._lengths.get(slot_bytes)
         if known is not None:
             return known
-        fewest = -(-slot // self.granule_bytes)
+        fewest = -(-slot_bytes // self.granule_bytes)
         best, best_waste = fewest, 1.0
         for count in range(fewest, max(_SLAB_GRANULES_MAX, fewest) + 1):
-            waste = (count * self.granule_bytes % slot) / (count * self.granule_bytes)
+            waste = (count * self.granule_bytes % slot_bytes) / (count * self.granule_bytes)
             if waste < best_waste:
                 best, best_waste = count, waste
             if waste <= _WASTE_MAX:
                 break
-        self._lengths[slot] = best * self.granule_bytes
+        self._lengths[slot_bytes] = best * self.granule_bytes
         return best * self.granule_bytes
 
     def _find_run(self, length: int) -> int | None:
@@ -176,37 +206,42 @@ class SlabAllocator:
             at = self._taken.find(free_run, aligned)
         return None
 
-    def _add_slab(self, start: int, slot: int) -> _Slab:
-        length = self._slab_length(slot)
+    def _add_slab(self, start: int, slot_bytes: int) -> _Slab:
+        length = self._slab_length(slot_bytes)
         first, count = start // self.granule_bytes, length // self.granule_bytes
         self._taken[first : first + count] = b"\x01" * count
-        free = list(range(start, start + length - slot + 1, slot))[::-1]
-        slab = _Slab(start, length, slot, set(), free)
-        self._slabs[start] = slab
-        self._open.setdefault(slot, {})[start] = slab
+        self._slab_starts[first : first + count] = array("i", [first]) * count
+        slab = _Slab(start, length, slot_bytes, array("i", [_FREE]) * (length // slot_bytes))
+        self._slabs[first] = slab
+        self._open.setdefault(slot_bytes, {})[start] = slab
         return slab
 
     def _drop_slab(self, slab: _Slab) -> None:
         first, count = slab.start // self.granule_bytes, slab.length // self.granule_bytes
         self._taken[first : first + count] = bytes(count)
-        del self._slabs[slab.start]
+        self._slab_starts[first : first + count] = array("i", [_NO_SLAB]) * count
+        del self._slabs[first]
         self._open.get(slab.slot_bytes, {}).pop(slab.start, None)
 
-    def _hand_out(self, slab: _Slab, offset: int) -> None:
-        slab.used.add(offset)
-        self._slot_sizes[offset] = slab.slot_bytes
+    def _hand_out(self, slab: _Slab, slot: int) -> None:
+        slab.owners[slot] = HELD
+        slab.used += 1
         self.used_bytes += slab.slot_bytes
-        if not slab.free:
+        if slab.used == len(slab.owners):
             del self._open[slab.slot_bytes][slab.start]
 
-    def _slab_at(self, offset: int, slot: int) -> _Slab:
-        length = self._slab_length(slot)
-        return self._slabs[offset // length * length]
+    def _locate(self, offset: int) -> tuple[_Slab, int]:
+        """The slab and slot number at an offset in use. Raises ValueError for any other."""
+        granule = offset // self.granule_bytes
+        first = self._slab_starts[granule] if 0 <= granule < len(self._taken) else _NO_SLAB
+        if first != _NO_SLAB:
+            slab = self._slabs[first]
+            slot, rest = divmod(offset - slab.start, slab.slot_bytes)
+            if not rest and slot < len(slab.owners) and slab.owners[slot] != _FREE:
+                return slab, slot
+        raise ValueError(f"offset {offset} is not allocated")
 
-    def _slab_covering(self, position: int) -> _Slab | None:
-        """The slab whose run covers a byte position; slab lengths are few, so try each."""
-        for length in set(self._lengths.values()):
-            slab = self._slabs.get(position // length * length)
-            if slab is not None and slab.length > position - slab.start:
-                return slab
-        return None
+    def _used_in(self, slab: _Slab) -> Iterator[int]:
+        for slot, owner in enumerate(slab.owners):
+            if owner != _FREE:
+                yield slab.offset_of(slot)

@@ -47,9 +47,9 @@ class RecordingListener:
         self.went.extend((key, reason) for key in keys)
 
 
-def make_key(name: object) -> Key:
-    """A key that is the same for the same name."""
-    return Key(hashlib.blake2b(str(name).encode(), digest_size=16).digest())
+def make_key(name: object, tenant: int = 0) -> Key:
+    """A key that is the same for the same name and tenant's tag."""
+    return Key(hashlib.blake2b(str(name).encode(), digest_size=15).digest() + bytes([tenant]))
 
 
 def make_items(

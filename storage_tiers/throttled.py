@@ -74,8 +74,11 @@ class Throttled:
     async def remove(self, keys: Sequence[Key]) -> None:
         await self._tier.remove(keys)
 
-    def touch(self, keys: Sequence[Key]) -> None:
-        self._tier.touch(keys)
+    def refusal(self, chunk: Chunk) -> str | None:
+        return self._tier.refusal(chunk)
+
+    def touch(self, keys: Sequence[Key]) -> list[Key]:
+        return self._tier.touch(keys)
 
     def usage(self) -> TierUsage:
         return self._tier.usage()

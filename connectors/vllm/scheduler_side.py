@@ -120,12 +120,7 @@ class KvbmManager(OffloadingManager):
         if known is not None and known.must_compute:
             return
         chains = [
-            {
-                position: key_of(
-                    self._namespace, get_offload_block_hash(key), get_offload_group_idx(key)
-                )
-                for position, key in enumerate(group_keys)
-            }
+            {position: self._key_of(key) for position, key in enumerate(group_keys)}
             for group_keys in keys
         ]
         request = self._requests.setdefault(req_id, _Request(chains))
@@ -307,9 +302,18 @@ class KvbmManager(OffloadingManager):
         group = self._groups[place]
         position = (end // group.tokens_per_chunk - 1) if end else 0
         chain = request.chains[place]
-        name = key_of(self._namespace, get_offload_block_hash(key), group.index)
+        name = self._key_of(key)
         chain[position] = name
         return Filled(name, chain.get(position - 1), position, slot)
+
+    def _key_of(self, key: OffloadKey) -> Key:
+        return key_of(
+            self._namespace,
+            get_offload_block_hash(key),
+            get_offload_group_idx(key),
+            salt=self.client.salt,
+            tag=self.client.tag,
+        )
 
     # -- the rest of the seam ------------------------------------------------------------
 

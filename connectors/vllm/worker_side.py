@@ -213,7 +213,7 @@ class KvbmWorker(OffloadingWorker):
             raise TransferError(f"it waited {waited_s:.1f} s, longer than its deadline")
         arena = _arena_of(job)
         self._check_generations(job, arena)
-        copied = sum(self._pages.scatter(plan) for plan in self._plans(job, arena))
+        copied = self._pages.scatter(self._plans(job, arena))
         self._check_generations(job, arena)
         return copied
 
@@ -225,7 +225,7 @@ class KvbmWorker(OffloadingWorker):
         try:
             arena = _arena_of(job)
             self._check_generations(job, arena)
-            return sum(self._pages.gather(plan) for plan in self._plans(job, arena))
+            return self._pages.gather(self._plans(job, arena))
         finally:
             with self._changed:
                 self._storing = False

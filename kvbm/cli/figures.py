@@ -54,9 +54,9 @@ def bounded(name: str, unit: str, ours: Sequence[float], most: float | None) -> 
     }
 
 
-def tell(benchmark: str, rows: Sequence[Row]) -> None:
+def tell(benchmark: str, rows: Sequence[Row], *, table: bool = True) -> None:
     """A table to standard error for people, one JSON line to standard output."""
-    for line in lines(rows):
+    for line in lines(rows) if table else ():
         print(line, file=sys.stderr)
     print(json.dumps({"benchmark": benchmark, "results": list(rows)}))
 
@@ -72,6 +72,22 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         target = "" if row["target"] is None else f" (target {row['target']:g})"
         mark = "" if row["ok"] else "  MISSED"
         yield f"{row['name']:<34} {row['value']:>9g} {row['unit']:<6} {against}{target}{mark}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as a Markdown table: medians, ranges in brackets."""
+    told = ["| row | ours | against | ratio | target | |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        ours = f"{row['value']:g} [{row['min']:g}, {row['max']:g}] {row['unit']}"
+        against = ratio = ""
+        if "against" in row:
+            spread = f"[{row['against_min']:g}, {row['against_max']:g}]"
+            against = f"{row['against_value']:g} {spread} {row['against']}"
+            ratio = f"{row['ratio']:.2f}"
+        target = "" if row["target"] is None else f"{row['target']:g}"
+        mark = "" if row["target"] is None else "met" if row["ok"] else "missed"
+        told.append(f"| {row['name']} | {ours} | {against} | {ratio} | {target} | {mark} |")
+    return "\n".join(told)
 
 
 def interleaved(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -23,19 +24,20 @@ class BareFile:
         os.posix_fallocate(self._fd, 0, size_bytes)
         self._pool = ThreadPoolExecutor(IN_FLIGHT)
 
-    def write(self, buffers: Sequence[memoryview], size: int) -> None:
-        """Every buffer of `size` bytes, one after the other in the file, durably."""
-        list(
-            self._pool.map(lambda i: os.pwrite(self._fd, buffers[i], i * size), range(len(buffers)))
-        )
+    def write(self, buffers: Sequence[memoryview], size: int) -> float:
+        """Seconds for every buffer of `size` bytes, one after the other in the file, durably."""
+        began = time.perf_counter()
+        self._each(lambda i: os.pwrite(self._fd, buffers[i], i * size), len(buffers))
         os.fdatasync(self._fd)
+        return time.perf_counter() - began
 
-    def read(self, buffers: Sequence[memoryview], size: int) -> None:
-        list(
-            self._pool.map(
-                lambda i: os.preadv(self._fd, [buffers[i]], i * size), range(len(buffers))
-            )
-        )
+    def read(self, buffers: Sequence[memoryview], size: int) -> float:
+        began = time.perf_counter()
+        self._each(lambda i: os.preadv(self._fd, [buffers[i]], i * size), len(buffers))
+        return time.perf_counter() - began
+
+    def _each(self, move: Callable[[int], int], count: int) -> None:
+        list(self._pool.map(move, range(count)))
 
     def close(self) -> None:
         self._pool.shutdown()

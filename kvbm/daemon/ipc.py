@@ -61,10 +61,10 @@ class _Connection(asyncio.Protocol):
         self._is_closed = False
         self._is_violator = False  # nothing it says counts any more
 
-    def join(self) -> int:
-        """Become a member; the session's number. Raises Refusal."""
+    def join(self) -> Session:
+        """Become a member. Raises Refusal."""
         self._session = self._sessions.join(self)
-        return self._session.number
+        return self._session
 
     def send(self, message: FromDaemon) -> None:
         transport = self._transport
@@ -226,7 +226,10 @@ class ControlSocket:
             session = connection.join()
             fds = [self._arena.fd] if hello.role == "worker" else []
             # A small first message on a fresh socket: it is sent whole or not at all.
-            welcome = encode(Welcome(VERSION, self._arena.epoch, session))
+            tenant = session.tenant
+            welcome = encode(
+                Welcome(VERSION, self._arena.epoch, session.number, tenant.salt, tenant.tag)
+            )
             socket.send_fds(sock, [welcome], fds)
             protocol = connection
             transport, _ = await loop.create_unix_connection(lambda: protocol, sock=sock)

@@ -41,6 +41,7 @@ SPECS: Final = (
     Spec("kvbm_tier_loaded_bytes_total", "counter", "Bytes read from a tier.", ("tier",)),
     Spec("kvbm_evictions_total", "counter", "Chunks a tier removed.", ("tier", "reason")),
     Spec("kvbm_corrupt_chunks_total", "counter", "Chunks failing their checksum.", ("tier",)),
+    Spec("kvbm_tier_requests_total", "counter", "Requests that S3 counts.", ("tier", "op")),
     Spec("kvbm_tier_errors_total", "counter", "Operations a medium failed.", ("tier", "op")),
     Spec("kvbm_lookup_blocks_total", "counter", "Chunks asked for.", ("tier", "outcome")),
     Spec("kvbm_transfer_bytes_total", "counter", "Bytes moved.", ("source", "target")),
@@ -177,6 +178,9 @@ def _of_tier(usage: TierUsage) -> Samples:
         "kvbm_tier_loaded_bytes_total": {(tier,): usage.loaded_bytes_total},
         "kvbm_evictions_total": {(tier, r): count for r, count in usage.evictions_total.items()},
         "kvbm_corrupt_chunks_total": {(tier,): usage.corrupt_total},
+        "kvbm_tier_requests_total": {
+            (tier, op): count for op, count in usage.requests_total.items()
+        },
         "kvbm_tier_errors_total": {(tier, op): count for op, count in usage.errors_total.items()},
     }
 

@@ -11,7 +11,7 @@ from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.tiers import make_lower_tiers
+from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
     ChunkStatus,
     DrainStatus,
@@ -58,17 +58,24 @@ class Node:
         )
         catalogue = Catalogue(self.blocks)
         self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
-        self.dram = DramTier(self.arena, catalogue)
+        tenants = make_tenants(settings)
+        self.dram = DramTier(
+            self.arena,
+            catalogue,
+            policy=make_policy(settings.dram.eviction),
+            admission=make_admission(settings.dram.admission),
+            quotas=tenants.quotas(TierName.DRAM),
+        )
         self.manager = BlockManager(
             self.dram,
-            make_lower_tiers(settings, catalogue),
+            make_lower_tiers(settings, catalogue, tenants),
             self.blocks,
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
         )
-        self.members = Sessions(self.manager)
+        self.members = Sessions(self.manager, tenants)
         self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
         self.patrols = [
             Patrol(
@@ -169,10 +176,12 @@ class Node:
 
     def chunk(self, key: Key) -> ChunkStatus:
         residencies: list[Residency] = []
-        if (resident := self.dram.claim(key)) is not None:
-            claims = resident.pins - 1  # ours is to look at it
-            self.dram.unclaim(resident)
-            residencies.append(Residency(self.dram.name, resident.chunk, resident.sealed, claims))
+        dram = self.dram
+        if (record := dram.claim(key)) is not None:
+            claims = dram.claims_on(record) - 1  # ours is to look at it
+            sealed = dram.is_sealed(record)
+            residencies.append(Residency(dram.name, dram.chunk(record), sealed, claims))
+            dram.unclaim(record)
         for tier in self.manager.tiers:
             (chunk,) = tier.find([key])
             if chunk is not None:
@@ -183,10 +192,14 @@ class Node:
         return self.operations.quarantine()
 
     def policies(self) -> Sequence[PolicyStatus]:
-        return [
-            PolicyStatus(tier.name, "all", "age" if tier.name is TierName.S3 else "lru")
-            for tier in self.all_tiers
-        ]
+        dram, ssd, s3 = self.settings.dram, self.settings.ssd, self.settings.s3
+        found = [PolicyStatus(TierName.DRAM, dram.admission, dram.eviction)]
+        if ssd is not None:
+            budget = ssd.write_budget
+            found.append(PolicyStatus(TierName.SSD, ssd.admission, ssd.eviction, budget, "bytes"))
+        if s3 is not None:
+            found.append(PolicyStatus(TierName.S3, s3.admission, "age", s3.put_budget, "requests"))
+        return found
 
     def drain_status(self) -> DrainStatus:
         return self.operations.drain_status()

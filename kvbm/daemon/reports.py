@@ -49,6 +49,7 @@ class TierReport(BaseModel):
     evictions: dict[str, int]
     corrupt: int
     errors: dict[str, int]
+    requests: dict[str, int]  # paid ones, of S3
     rates: list[Rate]
 
     @classmethod
@@ -66,6 +67,7 @@ class TierReport(BaseModel):
             evictions={str(reason): count for reason, count in usage.evictions_total.items()},
             corrupt=usage.corrupt_total,
             errors=usage.errors_total,
+            requests=usage.requests_total,
             rates=list(rates),
         )
 

@@ -33,8 +33,16 @@ _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
 _OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE}
+_SALT_LENGTH_MIN: Final = 16
 _TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+
+
+Eviction = Literal["lru", "s3-fifo", "value"]
+_EVICTION: Final = (
+    "Which chunk goes first: `lru`, `s3-fifo` (which what is used once cannot flush), or `value`: "
+    "chance of reuse, learnt while running, times what computing it again costs, by its bytes."
+)
 
 
 class DramSettings(Section):
@@ -51,6 +59,11 @@ class DramSettings(Section):
         default=3600.0,
         description="Time for one pass that checks every chunk in host memory against its "
         "checksum; 0 for none.",
+    )
+    eviction: Eviction = Field(default="value", description=_EVICTION)
+    admission: Literal["all", "seen-twice"] = Field(
+        default="all",
+        description="Which chunks are taken in: `all`, or those that were offered before.",
     )
 
 
@@ -69,7 +82,18 @@ class SsdSettings(Section):
         description="What moves the bytes: `nixl`, `plain` (preadv and pwritev), or `auto`: NIXL "
         "where it loads.",
     )
-
+    eviction: Eviction = Field(default="value", description=_EVICTION)
+    admission: Literal["all", "seen-twice", "value"] = Field(
+        default="all",
+        description="Which chunks are written: `all`, those that were offered before "
+        "(`seen-twice`), or those worth at least what would go for them (`value`).",
+    )
+    write_budget: Size | None = Field(
+        default=None,
+        gt=0,
+        description="Most that is written in a day, in bytes, to spare the drive; what is unused "
+        "is kept for an hour. `null` for no bound.",
+    )
     scrub_interval: Duration = Field(
         default=7 * 86400.0,
         description="Time for one pass that reads back every chunk on the SSD and checks it; 0 for "
@@ -80,6 +104,12 @@ class SsdSettings(Section):
         ge=1 << 20,
         description="Most that scrubbing the SSD reads in a second. It gives way to engines.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.admission == "value" and self.eviction != "value":
+            raise ValueError(f"admission value needs eviction value, not {self.eviction}")
+        return self
 
     @field_validator("path")
     @classmethod
@@ -123,6 +153,16 @@ class S3Settings(Section):
     refresh: Duration = Field(
         default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
     )
+    admission: Literal["all", "seen-twice"] = Field(
+        default="all",
+        description="Which chunks are written: `all`, or those that were offered before.",
+    )
+    put_budget: int | None = Field(
+        default=None,
+        gt=0,
+        description="Most objects written in a day by this node, for each costs money; what is "
+        "unused is kept for an hour. `null` for no bound.",
+    )
 
     @field_validator("bucket")
     @classmethod
@@ -155,6 +195,37 @@ class S3Settings(Section):
                 f"object_bytes {format_size(self.object_bytes)}"
             )
         return self
+
+
+class TenantSettings(Section):
+    tag: int = Field(
+        ge=1,
+        le=255,
+        description="A number of the tenant's own, the same on all nodes and for ever: chunks are "
+        "told apart by it.",
+    )
+    salt: Secret = Field(
+        description="Goes into every key, or `file:PATH`; at least 16 characters, the same on all "
+        "nodes that share chunks."
+    )
+    dram_quota: Size | None = Field(
+        default=None, gt=0, description="Most of host memory its chunks may take; `null`: all."
+    )
+    ssd_quota: Size | None = Field(
+        default=None, gt=0, description="Most of the SSD its chunks may take; `null`: all."
+    )
+    s3_quota: Size | None = Field(
+        default=None,
+        gt=0,
+        description="Beyond this much of its chunks in S3 this node adds none; `null`: no bound.",
+    )
+
+    @field_validator("salt")
+    @classmethod
+    def _long(cls, salt: SecretStr) -> SecretStr:
+        if len(salt.get_secret_value()) < _SALT_LENGTH_MIN:
+            raise ValueError(f"a salt has at least {_SALT_LENGTH_MIN} characters")
+        return salt
 
 
 class AdminSettings(Section):
@@ -273,10 +344,26 @@ class DaemonSettings(Settings):
         default=OnboardSettings(), description="Bringing up: S3 or SSD to host memory."
     )
 
+    tenants: dict[str, TenantSettings] = Field(
+        default={},
+        description="By name, which engines give as `tenant` in `kv_connector_extra_config`. "
+        "Tenants share nothing. If there are any, an engine of none is refused.",
+    )
+
     @property
     def onboard_bytes_max(self) -> int:
         given = self.onboard.max_bytes_in_flight
         return self.dram.capacity // 4 if given is None else given
+
+    @field_validator("tenants")
+    @classmethod
+    def _distinct_tags(cls, tenants: dict[str, TenantSettings]) -> dict[str, TenantSettings]:
+        by_tag: dict[int, str] = {}
+        for name, tenant in tenants.items():
+            other = by_tag.setdefault(tenant.tag, name)
+            if other != name:
+                raise ValueError(f"{other!r} and {name!r} have the same tag {tenant.tag}")
+        return tenants
 
     @field_validator("socket")
     @classmethod

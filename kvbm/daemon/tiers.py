@@ -1,39 +1,94 @@
-"""The lower tiers that the settings ask for, each with how it wants its writes."""
+"""The tiers' parts that the settings ask for: policies, and the lower tiers themselves."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+
 from pydantic import SecretStr
 
-from kvbm.daemon.settings import DaemonSettings, OffloadSettings, S3Settings, SsdSettings
+from kvbm.daemon.settings import (
+    DaemonSettings,
+    Eviction,
+    OffloadSettings,
+    S3Settings,
+    SsdSettings,
+)
 from kvbm.offload import LaneSettings
-from storage_tiers.base import Tier, TierListener
+from kvbm.tenants import Tenant, Tenants
+from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitValue
+from storage_tiers.base import Tier, TierListener, TierName
+from storage_tiers.budget import Budget
+from storage_tiers.eviction import Quotas
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
 
 OBJECTS_IN_FLIGHT = 4
+OFFERS_REMEMBERED = 1 << 20
+"""By seen-twice admission, 8 bytes each."""
+
+_POLICIES: dict[Eviction, Callable[[], EvictionPolicy]] = {
+    "lru": LruPolicy,
+    "s3-fifo": S3FifoPolicy,
+    "value": ValuePolicy,
+}
+
+
+def make_policy(name: Eviction) -> EvictionPolicy:
+    return _POLICIES[name]()
+
+
+def make_admission(name: str, policy: EvictionPolicy | None = None) -> Admission:
+    """`policy` is the one that values chunks, for value admission."""
+    if name == "value":
+        assert isinstance(policy, ValuePolicy), "the settings see to it"
+        return AdmitValue(policy)
+    return AdmitSeenTwice(OFFERS_REMEMBERED) if name == "seen-twice" else AdmitAll()
+
+
+def make_tenants(settings: DaemonSettings) -> Tenants:
+    tenants: list[Tenant] = []
+    for name, given in settings.tenants.items():
+        quotas = {
+            TierName.DRAM: given.dram_quota,
+            TierName.SSD: given.ssd_quota,
+            TierName.S3: given.s3_quota,
+        }
+        salt = hashlib.sha256(given.salt.get_secret_value().encode()).digest()
+        bounds = {tier: quota for tier, quota in quotas.items() if quota is not None}
+        tenants.append(Tenant(name, given.tag, salt, bounds))
+    return Tenants(tenants)
 
 
 def make_lower_tiers(
-    settings: DaemonSettings, listener: TierListener
+    settings: DaemonSettings, listener: TierListener, tenants: Tenants
 ) -> list[tuple[Tier, LaneSettings]]:
     """Fastest first, not opened."""
     lower: list[tuple[Tier, LaneSettings]] = []
     if settings.ssd is not None:
-        lower.append(_ssd(settings.ssd, settings.offload, listener))
+        quotas = tenants.quotas(TierName.SSD)
+        lower.append(_ssd(settings.ssd, settings.offload, listener, quotas))
     if settings.s3 is not None:
-        lower.append(_s3(settings.s3, settings.offload, listener, settings.node))
+        quotas = tenants.quotas(TierName.S3)
+        lower.append(_s3(settings.s3, settings.offload, listener, settings.node, quotas))
     return lower
 
 
 def _ssd(
-    settings: SsdSettings, offload: OffloadSettings, listener: TierListener
+    settings: SsdSettings, offload: OffloadSettings, listener: TierListener, quotas: Quotas
 ) -> tuple[Tier, LaneSettings]:
     from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
+    policy = make_policy(settings.eviction)
     tier = SsdTier(
         settings.path,
         settings.capacity,
         listener,
         recover=settings.recover,
         mover=settings.mover,
+        policy=policy,
+        admission=make_admission(settings.admission, policy),
+        write_budget=Budget(settings.write_budget),
+        quotas=quotas,
     )
     lane = LaneSettings(
         batch_chunks=offload.batch_chunks,
@@ -45,7 +100,11 @@ def _ssd(
 
 
 def _s3(
-    settings: S3Settings, offload: OffloadSettings, listener: TierListener, node: str
+    settings: S3Settings,
+    offload: OffloadSettings,
+    listener: TierListener,
+    node: str,
+    quotas: Quotas,
 ) -> tuple[Tier, LaneSettings]:
     from storage_tiers.bucket import S3Bucket
     from storage_tiers.s3 import S3Tier
@@ -66,6 +125,9 @@ def _s3(
         object_bytes=settings.object_bytes,
         max_age_s=settings.max_age,
         refresh_s=settings.refresh,
+        admission=make_admission(settings.admission),
+        put_budget=Budget(settings.put_budget),
+        quotas=quotas,
     )
     lane = LaneSettings(
         # A batch is cut into objects: what fills one counts, not how many chunks that takes.

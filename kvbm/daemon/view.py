@@ -88,6 +88,8 @@ class PolicyStatus:
     tier: TierName
     admission: str
     eviction: str
+    budget_per_day: int | None = None  # for what it writes
+    budget_unit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

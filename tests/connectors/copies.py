@@ -110,7 +110,7 @@ ONE_BLOCK = Shape([64], [[0]], 1, [1], [0])
 
 
 class Watched:
-    """`PageAccess` that calls `during` before the end of each copy."""
+    """`PageAccess` that calls `during` before the end of each job's copies."""
 
     def __init__(self, pages: PageAccess, during: During) -> None:
         self._pages = pages
@@ -119,12 +119,12 @@ class Watched:
     def block_bytes(self, group: int) -> int:
         return self._pages.block_bytes(group)
 
-    def gather(self, plan: CopyPlan) -> int:
+    def gather(self, plans: Sequence[CopyPlan]) -> int:
         self._during()
-        return self._pages.gather(plan)
+        return self._pages.gather(plans)
 
-    def scatter(self, plan: CopyPlan) -> int:
-        copied = self._pages.scatter(plan)
+    def scatter(self, plans: Sequence[CopyPlan]) -> int:
+        copied = self._pages.scatter(plans)
         self._during()
         return copied
 

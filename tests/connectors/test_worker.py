@@ -210,7 +210,7 @@ def test_vllms_tensors_are_reached_where_they_are() -> None:
     pages = host_pages(caches)
     assert [pages.block_bytes(group) for group in (0, 1)] == [16, 8]
     stripe = np.full(8, 5, dtype=np.uint8)
-    pages.scatter(CopyPlan(1, [3], 0, stripe))
+    pages.scatter([CopyPlan(1, [3], 0, stripe)])
     assert packed[3].tolist() == [5] * 8 and packed.sum() == 40
 
 

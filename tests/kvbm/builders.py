@@ -11,6 +11,7 @@ from typing import Any
 from kvbm.manager import Arrivals, BlockManager, Catalogue, Ticket, Wanted
 from kvbm.meter import CountingMeter
 from kvbm.offload import LaneSettings
+from kvbm.protocol import unpack_slots
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Chunk, Key, StoreItem, Tier, TierName
 from storage_tiers.dram import DramTier
@@ -116,7 +117,7 @@ class Node:
 
     def residencies(self) -> set[tuple[TierName, Key]]:
         """Which chunk really is in which tier."""
-        found = {(TierName.DRAM, key) for key in self.dram.oldest(len(self.dram))}
+        found = {(TierName.DRAM, key) for key in self.dram.all_keys()}
         for memory in self.memories:
             found |= {(memory.name, key) for key in memory.contents}
         return found
@@ -145,6 +146,7 @@ class Node:
         asked = Asked()
         asked.ticket = self.manager.match(groups, asked.arrivals.append)
         assert not asked.arrivals, "told from within the call"
+        self.manager.note_use(asked.ticket)
         return asked
 
 
@@ -162,7 +164,7 @@ class Asked:
     @property
     def here(self) -> dict[int, int]:
         """Index -> source of what was there at once."""
-        return {index: source for index, source, _ in self.ticket.here}
+        return {index: source for index, source, _ in unpack_slots(self.ticket.here)}
 
     @property
     def landed(self) -> dict[int, int]:

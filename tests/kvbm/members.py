@@ -39,9 +39,11 @@ def make_hello(
     group_bytes: Sequence[int] = (CHUNK_BYTES,),
     replicated: bool = False,
     version: int = VERSION,
+    tenant: str = "",
 ) -> Hello:
+    fingerprint = {"test": "yes", "tenant": tenant}
     sizes = list(group_bytes) if role == "worker" else []
-    return Hello(version, role, engine, rank, world_size, {"test": "yes"}, sizes, replicated, 1)
+    return Hello(version, role, engine, rank, world_size, fingerprint, sizes, replicated, 1)
 
 
 class Peer:
@@ -106,11 +108,17 @@ def pack(slots: Sequence[Slot]) -> bytes:
     return pack_slots((index, 0, slot) for index, slot in enumerate(slots))
 
 
-def join_engine(sessions: Sessions, name: str = "engine", world_size: int = 1) -> Engine:
-    scheduler = Peer(make_hello("scheduler", engine=name, world_size=world_size))
+def join_engine(
+    sessions: Sessions, name: str = "engine", world_size: int = 1, tenant: str = ""
+) -> Engine:
+    scheduler = Peer(make_hello("scheduler", engine=name, world_size=world_size, tenant=tenant))
     stripe = [CHUNK_BYTES // world_size]
     workers = [
-        Peer(make_hello(engine=name, rank=rank, world_size=world_size, group_bytes=stripe))
+        Peer(
+            make_hello(
+                engine=name, rank=rank, world_size=world_size, group_bytes=stripe, tenant=tenant
+            )
+        )
         for rank in range(world_size)
     ]
     session = sessions.join(scheduler)

@@ -126,7 +126,7 @@ class Node:
         return QuarantineStatus(7, [Quarantined(TierName.SSD, KEY, 1.5e9, why, held_bytes=4096)])
 
     def policies(self) -> list[PolicyStatus]:
-        return [PolicyStatus(TierName.DRAM, "all", "lru")]
+        return [PolicyStatus(TierName.SSD, "value", "value", 7 << 30, "bytes")]
 
     def drain_status(self) -> DrainStatus:
         return DrainStatus(draining=False, since=None, done=False, left_chunks=3, leased_bytes=4096)
@@ -228,6 +228,7 @@ async def test_tiers_tell_what_they_hold_and_did(client: httpx2.AsyncClient) -> 
         "evictions": {"capacity": 7, "age": 8},
         "corrupt": 9,
         "errors": {"load": 10},
+        "requests": {},
         "rates": [
             {"window_s": 10, "in_bytes_per_s": 5.0, "out_bytes_per_s": 6.0},
             {"window_s": 60, "in_bytes_per_s": 1.0, "out_bytes_per_s": 2.0},
@@ -325,7 +326,13 @@ async def test_what_is_out_of_use_and_how_tiers_choose_is_told(client: httpx2.As
         ],
     }
     (policy,) = (await client.get("/v1/policies")).json()["policies"]
-    assert policy == {"tier": "G2", "admission": "all", "eviction": "lru"}
+    assert policy == {
+        "tier": "G3",
+        "admission": "value",
+        "eviction": "value",
+        "budget_per_day": 7 << 30,
+        "budget_unit": "bytes",
+    }
     node = (await client.get("/v1/node")).json()
     assert (node["node"], node["process"]["pid"]) == ("node-1", 42)
     assert (await client.get("/v1/scrub")).json() == {"latest": None}

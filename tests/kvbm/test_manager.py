@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvbm.manager import Catalogue, Wanted
 from kvbm.offload import LaneSettings
-from kvbm.protocol import COMING, HERE, MISS, PRESENT
+from kvbm.protocol import COMING, HERE, MISS, PRESENT, unpack_slots
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, LoadItem, RemovalReason, StoreItem, TierName
 from storage_tiers.faulty import Faults, Faulty
@@ -172,7 +172,7 @@ async def test_the_answer_names_the_slots_that_hold_the_bytes(node: Node) -> Non
     asked = node.match(wanted(items))
     async with node.running():
         await node.settle()
-    slots = {index: slot for index, _, slot in asked.ticket.here}
+    slots = {index: slot for index, _, slot in unpack_slots(asked.ticket.here)}
     slots |= {i: slot for told in asked.arrivals for i, _, slot in told.landed}
     assert sorted(slots) == [0, 1, 2]
     for index, slot in slots.items():
@@ -217,7 +217,7 @@ async def test_what_is_here_stays_until_its_ticket_is_closed(make_node: MakeNode
     asked = node.match(wanted(items))
     for index in range(20):
         node.commit(chunks_of(f"other{index}", 1))
-    for index, _, slot in asked.ticket.here:
+    for index, _, slot in unpack_slots(asked.ticket.here):
         assert node.dram.view(slot) == items[index].data
         assert node.arena.generation(slot.offset) == slot.generation
     node.manager.close(asked.ticket)

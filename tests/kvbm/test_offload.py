@@ -17,7 +17,17 @@ from storage_tiers.instrumented import Instrumented, TierCall
 from storage_tiers.memory import MemoryTier
 from storage_tiers.testing import load_one, store_all
 from storage_tiers.throttled import Throttled
-from tests.kvbm.builders import CHUNK_BYTES, WAIT_S, Gate, Node, Wrap, chunks_of, keys_of, until
+from tests.kvbm.builders import (
+    CHUNK_BYTES,
+    WAIT_S,
+    Gate,
+    Node,
+    Wrap,
+    chunks_of,
+    keys_of,
+    until,
+    wanted,
+)
 
 MakeNode = Callable[..., Node]
 NEVER_S = 3600.0
@@ -455,8 +465,46 @@ def test_a_chunk_knows_nothing_of_its_checksum_until_it_is_sealed(node: Node) ->
     [item] = chunks_of("a", 1)
     node.commit([item])
     resident = node.dram.claim(item.chunk.key)
-    assert resident is not None and not resident.sealed
+    assert resident is not None and not node.dram.is_sealed(resident)
     node.dram.unclaim(resident)
     assert node.dram.find([item.chunk.key]) == [
         Chunk(item.chunk.key, CHUNK_BYTES, 0, item.chunk.parent, 0)
     ]
+
+
+# -- what a tier does not want ----------------------------------------------------------
+
+
+async def test_what_a_tier_refuses_is_counted_by_reason_and_not_written(node: Node) -> None:
+    ssd, s3 = node.memories
+    ssd.refuse = lambda chunk: "admission" if chunk.position % 2 else None
+    s3.refuse = lambda _: "budget"
+    items = chunks_of("a", 6)
+    node.commit(items)
+    async with node.running():
+        await node.settle()
+    assert set(ssd.contents) == {item.chunk.key for item in items[::2]}
+    assert not s3.contents
+    assert node.meter.drops == {("offload_G3", "admission"): 3, ("offload_G4", "budget"): 6}
+
+
+async def test_what_was_refused_is_offered_again_when_it_is_used(node: Node) -> None:
+    ssd, s3 = node.memories
+    ssd.refuse = s3.refuse = lambda _: "admission"
+    items = chunks_of("a", 6)
+    node.commit(items)
+    async with node.running():
+        await node.settle()
+        asked: list[int] = []
+
+        def after_the_third(chunk: Chunk) -> str | None:
+            asked.append(chunk.position)
+            return "admission" if chunk.position >= 3 else None
+
+        ssd.refuse = after_the_third
+        s3.refuse = lambda _: None
+        node.manager.close(node.match(wanted(items)).ticket)
+        await node.settle()
+    assert set(ssd.contents) == {item.chunk.key for item in items[:3]}
+    assert asked == [0, 1, 2, 3], "what follows a refused chunk is of no use without it"
+    await assert_kept(s3, items)

@@ -44,9 +44,9 @@ class Bay:
         """In host memory with its bytes, ready to be used as the checksum is known."""
         for item in items:
             resident = self.node.dram.claim(item.chunk.key)
-            assert resident is not None and resident.sealed
-            assert resident.chunk == item.chunk
-            assert self.node.dram.view(resident.slot) == item.data
+            assert resident is not None and self.node.dram.is_sealed(resident)
+            assert self.node.dram.chunk(resident) == item.chunk
+            assert self.node.dram.view(self.node.dram.slot(resident)) == item.data
             self.node.dram.unclaim(resident)
 
 

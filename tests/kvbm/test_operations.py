@@ -157,7 +157,7 @@ async def test_a_pass_that_is_asked_for_finds_what_is_damaged(node: Node) -> Non
         await node.settle()
         victim = node.dram.claim(items[3].chunk.key)
         assert victim is not None
-        node.dram.view(victim.slot)[5] ^= 1
+        node.dram.view(node.dram.slot(victim))[5] ^= 1
         node.dram.unclaim(victim)
         found = await operations.scrub(TierName.DRAM, WAIT_S)
         assert (found.done, found.total_chunks, found.checked_chunks) == (True, 8, 8)
@@ -192,7 +192,7 @@ async def test_the_steady_scrub_goes_round(node: Node) -> None:
         await node.settle()
         victim = node.dram.claim(items[0].chunk.key)
         assert victim is not None
-        node.dram.view(victim.slot)[0] ^= 1
+        node.dram.view(node.dram.slot(victim))[0] ^= 1
         node.dram.unclaim(victim)
         await until(lambda: items[0].chunk.key not in node.dram)
         before = scrubber.passes

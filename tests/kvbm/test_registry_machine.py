@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvbm import offload
 from kvbm.manager import Wanted
 from kvbm.offload import LaneSettings
-from kvbm.protocol import COMING, HERE, MISS, PRESENT
+from kvbm.protocol import COMING, HERE, MISS, PRESENT, unpack_slots
 from storage_tiers.arena import Slot
 from storage_tiers.base import StoreItem, Tier, TierName
 from storage_tiers.faulty import Faults, Faulty
@@ -161,7 +161,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(number=st.integers(0, 3), turns=st.integers(0, 30))
     def match_after_host_memory_forgot(self, number: int, turns: int) -> None:
         self.turn(turns)
-        self.loop.run_until_complete(self.dram.remove(self.dram.oldest(len(self.dram))))
+        self.loop.run_until_complete(self.dram.remove(self.dram.all_keys()))
         self.ask([Wanted(16, 0, keys_of(SEQUENCES[number]))])
         self.turn(turns)
 
@@ -193,7 +193,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.dram) > 0)
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(self.dram.oldest(len(self.dram))))
+        key = data.draw(st.sampled_from(self.dram.all_keys()))
         self.dram.quarantine(key)
         assert self.dram.find([key]) == [None]
 
@@ -245,26 +245,21 @@ class RegistryMachine(RuleBasedStateMachine):
             assert self.dram.claims >= of_tickets
         else:
             assert self.dram.claims == of_tickets
-        pins = Counter(r.chunk.key for r in self.dram._residents.records() for _ in range(r.pins))
-        held = Counter(
-            resident.chunk.key
-            for each in self.tickets
-            for resident in each.asked.ticket.claims
-            if not resident.gone
-        )
-        assert held <= pins
+        held = Counter(record for each in self.tickets for record in each.asked.ticket.claims)
+        for record, count in held.items():
+            assert self.dram.claims_on(record) >= count
 
     def claimed_bytes_are_the_chunks_own(self) -> None:
         for held in self.tickets:
             ticket = held.asked.ticket
-            places = {index: slot for index, _, slot in ticket.here}
+            places = {index: slot for index, _, slot in unpack_slots(ticket.here)}
             places |= {i: slot for told in held.asked.arrivals for i, _, slot in told.landed}
-            for (index, slot), resident in zip(places.items(), ticket.claims, strict=True):
+            for (index, slot), record in zip(places.items(), ticket.claims, strict=True):
                 item = ITEMS[held.keys[index]]  # type: ignore[index]
-                assert resident.chunk.key == item.chunk.key
+                assert self.dram.chunk(record).key == item.chunk.key
                 assert self.dram.view(slot) == item.data
                 same = self.dram.arena.generation(slot.offset) == slot.generation
-                assert same == (not resident.gone)
+                assert same == self.dram.is_resident(record)
 
     def no_lease_is_lost(self) -> None:
         assert all(self.dram.is_leased(slot) for slot in self.leased)
@@ -302,7 +297,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.settle()
             assert self.dram.claims == self.dram.leased_bytes == 0
             assert self.dram.usage().used_bytes == sum(
-                chunk.length for chunk in self.dram.find(self.dram.oldest(1000)) if chunk
+                chunk.length for chunk in self.dram.find(self.dram.all_keys()) if chunk
             )
             assert not self.manager.onboarder._pending and not self.manager._waiting
             assert self.node.events.replay() == self.node.residencies()

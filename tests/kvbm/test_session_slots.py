@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import msgspec
 import pytest
@@ -86,9 +85,9 @@ def foreign_slots(engine: Engine) -> dict[str, list[Slot]]:
     [foreign] = stranger.lease(1)
     return {
         "another engine's": [own, foreign],
-        "another generation": [own, replace(rest[0], generation=rest[0].generation + 1)],
-        "another length": [own, replace(rest[0], length=rest[0].length - 1)],
-        "inside a slot": [own, replace(rest[0], offset=rest[0].offset + 4096)],
+        "another generation": [own, rest[0]._replace(generation=rest[0].generation + 1)],
+        "another length": [own, rest[0]._replace(length=rest[0].length - 1)],
+        "inside a slot": [own, rest[0]._replace(offset=rest[0].offset + 4096)],
         "twice": [own, own],
         "out of the arena": [own, Slot(1 << 60, CHUNK_BYTES, 1)],
     }

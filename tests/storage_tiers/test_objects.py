@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage_tiers.base import Chunk, Key
+from storage_tiers.base import Key, StoreItem, tenant_of
 from storage_tiers.objects import (
     CHUNKS_MAX,
     BadRecord,
@@ -79,18 +78,29 @@ def test_a_flipped_bit_is_found_unless_it_is_padding(bit: int) -> None:
 
 
 @pytest.mark.parametrize("object_bytes", [1, 3 * record_bytes(100), 1 << 30])
-def test_only_consecutive_chunks_of_one_length_share_an_object(object_bytes: int) -> None:
+def test_objects_are_filled_with_chunks_of_one_length_and_tenant(object_bytes: int) -> None:
     first, second = make_items("a", 40, 100), make_items("b", 2, 100)
-    other = make_items("c", 2, 101)
-    orphan = replace(other[1], chunk=Chunk(make_key("x"), 101, other[1].chunk.checksum, None, 0))
-    items = [*first, *second, *other, orphan]
+    longer = make_items("c", 2, 101)
+    other = [_of_tenant(item, 7) for item in make_items("d", 3, 100)]
+    items = [*first, *second, *longer, *other]
     groups = group(items, object_bytes)
-    assert [item for run in groups for item in run] == items
+    assert sorted(i.chunk.key for run in groups for i in run) == sorted(i.chunk.key for i in items)
     for run in groups:
         assert len(run) == 1 or len(run) * record_bytes(run[0].chunk.length) <= object_bytes
         assert len(run) <= CHUNKS_MAX
-        for parent, child in itertools.pairwise(run):
-            assert child.chunk.parent == parent.chunk.key
-            assert child.chunk.length == parent.chunk.length
+        assert len({(item.chunk.length, tenant_of(item.chunk.key)) for item in run}) == 1
     if object_bytes > 1 << 20:
-        assert [len(run) for run in groups] == [32, 8, 2, 2, 1]
+        assert [len(run) for run in groups] == [32, 10, 2, 3]
+
+
+def test_sequences_that_came_interleaved_lie_side_by_side_in_their_object() -> None:
+    """Then each is read with one request."""
+    first, second = make_items("a", 8, 100), make_items("b", 8, 100)
+    mixed = [item for pair in zip(first, second, strict=True) for item in pair]
+    [run] = group(mixed, 1 << 30)
+    assert run == [*first, *second]
+
+
+def _of_tenant(item: StoreItem, tag: int) -> StoreItem:
+    key = Key(item.chunk.key[:-1] + bytes([tag]))
+    return replace(item, chunk=replace(item.chunk, key=key, parent=None))

@@ -20,7 +20,8 @@ from storage_tiers.admission import (
     class_of,
     gittins,
 )
-from storage_tiers.policy import NONE, EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
+from storage_tiers.leaves import NONE
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
 
 ALL = [LruPolicy, S3FifoPolicy, ValuePolicy]
 every_policy = pytest.mark.parametrize("make", ALL)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import lmdb
 import pytest
 
+from storage_tiers.admission import AdmitSeenTwice, AdmitValue
 from storage_tiers.base import (
     Corrupt,
     Failed,
@@ -25,8 +26,10 @@ from storage_tiers.base import (
     TierError,
     TierListener,
 )
+from storage_tiers.budget import Budget
 from storage_tiers.catalogue import CatalogueError, Changes, Meta
 from storage_tiers.files import MoveOutcome, NotMoved, Piece
+from storage_tiers.leaves import NONE
 from storage_tiers.nixl import availability
 from storage_tiers.ssd import SsdTier
 from storage_tiers.testing import (
@@ -66,9 +69,9 @@ class TestSsdTierWithNixl(SsdConformance):
 
 
 def offset_of(tier: SsdTier, key: Key) -> int:
-    record = tier._index.get(key)
-    assert record is not None
-    return record.at
+    record = tier._index.record(key)
+    assert record != NONE
+    return tier._index.place(record)
 
 
 def flip_bit(path: Path, offset: int) -> None:
@@ -153,7 +156,7 @@ async def test_a_quarantined_extent_is_kept_aside(tmp_path: Path) -> None:
     assert (extent.key, extent.at, extent.length) == (item.chunk.key, offset, item.chunk.length)
     for index in range(40):
         await tier.store(make_items(f"other{index}", 1, 65536))
-        assert offset not in tier._key_at
+        tier.check_integrity()  # which knows what is kept aside
     tier.check_integrity()
     await tier.close()
     assert item.chunk.key not in catalogued(tmp_path)
@@ -366,3 +369,78 @@ async def test_chunks_of_very_different_sizes_share_the_capacity(tmp_path: Path)
         tier.check_integrity()
     assert tier.usage().evictions_total["capacity"] > 0
     await tier.close()
+
+
+# -- what it takes in -------------------------------------------------------------------
+
+
+async def test_what_is_written_counts_against_the_budget_until_it_is_spent(tmp_path: Path) -> None:
+    budget = Budget(24 * 200_000, clock=lambda: 0.0)
+    tier = SsdTier(tmp_path, 1 << 22, SilentListener(), write_budget=budget)
+    await tier.open()
+    items = make_items("a", 4, 100_000)  # 102400 on the disk
+    await store_all(tier, items[:1])
+    assert budget.left == 200_000 - 102_400
+    assert tier.refusal(items[1].chunk) is None
+    await store_all(tier, items[1:2])
+    assert tier.refusal(items[2].chunk) == "budget"
+    assert isinstance((await load_one(tier, items[0]))[0], Loaded), "reading is free"
+    await tier.close()
+
+
+class Worthless:
+    """A policy that finds every arrival worth less than what would go for it."""
+
+    def arrival_worth(self, now_s: float, parent: int, cost_s: float, size_bytes: int) -> float:
+        return 1.0
+
+    def victim_worth(self, now_s: float) -> float:
+        return 2.0
+
+
+async def test_value_admission_refuses_only_where_something_would_have_to_go(
+    tmp_path: Path,
+) -> None:
+    tier = SsdTier(tmp_path, 8 * 65536, SilentListener(), admission=AdmitValue(Worthless()))
+    await tier.open()
+    for item in make_items("a", 8, 65536):
+        assert tier.refusal(item.chunk) is None
+        await store_all(tier, [item])
+    [more] = make_items("more", 1, 65536)
+    assert tier.refusal(more.chunk) == "admission"
+    await tier.remove([make_items("a", 8, 65536)[7].chunk.key])
+    assert tier.refusal(more.chunk) is None
+    await tier.close()
+
+
+async def test_seen_twice_takes_what_comes_again(tmp_path: Path) -> None:
+    tier = SsdTier(tmp_path, 1 << 22, SilentListener(), admission=AdmitSeenTwice(1024))
+    await tier.open()
+    [item] = make_items("a", 1, 4096)
+    assert tier.refusal(item.chunk) == "admission"
+    assert tier.refusal(item.chunk) is None
+    await tier.close()
+
+
+async def test_recency_outlives_a_restart_to_the_second(tmp_path: Path) -> None:
+    """A policy that knows ages goes on where it was."""
+    clock = [1e9]
+    tier = SsdTier(tmp_path, 1 << 22, SilentListener(), clock=lambda: clock[0])
+    await tier.open()
+    items = make_items("a", 3, 65536, chained=False)
+    await store_all(tier, items)
+    clock[0] += 3600
+    tier.touch([items[0].chunk.key])
+    await tier.close()
+    again = tier_at(tmp_path)
+    await again.open()
+    order = list(again._index.evictable())
+    assert again._index.key(order[-1]) == items[0].chunk.key
+    assert [again._index.tag(record) >> 24 for record in order] == [10**9] * 2 + [10**9 + 3600]
+    again.check_integrity()
+    await again.close()
+
+
+async def test_a_capacity_beyond_what_a_row_can_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TierError, match="at most 16 TiB"):
+        await SsdTier(tmp_path, 17 << 40, SilentListener()).open()
