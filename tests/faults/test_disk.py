@@ -93,7 +93,7 @@ def test_a_filesystem_that_fills_up_costs_stores_only_until_there_is_room(
     daemon.process._command = [*disk.prefix, *daemon.process._command]
     daemon.start()
     disk.fill()
-    crowded = make_items("crowded", 3000, SMALL)
+    crowded = make_items("crowded", 1200, SMALL)
     with StandIn(daemon.socket, SMALL, lease_chunks=256) as engine:
         engine.store(crowded)
         daemon.await_counted("kvbm_dropped_chunks_total", queue="offload_G3", reason="failed")
@@ -101,23 +101,24 @@ def test_a_filesystem_that_fills_up_costs_stores_only_until_there_is_room(
         assert daemon.counted("kvbm_errors_total", op="store_G3", kind="failed") >= 3
         (line, *_) = daemon.said("tier_failed", tier="G3", op="store")
         assert "No space left on device" in line["reason"]
-        assert assert_never_wrong(engine, crowded[::50]) == 60, "host memory has them"
+        assert assert_never_wrong(engine, crowded[::60]) == 20, "host memory has them"
         disk.empty()
-        roomy = make_items("roomy", 500, SMALL)
+        roomy = make_items("roomy", 200, SMALL)
         engine.store(roomy)
         wait_until(lambda: not daemon.waiting(), WAIT_S, "nothing waits")
         assert daemon.kept_chunks()["G3"] >= len(roomy)
     daemon.restart()
     with StandIn(daemon.socket, SMALL) as engine:
         listed = daemon.kept_chunks()["G3"]
-        assert assert_never_wrong(engine, [*crowded, *roomy]) == listed
-        assert assert_never_wrong(engine, roomy) == len(roomy)
+        came = assert_never_wrong(engine, roomy)
+        assert came == len(roomy)
+        assert assert_never_wrong(engine, crowded) == listed - came
         disk.punch("extents")
         disk.fill()
         failed = daemon.counted("kvbm_tier_errors_total", tier="G3", op="store")
         engine.store(make_items("no blocks", 500, SMALL))
         daemon.await_counted("kvbm_tier_errors_total", failed + 1, tier="G3", op="store")
-        assert assert_never_wrong(engine, crowded) <= listed
+        assert_never_wrong(engine, crowded[::10])
     daemon.process.check()
 
 

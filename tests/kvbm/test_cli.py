@@ -541,3 +541,13 @@ def test_every_command_has_the_same_options_and_is_documented() -> None:
         assert {"--url", "--token", "--json"} <= options, name
         assert command.help, name
         assert f"`kvbm {name}" in page, f"docs/OPERATING.md does not mention kvbm {name}"
+
+
+def test_what_is_slow_to_load_is_loaded_by_the_commands_that_need_it() -> None:
+    """Every command starts with this; the others' libraries took it most of a second."""
+    slow = ("pydantic_settings", "nats", "aiohttp", "structlog", "fastapi", "numpy", "httpx2")
+    script = f"import sys, kvbm.cli.__main__; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == "[]\n"

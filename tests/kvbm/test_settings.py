@@ -135,3 +135,8 @@ def test_a_file_is_checked_from_the_command_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "did you mean 'capacity'?" in done.stderr
+
+
+def test_what_the_kvbm_command_reads_is_no_unknown_variable() -> None:
+    environ = {"KVBM_ADMIN_URL": "http://127.0.0.1:1", "KVBM_ADMIN_TOKEN": "x", "KVBM_PORT": "1"}
+    assert DaemonSettings.load(environ=environ).ignored == ("KVBM_PORT",)
