@@ -151,6 +151,15 @@ class Session:
         self._workers = {rank: m for rank, m in self._workers.items() if m is not member}
         self._end()
 
+    def end(self) -> None:
+        """Send the engine away: its workers once they write no more."""
+        self._end()
+
+    @property
+    def leased(self) -> list[Slot]:
+        """Slots that this engine may write to."""
+        return list(self._leased.values())
+
     def handle(self, member: Member, message: FromClient) -> None:
         """One message of a member. Raises FrameError on one that its role may not send."""
         match message:
@@ -296,6 +305,11 @@ class Sessions:
         self._forming: dict[str, Session] = {}  # engine -> its session that is not ending
         self._of: dict[int, Session] = {}  # id(member) -> session
         self.draining = False
+
+    def end(self) -> None:
+        """Send every engine away; each is out of `all` once none of its members is left."""
+        for session in self.all:
+            session.end()
 
     @property
     def all(self) -> list[Session]:

@@ -86,6 +86,22 @@ class DramTier:
         self.leased_bytes += self._slots.slot_bytes(length)
         return slot
 
+    def adopt(self, slot: Slot) -> None:
+        """Reserve exactly this slot of an adopted arena, as the daemon before had it.
+
+        Raises ValueError if it is not as described: another generation, or it overlaps another.
+        """
+        self._slots.place(slot.offset, slot.length)
+        if self.arena.generation(slot.offset) != slot.generation:
+            self._slots.free(slot.offset)
+            raise ValueError(f"slot at {slot.offset} has changed hands")
+        self._leased[slot.offset] = slot
+        self.leased_bytes += self._slots.slot_bytes(slot.length)
+
+    def snapshot(self) -> list[tuple[Chunk, Slot]]:
+        """Every chunk whose checksum is known and where it lies, coldest first."""
+        return [(r.chunk, r.slot) for r in self._residents.records() if r.sealed]
+
     def slot_bytes(self, length: int) -> int:
         """Host memory that a slot of this length takes, padding included."""
         return self._slots.slot_bytes(length)

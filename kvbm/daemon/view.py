@@ -102,6 +102,20 @@ class DrainStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoverStatus:
+    """Host memory over a restart: whether it will be left, and what was taken over."""
+
+    available: bool
+    reason: str | None  # why it will not be left
+    adopted_chunks: int
+    adopted_bytes: int
+    waiting_chunks: int  # inherited, their bytes not checked yet
+    dropped: Mapping[str, int]  # reason -> chunks that were inherited and not taken over
+    aside_bytes: int  # of slots that an engine perhaps still writes to
+    seconds: float  # that checking took; 0 until it is done
+
+
+@dataclass(frozen=True, slots=True)
 class FlushStatus:
     done: bool
     left_chunks: int
@@ -151,6 +165,8 @@ class NodeView(Protocol):
     def policies(self) -> Sequence[PolicyStatus]: ...
 
     def drain_status(self) -> DrainStatus: ...
+
+    def handover_status(self) -> HandoverStatus: ...
 
     def scrub_status(self) -> ScrubStatus | None:
         """The latest pass that was asked for, if any was."""
