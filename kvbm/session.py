@@ -339,6 +339,11 @@ class Sessions:
         self.draining = True
         self._share_out()
 
+    def resume(self) -> None:
+        """End `drain`: every engine may lease its share again."""
+        self.draining = False
+        self._share_out()
+
     def leave(self, member: Member) -> None:
         session = self._of.pop(id(member), None)
         if session is None:

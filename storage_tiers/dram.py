@@ -100,7 +100,11 @@ class DramTier:
 
     def snapshot(self) -> list[tuple[Chunk, Slot]]:
         """Every chunk whose checksum is known and where it lies, coldest first."""
-        return [(r.chunk, r.slot) for r in self._residents.records() if r.sealed]
+        return [
+            (self._index.chunk(record), self.slot(record))
+            for record in self._index.coldest_first(self.all_keys())
+            if self._index.is_sealed(record)
+        ]
 
     def slot_bytes(self, length: int) -> int:
         """Host memory that a slot of this length takes, padding included."""
@@ -201,6 +205,10 @@ class DramTier:
     def some(self, start: int, count: int) -> tuple[list[Key], int]:
         """Some of the keys, from a position on, and the next position; 0: that was the end."""
         return self._index.some(start, count)
+
+    def hottest_first(self, keys: Sequence[Key]) -> list[Key]:
+        """Those here, the latest used first, and none before its parent."""
+        return [self._index.key(r) for r in reversed(self._index.coldest_first(keys))]
 
     def all_keys(self) -> list[Key]:
         """All keys, in no order."""

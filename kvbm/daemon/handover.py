@@ -116,9 +116,7 @@ class Handover:
     async def run(self) -> RecoveryReport:
         """Check and show what was inherited, hottest first, for `VERIFY_S_MAX` at most."""
         began = time.monotonic()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(BATCHES_AT_ONCE):
-                group.create_task(self._verify(began + VERIFY_S_MAX))
+        await self._verify(began + VERIFY_S_MAX)
         late, self._waiting = self._waiting, []
         for _, slot in late:
             self._drop("late", slot)
@@ -227,20 +225,22 @@ class Handover:
 
     async def _verify(self, end: float) -> None:
         while self._waiting and time.monotonic() < end:
-            batch = self._next_batch()
-            views = [self._dram.view(slot) for _, slot in batch]
+            batches = [self._next_batch() for _ in range(BATCHES_AT_ONCE)]
+            views = [[self._dram.view(slot) for _, slot in batch] for batch in batches]
             try:
-                digests = await asyncio.to_thread(_checksums, views)
+                found = await asyncio.gather(*(asyncio.to_thread(_checksums, v) for v in views))
             except asyncio.CancelledError:
-                self._waiting.extend(reversed(batch))  # for the daemon after this one
+                for batch in reversed(batches):  # for the daemon after this one
+                    self._waiting.extend(reversed(batch))
                 raise
-            self._show(batch, digests)
+            for batch, digests in zip(batches, found, strict=True):
+                self._show(batch, digests)
 
     def _next_batch(self) -> list[Placed]:
         """The hottest that wait, hottest first."""
         batch: list[Placed] = []
         size = 0
-        while self._waiting and (not batch or size < BATCH_BYTES):
+        while self._waiting and size < BATCH_BYTES:
             batch.append(self._waiting.pop())
             size += batch[-1][1].length
         return batch
@@ -256,7 +256,6 @@ class Handover:
                 self._dram.commit(slot, chunk, sealed=True)
                 shown.append(chunk.key)
                 self._adopted_bytes += chunk.length
-        self._dram.touch(shown[::-1])
         self._adopted.update(shown)
         if shown:
             self._catalogue.appeared(TierName.DRAM, shown)
@@ -277,8 +276,8 @@ class Handover:
         """As it was: what was adopted in its own order, then what was stored meanwhile."""
         if not self._adopted:
             return
-        now = self._dram.oldest(len(self._dram))
-        order = [*self._order, *(key for key in now if key not in self._adopted)]
+        since = [key for key in self._dram.all_keys() if key not in self._adopted]
+        order = [*self._order, *since]
         for first in range(0, len(order), TOUCHED_AT_ONCE):
             self._dram.touch(order[first : first + TOUCHED_AT_ONCE])
             await asyncio.sleep(0)

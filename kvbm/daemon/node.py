@@ -38,7 +38,7 @@ from storage_tiers.base import Key, RecoveryReport, Tier, TierName, TierUsage
 from storage_tiers.dram import DramTier
 
 PROGRAM = "kvbm-daemon"
-_DRAINING = "draining: engines are lent no slots to store into, until the daemon is restarted"
+_DRAINING = "draining: engines are lent no slots to store into, until `kvbm resume` or a restart"
 
 
 class Node:

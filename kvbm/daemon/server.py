@@ -99,6 +99,7 @@ class Server:
             await _cancelled(onboarding)
             unfenced += await self._socket.send_away(FENCE_S)
             await _cancelled(serving)
+            manager.offloader.evacuate()
             left = await manager.offloader.drain(DRAIN_S)
             if left:
                 _log.warning("chunks_not_offloaded", chunks=left, after_s=DRAIN_S)

@@ -1,12 +1,15 @@
 """What a soak measures of a daemon from outside: memory, descriptors, threads, how fast it answers.
 
 Latencies are taken a few times a second and summed up per interval, so that a series has as many
-values however long the soak is.
+values however long the soak is. At the same moments a process that does nothing but echo is asked:
+what both show is the machine's, not the daemon's.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +25,7 @@ from tests.kvbm.stand_in import StandIn
 
 KEYS: Final = 64
 CHUNK_BYTES: Final = 4096
+ECHO: Final = "import os\nwhile data := os.read(0, 64): os.write(1, data)"
 _ITEMS: Final = make_items("soak probe", KEYS, CHUNK_BYTES)
 
 
@@ -37,6 +41,10 @@ class Probe:
         self._http = httpx2.Client(timeout=10.0, trust_env=False)
         self._lookup_ms: list[float] = []
         self._answer_ms: list[float] = []
+        self._echo_ms: list[float] = []
+        self._echo = subprocess.Popen(
+            [sys.executable, "-c", ECHO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
         self.series: dict[str, list[float]] = defaultdict(list)
 
     def __enter__(self) -> Self:
@@ -46,6 +54,7 @@ class Probe:
     def __exit__(self, *exception: object) -> None:
         self._engine.__exit__(*exception)
         self._http.close()
+        self._echo.communicate()
 
     def ask(self) -> None:
         """One lookup over the socket and one request to the admin API, timed."""
@@ -55,6 +64,12 @@ class Probe:
         began = time.perf_counter()
         self._http.get(f"{self._daemon.url}/healthz").raise_for_status()
         self._answer_ms.append(1e3 * (time.perf_counter() - began))
+
+        assert self._echo.stdin is not None and self._echo.stdout is not None
+        began = time.perf_counter()
+        self._echo.stdin.write(b"?")
+        assert self._echo.stdout.read(1) == b"?"
+        self._echo_ms.append(1e3 * (time.perf_counter() - began))
 
     def take(self) -> None:
         """End an interval."""
@@ -66,7 +81,11 @@ class Probe:
         self.series["memory"].append(anonymous_bytes(pid) / (1 << 20))
         self.series["descriptors"].append(len(os.listdir(f"/proc/{pid}/fd")))
         self.series["threads"].append(float(status["Threads"]))
-        for name, times in (("lookup", self._lookup_ms), ("answer", self._answer_ms)):
+        for name, times in (
+            ("lookup", self._lookup_ms),
+            ("answer", self._answer_ms),
+            ("echo", self._echo_ms),
+        ):
             self.series[f"{name} p50"].append(_quantile(times, 0.5))
             self.series[f"{name} p99"].append(_quantile(times, 0.99))
             times.clear()

@@ -39,14 +39,15 @@ BUCKET = "soak"
 RESULT = Path("build/soak.json")
 
 # Figure -> unit, growth allowed as a share of the first quarter, growth allowed in any case.
+# Latencies are judged as multiples of the echo's, so that a machine that gets busier is no leak.
 FIGURES = {
     "memory": ("MiB", 0.05, 2.0),
     "descriptors": ("", 0.05, 3.0),
     "threads": ("", 0.0, 1.0),
-    "lookup p50": ("ms", 0.25, 0.2),
-    "lookup p99": ("ms", 0.5, 1.0),
-    "answer p50": ("ms", 0.25, 0.5),
-    "answer p99": ("ms", 0.5, 2.0),
+    "lookup p50": ("ms", 0.5, 0.0),
+    "lookup p99": ("ms", 1.0, 0.0),
+    "answer p50": ("ms", 0.5, 0.0),
+    "answer p99": ("ms", 1.0, 0.0),
 }
 
 
@@ -141,8 +142,10 @@ def _rows(series: dict[str, list[float]]) -> list[Row]:
     rows: list[Row] = []
     for name, (unit, tolerance, floor) in FIGURES.items():
         values = series[name][int(WARM_UP * INTERVALS) :]
-        trend = trend_of(values)
-        judged = SECONDS >= JUDGED_S_MIN
+        trend = judged = trend_of(values)
+        if unit == "ms":
+            echoes = series[f"echo {name[-3:]}"][int(WARM_UP * INTERVALS) :]
+            judged = trend_of([ms / echo for ms, echo in zip(values, echoes, strict=True)])
         rows.append(
             {
                 "name": name,
@@ -154,9 +157,10 @@ def _rows(series: dict[str, list[float]]) -> list[Row]:
                 "against_value": round(trend.first, 3),
                 "ratio": round(trend.last / max(trend.first, 1e-9), 3),
                 "growth_per_h": round(_per_hour(trend), 3),
-                "z": round(trend.z, 2),
+                "judged_growth": round(judged.growth / max(judged.first, 1e-9), 3),
+                "z": round(judged.z, 2),
                 "target": None,
-                "ok": not judged or not trend.grows(tolerance, floor),
+                "ok": SECONDS < JUDGED_S_MIN or not judged.grows(tolerance, floor),
             }
         )
     return rows
