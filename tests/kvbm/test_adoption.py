@@ -16,11 +16,20 @@ from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_s
 from kvbm.daemon.systemd import Notifier
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import CountingMeter
+from kvbm.offload import LaneSettings
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Chunk, StoreItem, TierName
 from storage_tiers.codec import checksum
 from storage_tiers.dram import DramTier
-from tests.kvbm.builders import CHUNK_BYTES, RecordingEvents, chunks_of, keys_of
+from storage_tiers.memory import MemoryTier
+from tests.kvbm.builders import (
+    CHUNK_BYTES,
+    WAIT_S,
+    RecordingEvents,
+    background,
+    chunks_of,
+    keys_of,
+)
 
 CAPACITY = 16 << 20
 SETTINGS = DramSettings(capacity=CAPACITY)
@@ -30,15 +39,20 @@ NOBODY = Notifier(None, None)
 class NodeMemory:
     """One daemon's host memory and what is about it; the first one's, or one taken over."""
 
-    def __init__(self, left: dict[str, int] | None = None) -> None:
+    def __init__(self, left: dict[str, int] | None = None, *, lower: bool = False) -> None:
         self.events, self.meter = RecordingEvents(), CountingMeter()
         catalogue = Catalogue(self.events)
         found = inherit(left or {}, NOBODY, SETTINGS)
         self.arena = Arena.create(CAPACITY) if found is None else found.arena
         self.is_heir = found is not None
         self.dram = DramTier(self.arena, catalogue)
+        self.below = MemoryTier(CAPACITY, catalogue, name=TierName.SSD)
         manager = BlockManager(
-            self.dram, [], self.events, self.meter, lease_bytes_max=1, quarantine=None
+            self.dram,
+            [(self.below, LaneSettings())] if lower else [],
+            self.events,
+            self.meter,
+            lease_bytes_max=1,
         )
         self.manager = manager
         self.handover = Handover(NOBODY, SETTINGS, manager, catalogue, self.meter, found)
@@ -59,8 +73,8 @@ MakeMemory = Callable[..., NodeMemory]
 def memory() -> Iterator[MakeMemory]:
     made: list[NodeMemory] = []
 
-    def make(left: dict[str, int] | None = None) -> NodeMemory:
-        made.append(NodeMemory(left))
+    def make(left: dict[str, int] | None = None, *, lower: bool = False) -> NodeMemory:
+        made.append(NodeMemory(left, lower=lower))
         return made[-1]
 
     yield make
@@ -103,6 +117,22 @@ async def test_the_order_of_use_is_kept_and_parents_come_first(
     await heir.store(chunks_of("new", room - 12 + 3, chained=False))
     left = {key for chain in chains for key in keys_of(chain) if key in heir.dram}
     assert left == set(keys_of([*chains[1], *chains[3], *chains[2]]))
+
+
+async def test_what_the_daemon_before_did_not_write_down_is_written_by_this_one(
+    memory: MakeMemory,
+) -> None:
+    old, items = memory(), chunks_of("down", 6)
+    await old.store(items)
+    heir = memory(old.left(), lower=True)
+    await heir.below.store(items[:2])
+    await heir.handover.run()
+    heir.handover.offer()
+    offloader = heir.manager.offloader
+    assert offloader.depth["G3"] == 4
+    async with background(offloader.run):
+        assert await offloader.drain(WAIT_S) == 0
+    assert heir.below.contents.keys() == set(keys_of(items))
 
 
 async def test_what_is_left_is_believed_once(memory: MakeMemory) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from examples.demo.daemon import Daemon, DaemonConfig
@@ -142,10 +143,14 @@ def test_what_host_memory_holds_outlives_the_daemon(
     assert daemon.leased_bytes() == 0
 
 
-def test_an_engine_that_stays_finds_its_chunks_again(daemon: Held) -> None:
+def test_an_engine_that_stays_finds_its_chunks_again_on_a_node_not_drained_any_more(
+    daemon: Held,
+) -> None:
     with StandIn(daemon.socket, CHUNK) as engine:
         engine.store(ITEMS[:20])
         assert engine.fetch(KEYS[:20]) == BYTES[:20]
+        httpx2.post(f"{daemon.url}/v1/drain", timeout=10.0, trust_env=False).raise_for_status()
+        assert not daemon.ready()
         assert daemon.next()["adopted_chunks"] == 20
         engine.wait(lambda: engine.client.ready, "it is connected again")
         engine.store(ITEMS[20:])

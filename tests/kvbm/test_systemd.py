@@ -202,7 +202,6 @@ def test_the_unit_waits_for_ready_and_keeps_what_the_daemon_needs() -> None:
     service = unit["Service"]
     assert service["Type"] == "notify"
     assert int(service["FileDescriptorStoreMax"]) >= 2, "the arena and its index"
-    assert service["FileDescriptorStorePreserve"] == "restart"
     assert service["LimitMEMLOCK"] == "infinity"
     assert service["RuntimeDirectory"] == "kvbm"
     assert "AF_UNIX" in service["RestrictAddressFamilies"]
