@@ -7,7 +7,7 @@ STAMP  := .venv/.installed
 CODE   := $(wildcard storage_tiers runtime kvbm connectors examples tools benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup check format test test-fast chaos demo up down lock clean
+.PHONY: help setup check format test test-fast chaos soak demo up down lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-fast: $(STAMP) ## every test but those that start an engine
 
 chaos: $(STAMP) ## kill the daemon 200 times under load and look at what it gives out
 	KVBM_CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
+
+soak: $(STAMP) ## an hour of mixed load: right bytes, and memory, descriptors and latency flat
+	KVBM_SOAK_S=3600 $(BIN)/python -m pytest tests/soak
 
 demo: $(STAMP) ## two real engines, one daemon, every tier: build/demo.json and build/demo.svg
 	$(BIN)/python -m examples.demo

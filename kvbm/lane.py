@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 from storage_tiers.base import Chunk, Key
 
 
 class Lane:
-    """First in, first out, each key once; single event loop."""
+    """First in, first out, unless `order` says otherwise; each key once; single event loop."""
 
     def __init__(self, capacity_chunks: int) -> None:
         self.capacity_chunks = capacity_chunks
@@ -20,6 +21,8 @@ class Lane:
         self._filled = asyncio.Event()
         self._hurried = False
         self.waiting_bytes = 0
+        self.order: Callable[[Sequence[Key]], list[Key]] | None = None
+        """Which of the waiting go first, asked for each batch; those it leaves out come last."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -51,6 +54,13 @@ class Lane:
         self.waiting_bytes -= chunk.length
         return True
 
+    def withdraw_all(self) -> list[Chunk]:
+        """Take everything out, in order."""
+        chunks = list(self._waiting.values())
+        self._waiting.clear()
+        self.waiting_bytes = 0
+        return chunks
+
     async def take(
         self,
         chunks_max: int,
@@ -71,6 +81,9 @@ class Lane:
                 await self._linger(chunks_max, enough_bytes, linger_s)
             if self._waiting:  # not withdrawn meanwhile
                 break
+        if self.order is not None:
+            for key in reversed(self.order(list(self._waiting))):
+                self._waiting.move_to_end(key, last=False)
         batch: list[Chunk] = []
         size = 0
         while self._waiting and len(batch) < chunks_max:

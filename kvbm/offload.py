@@ -4,6 +4,9 @@ Two stages. *Seal*: compute the checksum of a chunk that an engine committed, of
 *Lanes*: one per tier, each with its own batching, so that a slow tier holds nobody up. Queues hold
 keys, not bytes: a chunk is claimed only while it is copied; one that host memory has evicted by
 then is read from the tier above, or counted as dropped.
+
+Queues are first in, first out; a node that is drained or stopped takes the hottest first, also of
+what no queue had room for (`evacuate`).
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from storage_tiers.dram import DramTier
 SEAL_BATCH_CHUNKS: Final = 16
 BACKOFF_S_MAX: Final = 30.0
 IDLE_POLL_S: Final = 0.02
+SEARCHED_AT_ONCE: Final = 2048
 
 _log = structlog.get_logger("kvbm.offload")
 
@@ -81,6 +85,10 @@ class Offloader:
         self._busy = 0  # chunks on their way
         self._hurries = 0  # who wants lanes not to linger
         self._complaints = Complaints(_log)
+        self._is_evacuating = False
+        self._search = asyncio.Event()  # for what is in host memory alone and in no queue
+        self._queued: set[Key] = set()  # what was in queues when the search began
+        self._unqueued = 0  # how much of it is left; at least 1 while it is looked for
 
     def offer(self, chunk: Chunk) -> None:
         """A chunk was committed to host memory."""
@@ -134,14 +142,15 @@ class Offloader:
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._seal())
+            group.create_task(self._catch_up())
             for index, settings in enumerate(self._settings):
                 for _ in range(settings.writers):
                     group.create_task(self._write(index))
 
     @property
     def left(self) -> int:
-        """Chunks that wait or are on their way."""
-        return self._busy + sum(self.depth.values())
+        """Chunks that wait or are on their way; when evacuating, also those to be queued yet."""
+        return self._busy + self._unqueued + sum(self.depth.values())
 
     def hurry(self) -> None:
         """Lanes write what they have without waiting for more, until `unhurry` as many times."""
@@ -153,6 +162,34 @@ class Offloader:
         self._hurries -= 1
         for lane in self._lanes:
             lane.hurry(self._hurries > 0)
+
+    def evacuate(self) -> None:
+        """Until `stay`: what host memory alone holds goes down, the latest used first.
+
+        Parents go before their children, so that whatever was done when time runs out can be
+        used. Goes over host memory once, in slices.
+        """
+        if self._is_evacuating:
+            return
+        self._is_evacuating = True
+        self.hurry()
+        for lane in (self._to_seal, *self._lanes):
+            lane.order = self._dram.hottest_first
+        # What waits already waits in line with the rest: a full queue may hold the coldest.
+        for lane in (self._to_seal, *self._lanes[:1]):
+            self._queued.update(chunk.key for chunk in lane.withdraw_all())
+        if len(self._dram):
+            self._unqueued = max(1, len(self._queued))
+            self._search.set()
+
+    def stay(self) -> None:
+        """End `evacuate`."""
+        if not self._is_evacuating:
+            return
+        self._is_evacuating = False
+        self.unhurry()
+        for lane in (self._to_seal, *self._lanes):
+            lane.order = None
 
     async def drain(self, deadline_s: float) -> int:
         """Wait until nothing waits or is on its way; how many chunks were left at the deadline."""
@@ -182,10 +219,52 @@ class Offloader:
                 for record, digest in zip(unsealed, digests, strict=True):
                     dram.seal(record, digest)
                 for record in records:
+                    await self._room(self._lanes[:1])
                     self.offer_sealed(dram.chunk(record))
             finally:
                 self._unclaim(records)
                 self._busy -= len(batch)
+
+    async def _catch_up(self) -> None:
+        while True:
+            await self._search.wait()
+            self._search.clear()
+            alone = await self._only_here()
+            queued, self._queued = self._queued, set()
+            waiting = self._dram.hottest_first(list({*alone, *queued}))
+            for place, key in enumerate(waiting):
+                self._unqueued = len(waiting) - place
+                await self._room((self._to_seal, *self._lanes[:1]))
+                (chunk,) = self._dram.find([key])
+                if chunk is None or not (self._is_evacuating or key in queued):
+                    continue
+                if _is_sealed(chunk):
+                    self.offer_sealed(chunk)
+                else:
+                    self.offer(chunk)
+            self._unqueued = 0
+
+    async def _room(self, lanes: Sequence[Lane]) -> None:
+        """When evacuating, wait until none of these is full: then nothing has to be dropped."""
+        while self._is_evacuating and any(len(lane) >= lane.capacity_chunks for lane in lanes):
+            await asyncio.sleep(IDLE_POLL_S)
+
+    async def _only_here(self) -> list[Key]:
+        """Keys of chunks that are in no lower tier, or have no checksum yet."""
+        found: list[Key] = []
+        start, more = 0, True
+        while more:
+            keys, start = self._dram.some(start, SEARCHED_AT_ONCE)
+            more = start > 0
+            chunks = [chunk for chunk in self._dram.find(keys) if chunk is not None]
+            found += [chunk.key for chunk in chunks if not _is_sealed(chunk)]
+            alone = [chunk.key for chunk in chunks if _is_sealed(chunk)] if self._tiers else []
+            for tier in self._tiers:
+                there = tier.find(alone)
+                alone = [key for key, at in zip(alone, there, strict=True) if at is None]
+            found += alone
+            await asyncio.sleep(0)
+        return found
 
     async def _write(self, index: int) -> None:
         settings, lane = self._settings[index], self._lanes[index]
@@ -285,6 +364,10 @@ class Offloader:
     def _unclaim(self, records: Sequence[int]) -> None:
         for record in records:
             self._dram.unclaim(record)
+
+
+def _is_sealed(chunk: Chunk) -> bool:
+    return chunk.checksum != 0  # 0 until it is computed; computed, it is that once in 2**64
 
 
 def _checksums(views: Sequence[memoryview]) -> list[int]:

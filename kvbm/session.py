@@ -151,6 +151,15 @@ class Session:
         self._workers = {rank: m for rank, m in self._workers.items() if m is not member}
         self._end()
 
+    def end(self) -> None:
+        """Send the engine away: its workers once they write no more."""
+        self._end()
+
+    @property
+    def leased(self) -> list[Slot]:
+        """Slots that this engine may write to."""
+        return list(self._leased.values())
+
     def handle(self, member: Member, message: FromClient) -> None:
         """One message of a member. Raises FrameError on one that its role may not send."""
         match message:
@@ -297,6 +306,11 @@ class Sessions:
         self._of: dict[int, Session] = {}  # id(member) -> session
         self.draining = False
 
+    def end(self) -> None:
+        """Send every engine away; each is out of `all` once none of its members is left."""
+        for session in self.all:
+            session.end()
+
     @property
     def all(self) -> list[Session]:
         return list({id(session): session for session in self._of.values()}.values())
@@ -323,6 +337,11 @@ class Sessions:
     def drain(self) -> None:
         """Lend no slot to any engine from now on; each gives back what it does not use."""
         self.draining = True
+        self._share_out()
+
+    def resume(self) -> None:
+        """End `drain`: every engine may lease its share again."""
+        self.draining = False
         self._share_out()
 
     def leave(self, member: Member) -> None:

@@ -39,7 +39,7 @@ class Slot(NamedTuple):
 
 
 class Arena:
-    """A mapping of the arena. `create` is the daemon's, `attach` an engine's."""
+    """A mapping of the arena. `create` and `adopt` are the daemon's, `attach` an engine's."""
 
     def __init__(self, fd: int, mapping: mmap.mmap, *, owner: bool) -> None:
         self.fd = fd
@@ -90,17 +90,31 @@ class Arena:
         The memory is unmapped when the last reference to the arena and its views goes.
         """
         try:
-            size = os.fstat(fd).st_size
-            if size < PAGE:
-                raise ArenaError(f"the descriptor of {size} bytes is no arena")
-            mapping = mmap.mmap(fd, size)
+            mapping = _mapped(fd)
         finally:
             os.close(fd)
-        header = np.frombuffer(mapping, dtype=_HEADER, count=1)[0]
-        end = int(header["data_at"]) + int(header["data_bytes"])
-        if bytes(header["magic"]) != _MAGIC.rstrip(b"\0") or end > size:
-            raise ArenaError("the descriptor is no arena of this version: upgrade both sides")
         return cls(-1, mapping, owner=False)
+
+    @classmethod
+    def adopt(cls, fd: int, epoch: bytes, *, huge_pages: bool = False) -> Arena:
+        """Become the owner of the arena that the daemon before left, if it still has this epoch.
+
+        It gets a new one: whatever names the old epoch, a job of an engine or a description of
+        the contents, means nothing from here on. Takes the descriptor; raises ArenaError.
+        """
+        try:
+            mapping = _mapped(fd)
+            arena = cls(fd, mapping, owner=True)
+            if arena.epoch != epoch:
+                raise ArenaError("it has been used since it was described")
+        except (ArenaError, OSError) as error:
+            os.close(fd)
+            raise ArenaError(str(error)) from error
+        if not huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        arena.epoch = _random_epoch()
+        np.frombuffer(mapping, dtype=_HEADER, count=1)["epoch"] = arena.epoch
+        return arena
 
     def view(self, offset: int, length: int) -> memoryview:
         """The bytes of a slot, writable. Raises ValueError outside the arena."""
@@ -141,6 +155,19 @@ class Arena:
             self._mapping.close()
         except BufferError:  # a view is still in use, e.g. registered with a mover
             return
+
+
+def _mapped(fd: int) -> mmap.mmap:
+    """The memory behind a descriptor, if it is an arena. Raises ArenaError."""
+    size = os.fstat(fd).st_size
+    if size < PAGE:
+        raise ArenaError(f"the descriptor of {size} bytes is no arena")
+    mapping = mmap.mmap(fd, size)
+    header = np.frombuffer(mapping, dtype=_HEADER, count=1)[0]
+    end = int(header["data_at"]) + int(header["data_bytes"])
+    if bytes(header["magic"]) != _MAGIC.rstrip(b"\0") or end > size:
+        raise ArenaError("the descriptor is no arena of this version: upgrade both sides")
+    return mapping
 
 
 def _random_epoch() -> bytes:

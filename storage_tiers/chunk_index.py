@@ -163,6 +163,20 @@ class ChunkIndex:
         """All keys, in no order."""
         return self.some(0, self._end)[0]
 
+    def coldest_first(self, keys: Sequence[Key]) -> list[int]:
+        """Records of those here by the second of their last use, children before their parents.
+
+        A parent counts as used when the last of its descendants among these was.
+        """
+        records = [record for record in self.records(keys).tolist() if record != NONE]
+        deepest_first = sorted(records, key=lambda record: -self._half(record, _POSITION))
+        used = {record: self.policy.used_s(record) for record in deepest_first}
+        for record in deepest_first:
+            parent = self.parent(self.chunk(record))
+            if parent in used:
+                used[parent] = max(used[parent], used[record])
+        return sorted(deepest_first, key=lambda record: used[record])
+
     # -- one record ----------------------------------------------------------------------
 
     def key(self, record: int) -> Key:

@@ -86,6 +86,26 @@ class DramTier:
         self.leased_bytes += self._slots.slot_bytes(length)
         return slot
 
+    def adopt(self, slot: Slot) -> None:
+        """Reserve exactly this slot of an adopted arena, as the daemon before had it.
+
+        Raises ValueError if it is not as described: another generation, or it overlaps another.
+        """
+        self._slots.place(slot.offset, slot.length)
+        if self.arena.generation(slot.offset) != slot.generation:
+            self._slots.free(slot.offset)
+            raise ValueError(f"slot at {slot.offset} has changed hands")
+        self._leased[slot.offset] = slot
+        self.leased_bytes += self._slots.slot_bytes(slot.length)
+
+    def snapshot(self) -> list[tuple[Chunk, Slot]]:
+        """Every chunk whose checksum is known and where it lies, coldest first."""
+        return [
+            (self._index.chunk(record), self.slot(record))
+            for record in self._index.coldest_first(self.all_keys())
+            if self._index.is_sealed(record)
+        ]
+
     def slot_bytes(self, length: int) -> int:
         """Host memory that a slot of this length takes, padding included."""
         return self._slots.slot_bytes(length)
@@ -185,6 +205,10 @@ class DramTier:
     def some(self, start: int, count: int) -> tuple[list[Key], int]:
         """Some of the keys, from a position on, and the next position; 0: that was the end."""
         return self._index.some(start, count)
+
+    def hottest_first(self, keys: Sequence[Key]) -> list[Key]:
+        """Those here, the latest used first, and none before its parent."""
+        return [self._index.key(r) for r in reversed(self._index.coldest_first(keys))]
 
     def all_keys(self) -> list[Key]:
         """All keys, in no order."""

@@ -44,6 +44,10 @@ class Leaves:
     def __len__(self) -> int:
         return self._count
 
+    def used_s(self, record: int) -> int:
+        """The second of a resident record's last use; of one with children, of its own."""
+        return self._tick[record]
+
     def state_bytes(self) -> int:
         """Of the columns, for all records ever in use at once. The rings' heads come on top."""
         columns = (self._parent, self._children, self._after, self._before, self._tick)

@@ -88,6 +88,10 @@ class EvictionPolicy(Protocol):
         """
         ...
 
+    def used_s(self, record: int) -> int:
+        """The second of a resident record's last use; of one with children, of its own."""
+        ...
+
     def check_integrity(self) -> None:
         """Assert the module's invariants. Cost: linear."""
         ...

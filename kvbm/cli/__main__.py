@@ -22,7 +22,7 @@ app = typer.Typer(
 for command in (
     *(status.status, status.tiers, top.top, doctor.doctor),
     chunks.chunks,
-    *(actions.drain, actions.flush, actions.scrub),
+    *(actions.drain, actions.resume, actions.flush, actions.scrub),
 ):
     app.command()(command)
 app.add_typer(chunks.quarantine, name="quarantine")

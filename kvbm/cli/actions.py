@@ -1,4 +1,4 @@
-"""`kvbm drain`, `flush` and `scrub`: what an operator has a node do."""
+"""`kvbm drain`, `resume`, `flush` and `scrub`: what an operator has a node do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Wait = Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for 
 def drain(
     url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False, wait_s: Wait = 60.0
 ) -> None:
-    """Stop taking stores, write down what waits; before an upgrade. Ends with the daemon.
+    """Stop taking stores and write down what is in host memory alone, the hottest first.
 
     Exit status 1 if it is not done in time; it goes on, and asking again tells how far it is.
     """
@@ -46,6 +46,13 @@ def drain(
         f"to write, engines hold {size(answer['leased_bytes'])} of slots"
     )
     _end(answer, text, as_json, failed=not answer["done"])
+
+
+def resume(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """End a drain: engines store again."""
+    with AdminClient(url, token) as client:
+        answer = client.post("/v1/resume")
+    _end(answer, "engines store again", as_json, failed=bool(answer["draining"]))
 
 
 def flush(

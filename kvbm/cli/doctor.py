@@ -24,7 +24,7 @@ _REMEDIES: Final = {
     "G3": f"make ssd.path usable; {_LOG}",
     "G4": f"check s3.endpoint_url, s3.bucket and credentials; the daemon goes on trying; {_LOG}",
     "socket": f"wait, or see what the daemon waits for: {_LOG}",
-    "stores": "restart the daemon when the node may be used again",
+    "stores": "kvbm resume, when the node may be used again",
 }
 
 
@@ -99,6 +99,7 @@ def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
             yield warning(check, reason, _REMEDIES[name])
         else:
             yield problem(check, reason, _REMEDIES.get(name, _LOG))
+    yield _handover_finding(node["handover"])
     process = node["process"]
     plane, error = process["events_plane"], process["events_error"]
     if plane != "nats":
@@ -111,6 +112,20 @@ def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
             f"NATS at {process['events_url']} cannot be reached: {error}",
             "start NATS or mend events.nats_url and its credentials; nothing else waits for it",
         )
+
+
+def _handover_finding(handover: Json) -> Finding:
+    if handover["reason"] is not None:
+        return warning(
+            "handover",
+            f"host memory will start empty after a restart: {handover['reason']}",
+            "run it by the unit of `kvbm-daemon print-unit`, or by `kvbm-daemon hold`",
+        )
+    says = f"host memory outlives a restart; {handover['adopted_chunks']} chunks taken over"
+    if handover["dropped"]:
+        lost = ", ".join(f"{count} {reason}" for reason, count in handover["dropped"].items())
+        says += f", not taken over: {lost}"
+    return ok("handover", says)
 
 
 def _place_of(node: Json, tiers: list[Json]) -> Place:

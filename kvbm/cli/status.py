@@ -108,6 +108,7 @@ def _show(
             f"  draining: {drain['left_chunks']} chunks to write, engines hold "
             f"{size(drain['leased_bytes'])} of slots"
         )
+    out.print(f"  {_handover_line(node['handover'])}", soft_wrap=True)
     out.print()
     out.print(tiers_table(found["tiers"]))
     out.print()
@@ -119,3 +120,20 @@ def _show(
         f"{len(engines)} engines in {len(sessions)} connections; {claims} chunks claimed, "
         f"{size(leased)} of slots lent; {waiting} chunks wait in queues"
     )
+
+
+def _handover_line(handover: Json) -> str:
+    """Whether host memory outlives a restart, and what it brought along from the last one."""
+    if handover["reason"] is not None:
+        said = f"host memory will not outlive a restart: {handover['reason']}"
+    else:
+        said = "host memory outlives a restart"
+    if handover["adopted_chunks"] or handover["waiting_chunks"]:
+        said += (
+            f"; taken over {handover['adopted_chunks']} chunks, {size(handover['adopted_bytes'])}"
+        )
+    if handover["waiting_chunks"]:
+        said += f", {handover['waiting_chunks']} to check"
+    if handover["aside_bytes"]:
+        said += f"; {size(handover['aside_bytes'])} kept aside"
+    return said

@@ -17,11 +17,12 @@ import structlog
 import typer
 
 from kvbm.daemon.admin_server import AdminError
+from kvbm.daemon.holder import Holder
 from kvbm.daemon.ipc import SocketError
 from kvbm.daemon.node import PROGRAM, Node
 from kvbm.daemon.server import Server
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.systemd import Notifier
+from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import CACHE, Installation, unit_text
 from runtime import telemetry
 from runtime.settings import Loaded, SettingsError, parse_assignments
@@ -59,6 +60,20 @@ def serve(config: Config = None, assignments: Assignments = None) -> None:
     except (ArenaError, TierError, SocketError, AdminError) as error:
         _log.error("cannot_run", reason=str(error))
         raise typer.Exit(1) from None
+
+
+@app.command()
+def hold(
+    command: Annotated[
+        list[str], typer.Argument(help="The daemon's: `-- kvbm-daemon serve --config FILE`.")
+    ],
+) -> None:
+    """Run the daemon and keep its host memory when it is restarted; for nodes without systemd.
+
+    SIGHUP restarts it, for an upgrade; SIGTERM ends both.
+    """
+    telemetry.configure("auto", "info", sys.stderr, os.environ)
+    raise typer.Exit(Holder(command).run())
 
 
 @app.command("check-config")
@@ -119,8 +134,9 @@ async def _serve(settings: DaemonSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    node = Node(settings, _version())
-    await Server(node, Notifier.from_environ(os.environ)).run(stop)
+    notifier = Notifier.from_environ(os.environ)
+    node = Node(settings, _version(), notifier, take_inherited(os.environ))
+    await Server(node, notifier).run(stop)
 
 
 def _load(file: Path | None, assignments: list[str] | None) -> Loaded[DaemonSettings]:

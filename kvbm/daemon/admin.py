@@ -162,6 +162,7 @@ def _node(view: NodeView, metrics: Metrics) -> APIRouter:
             node=metrics.node,
             process=view.status(),
             drain=view.drain_status(),
+            handover=view.handover_status(),
         )
 
     @router.get("/sessions")

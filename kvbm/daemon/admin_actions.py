@@ -1,4 +1,4 @@
-"""What operators have a node do over the admin API: drain, flush, scrub, clear the quarantine.
+"""What operators have a node do over the admin API: drain, resume, flush, scrub, quarantine.
 
 Each request is bounded in time, may be repeated, and leaves a line in the log.
 """
@@ -48,12 +48,19 @@ def actions_router(actions: NodeActions, token: str | None) -> APIRouter:
 
     @router.post("/drain")
     async def drain(request: Request) -> DrainStatus:
-        """Lend engines no more slots to store into, and write down what waits.
+        """Lend engines no more slots to store into, and write down what is in host memory alone.
 
-        Engines go on loading. Asked again it tells how far it is; it ends with the daemon.
+        The latest used goes first; engines go on loading. Asked again it tells how far it is; it
+        ends with `/v1/resume` or the daemon.
         """
         _note(request)
         return actions.drain()
+
+    @router.post("/resume")
+    async def resume(request: Request) -> DrainStatus:
+        """End a drain: engines may store again."""
+        _note(request)
+        return actions.resume()
 
     @router.post("/flush")
     async def flush(request: Request, deadline_s: Deadline = FLUSH_S) -> FlushStatus:

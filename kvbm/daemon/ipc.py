@@ -31,11 +31,12 @@ from kvbm.protocol import (
     encode,
 )
 from kvbm.session import Refusal, Session, Sessions
-from storage_tiers.arena import Arena
+from storage_tiers.arena import Arena, Slot
 
 CONNECTIONS_MAX: Final = 4096
 HELLO_TIMEOUT_S: Final = 5.0
 ACCEPT_RETRY_S: Final = 0.2
+LEAVING_POLL_S: Final = 0.01
 HELLO_BYTES_MAX: Final = 1 << 16
 UNREAD_BYTES_MAX: Final = 64 << 20
 
@@ -162,17 +163,34 @@ class ControlSocket:
         try:
             await loop.create_future()  # until cancelled
         finally:
-            self._listener = None
-            loop.remove_reader(listener)
-            listener.close()
-            self._path.unlink(missing_ok=True)
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._stop_listening()
             for transport in self._transports:
                 transport.close()
 
+    async def send_away(self, deadline_s: float) -> list[Slot]:
+        """Let nobody in any more and have every engine leave, its workers by answering a fence.
+
+        Leased slots of engines that had not left at the deadline: they may still be written to.
+        """
+        await self._stop_listening()
+        end = time.monotonic() + deadline_s
+        self._sessions.end()
+        while self._sessions.all and time.monotonic() < end:
+            await asyncio.sleep(LEAVING_POLL_S)
+        return [slot for session in self._sessions.all for slot in session.leased]
+
     # -- below ---------------------------------------------------------------------------
+
+    async def _stop_listening(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        asyncio.get_running_loop().remove_reader(listener)
+        listener.close()
+        self._path.unlink(missing_ok=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _accept(self) -> None:
         """One connection waits to be accepted."""

@@ -7,15 +7,18 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 
+from kvbm.daemon.handover import Handover, inherit
 from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings
+from kvbm.daemon.systemd import Notifier
 from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
     ChunkStatus,
     DrainStatus,
     EventsStatus,
+    HandoverStatus,
     NodeStatus,
     PolicyStatus,
     QuarantineStatus,
@@ -36,14 +39,23 @@ from storage_tiers.base import Key, RecoveryReport, SupportsScrub, Tier, TierNam
 from storage_tiers.dram import DramTier
 
 PROGRAM = "kvbm-daemon"
-_DRAINING = "draining: engines are lent no slots to store into, until the daemon is restarted"
+_DRAINING = "draining: engines are lent no slots to store into, until `kvbm resume` or a restart"
 
 
 class Node:
     """Puts the parts together, nothing opened or started; implements `NodeView`."""
 
-    def __init__(self, settings: DaemonSettings, version: str) -> None:
-        """Raises ArenaError if host memory cannot be had."""
+    def __init__(
+        self,
+        settings: DaemonSettings,
+        version: str,
+        notifier: Notifier,
+        inherited: Mapping[str, int] | None = None,
+    ) -> None:
+        """Raises ArenaError if host memory cannot be had.
+
+        `inherited`: descriptors that the daemon before left, by name; taken.
+        """
         self.settings = settings
         self.metrics = Metrics(version, settings.node)
         self.plane: EventPlane = create_event_plane(settings.events, f"{PROGRAM} {settings.node}")
@@ -57,7 +69,12 @@ class Node:
             ring_keys=settings.events.ring_keys,
         )
         catalogue = Catalogue(self.blocks)
-        self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
+        inheritance = inherit(inherited or {}, notifier, settings.dram)
+        self.arena = (
+            Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
+            if inheritance is None
+            else inheritance.arena
+        )
         tenants = make_tenants(settings)
         self.dram = DramTier(
             self.arena,
@@ -74,6 +91,9 @@ class Node:
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
+        )
+        self.handover = Handover(
+            notifier, settings.dram, self.manager, catalogue, self.metrics, inheritance
         )
         self.members = Sessions(self.manager, tenants)
         self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
@@ -203,6 +223,9 @@ class Node:
 
     def drain_status(self) -> DrainStatus:
         return self.operations.drain_status()
+
+    def handover_status(self) -> HandoverStatus:
+        return self.handover.status()
 
     def scrub_status(self, tier: TierName) -> ScrubStatus | None:
         return self.operations.scrub_status(tier)

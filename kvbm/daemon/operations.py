@@ -1,4 +1,4 @@
-"""What an operator can have a running node do: drain, flush, scrub, clear the quarantine.
+"""What an operator can have a running node do: drain, resume, flush, scrub, clear the quarantine.
 
 Each is idempotent and bounded in time: asking again joins what is under way and tells how far it
 is. Called on the daemon's event loop.
@@ -52,15 +52,24 @@ class Operations:
         self._drained_since: float | None = None
 
     def drain(self) -> DrainStatus:
-        """Lend engines no more slots, and write down what waits. Ends with the process.
+        """Lend engines no more slots, and write down what is in host memory alone.
 
-        Engines go on loading; what they have stored is kept.
+        The latest used goes first. Engines go on loading. Until `resume`, or a restart.
         """
         if self._drained_since is None:
             self._drained_since = time.time()
             self._members.drain()
-            self._offloader.hurry()
+            self._offloader.evacuate()
             _log.warning("draining", left_chunks=self._offloader.left)
+        return self.drain_status()
+
+    def resume(self) -> DrainStatus:
+        """End a drain: engines store again."""
+        if self._drained_since is not None:
+            self._drained_since = None
+            self._members.resume()
+            self._offloader.stay()
+            _log.info("resumed")
         return self.drain_status()
 
     def drain_status(self) -> DrainStatus:

@@ -11,6 +11,7 @@ from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
     ChunkStatus,
     DrainStatus,
+    HandoverStatus,
     NodeStatus,
     PolicyStatus,
     QueueStatus,
@@ -92,6 +93,7 @@ class Node(BaseModel):
     node: str
     process: NodeStatus
     drain: DrainStatus
+    handover: HandoverStatus
 
 
 class ResidencyReport(BaseModel):

@@ -19,8 +19,10 @@ from kvbm.daemon.admin_server import AdminServer
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.systemd import Notifier
+from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
 
+FENCE_S: Final = 5.0  # a worker answers between two copies
 DRAIN_S: Final = 30.0
 REMOTE_WAIT_S: Final = 10.0
 OPEN_RETRY_S_MIN: Final = 1.0
@@ -57,7 +59,8 @@ class Server:
             await server.start()
             cleanup.push_async_callback(server.stop)
             self._socket.bind()
-            async with self._background():
+            unfenced: list[Slot] = []
+            async with self._background(unfenced):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._remote_tried.wait(), REMOTE_WAIT_S)
                 node.problems.pop("socket", None)
@@ -67,11 +70,15 @@ class Server:
                 await stop.wait()
                 self._notifier.stopping()
                 _log.info("stopping")
+            await node.handover.leave(unfenced)
         _log.info("stopped")
 
     @contextlib.asynccontextmanager
-    async def _background(self) -> AsyncIterator[None]:
-        """Everything that runs meanwhile; on leaving, engines go first and offloading last."""
+    async def _background(self, unfenced: list[Slot]) -> AsyncIterator[None]:
+        """Everything that runs meanwhile; on leaving, engines go first and offloading last.
+
+        Then `unfenced` gets the leased slots that engines may still write to.
+        """
         manager = self._node.manager
         async with asyncio.TaskGroup() as group:
             onboarding = group.create_task(manager.onboarder.run(), name="onboard")
@@ -84,20 +91,27 @@ class Server:
                     ("watchdog", self._notifier.feed_watchdog()),
                     ("rates", self._node.speeds.run()),
                     ("open-remote", self._open_remote()),
+                    ("adopt", self._adopt()),
                 )
             ]
             serving = group.create_task(self._socket.serve(), name="control-socket")
             yield
             # Before engines are sent away: a slot they leave must not be filled with anything.
-            for task in (onboarding, serving):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            await _cancelled(onboarding)
+            unfenced += await self._socket.send_away(FENCE_S)
+            await _cancelled(serving)
+            manager.offloader.evacuate()
             left = await manager.offloader.drain(DRAIN_S)
             if left:
                 _log.warning("chunks_not_offloaded", chunks=left, after_s=DRAIN_S)
             for task in moving:
                 task.cancel()
+
+    async def _adopt(self) -> None:
+        """Take over what the daemon before left in host memory."""
+        self._node.reports[TierName.DRAM] = await self._node.handover.run()
+        await self._remote_tried.wait()
+        self._node.handover.offer()
 
     async def _open_remote(self) -> None:
         """Open S3, however long it takes to answer."""
@@ -135,3 +149,9 @@ class Server:
     async def _close_events(self) -> None:
         self._node.blocks.flush()
         await self._node.plane.close()
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

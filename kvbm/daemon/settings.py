@@ -55,6 +55,11 @@ class DramSettings(Section):
         default=False,
         description="Back the memory with huge pages; they must be reserved (hugetlbfs).",
     )
+    handover: bool = Field(
+        default=True,
+        description="Leave the contents for the next daemon at a restart, and take over what the "
+        "one before left; needs systemd's unit (`print-unit`) or `kvbm-daemon hold`.",
+    )
     scrub_interval: Duration = Field(
         default=3600.0,
         description="Time for one pass that checks every chunk in host memory against its "

@@ -102,6 +102,20 @@ class DrainStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoverStatus:
+    """Host memory over a restart: whether it will be left, and what was taken over."""
+
+    available: bool
+    reason: str | None  # why it will not be left
+    adopted_chunks: int
+    adopted_bytes: int
+    waiting_chunks: int  # inherited, their bytes not checked yet
+    dropped: Mapping[str, int]  # reason -> chunks that were inherited and not taken over
+    aside_bytes: int  # of slots that an engine perhaps still writes to
+    seconds: float  # that checking took; 0 until it is done
+
+
+@dataclass(frozen=True, slots=True)
 class FlushStatus:
     done: bool
     left_chunks: int
@@ -172,6 +186,8 @@ class NodeView(Protocol):
 
     def drain_status(self) -> DrainStatus: ...
 
+    def handover_status(self) -> HandoverStatus: ...
+
     def scrub_status(self, tier: TierName) -> ScrubStatus | None:
         """The latest pass that was asked for, if any was. Raises NoScrubError."""
         ...
@@ -181,6 +197,8 @@ class NodeActions(Protocol):
     """Each may be asked again: it joins what is under way."""
 
     def drain(self) -> DrainStatus: ...
+
+    def resume(self) -> DrainStatus: ...
 
     async def flush(self, deadline_s: float) -> FlushStatus: ...
 

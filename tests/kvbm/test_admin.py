@@ -22,6 +22,7 @@ from kvbm.daemon.view import (
     DrainStatus,
     EventsStatus,
     FlushStatus,
+    HandoverStatus,
     NodeStatus,
     NoScrubError,
     PolicyStatus,
@@ -131,6 +132,18 @@ class Node:
     def drain_status(self) -> DrainStatus:
         return DrainStatus(draining=False, since=None, done=False, left_chunks=3, leased_bytes=4096)
 
+    def handover_status(self) -> HandoverStatus:
+        return HandoverStatus(
+            available=False,
+            reason="dram.handover is false",
+            adopted_chunks=5,
+            adopted_bytes=5 << 20,
+            waiting_chunks=2,
+            dropped={"corrupt": 1},
+            aside_bytes=4096,
+            seconds=0.0,
+        )
+
     def scrub_status(self, tier: TierName) -> ScrubStatus | None:
         if tier is TierName.S3:
             raise NoScrubError("G4 cannot be scrubbed on this node: G2, G3")
@@ -139,6 +152,10 @@ class Node:
     def drain(self) -> DrainStatus:
         self.asked.append("drain")
         return DrainStatus(draining=True, since=1.5e9, done=False, left_chunks=3, leased_bytes=0)
+
+    def resume(self) -> DrainStatus:
+        self.asked.append("resume")
+        return self.drain_status()
 
     async def flush(self, deadline_s: float) -> FlushStatus:
         self.asked.append(("flush", deadline_s))
@@ -277,7 +294,7 @@ async def test_the_schema_describes_every_route(client: httpx2.AsyncClient) -> N
     probes = {"get /healthz", "get /readyz", "get /metrics", "get /version"}
     nouns = ("tiers", "recovery", "sessions", "node", "chunks/{key}", "quarantine", "policies")
     reads = {f"get /v1/{noun}" for noun in (*nouns, "drain", "scrub")}
-    actions = ("drain", "flush", "scrub", "quarantine/clear")
+    actions = ("drain", "resume", "flush", "scrub", "quarantine/clear")
     assert routes == probes | reads | {f"post /v1/{action}" for action in actions}
     for path, item in schema["paths"].items():
         for method, operation in item.items():
@@ -335,6 +352,8 @@ async def test_what_is_out_of_use_and_how_tiers_choose_is_told(client: httpx2.As
     }
     node = (await client.get("/v1/node")).json()
     assert (node["node"], node["process"]["pid"]) == ("node-1", 42)
+    assert node["handover"]["reason"] == "dram.handover is false"
+    assert (node["handover"]["adopted_chunks"], node["handover"]["dropped"]) == (5, {"corrupt": 1})
     assert (await client.get("/v1/scrub")).json() == {"latest": None}
     assert (await client.get("/v1/drain")).json()["left_chunks"] == 3
 
@@ -346,13 +365,14 @@ async def test_actions_reach_the_node_with_their_deadline(
     client: httpx2.AsyncClient, node: Node
 ) -> None:
     assert (await client.post("/v1/drain")).json()["draining"] is True
+    assert (await client.post("/v1/resume")).json()["draining"] is False
     assert (await client.post("/v1/flush?deadline_s=2.5")).json()["seconds"] == 2.5
     assert (await client.post("/v1/scrub?deadline_s=0")).json()["damaged_chunks"] == 1
     assert (await client.post("/v1/scrub?tier=G3&deadline_s=1")).json()["tier"] == "G3"
     assert (await client.post("/v1/quarantine/clear")).json() == {"cleared": 1, "freed_bytes": 4096}
     assert (await client.post(f"/v1/quarantine/clear?key={KEY.hex()}")).json()["cleared"] == 1
     assert node.asked == [
-        *("drain", ("flush", 2.5), ("scrub", "G2", 0), ("scrub", "G3", 1)),
+        *("drain", "resume", ("flush", 2.5), ("scrub", "G2", 0), ("scrub", "G3", 1)),
         *(("clear", None), ("clear", KEY)),
     ]
     for bad in ("-1", "1e9", "nan", "soon"):
@@ -363,7 +383,7 @@ async def test_actions_reach_the_node_with_their_deadline(
         refused = await method("/v1/scrub?tier=G4")
         assert refused.status_code == 404
         assert "G2, G3" in refused.json()["detail"]
-    assert len(node.asked) == 6
+    assert len(node.asked) == 7
 
 
 @pytest.mark.parametrize(

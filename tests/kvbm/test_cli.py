@@ -288,6 +288,13 @@ def test_draining_stops_stores_keeps_loads_and_loses_nothing(
             assert shown.status == 3 and "draining" in shown.out
             again = json.loads(kvbm("drain", *ask, "--json").out)
             assert again["since"] == json.loads(done.out)["since"]
+            resumed = kvbm("resume", *ask, "--json")
+            assert resumed.status == 0 and not json.loads(resumed.out)["draining"]
+            assert kvbm("status", *ask).status == 0
+            more = make_items("after it", 8, CHUNK)
+            engine.store(more)
+            assert json.loads(kvbm("drain", *ask, "--json").out)["done"]
+            items += more
         daemon.stop()
         extents = daemon.ssd_folder / "extents"
         extents.write_bytes(bytes(extents.stat().st_size))
@@ -495,7 +502,8 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 COMMANDS = [
     *(["status"], ["tiers"], ["top"], ["quarantine"], ["chunks", make_key("k").hex()]),
     ["quarantine", "clear"],
-    *(["drain"], ["flush"], ["scrub"], ["events", "tail"], ["bench", "tiers", "--running"]),
+    *(["drain"], ["resume"], ["flush"], ["scrub"], ["events", "tail"]),
+    ["bench", "tiers", "--running"],
 ]
 
 

@@ -28,6 +28,21 @@ async def test_chunks_leave_in_the_order_they_came() -> None:
     assert await lane.take(3) == chunks[3:]
 
 
+async def test_an_order_decides_each_batch_and_what_it_leaves_out_comes_last() -> None:
+    lane = Lane(10)
+    chunks = {name: chunk(name) for name in "abcde"}
+    for each in chunks.values():
+        lane.offer(each)
+    wanted = [chunks[name].key for name in "dxb" if name in chunks]
+    lane.order = lambda waiting: [key for key in wanted if key in waiting]
+    assert await lane.take(1) == [chunks["d"]]
+    wanted.insert(0, chunks["e"].key)
+    assert await lane.take(3) == [chunks["e"], chunks["b"], chunks["a"]]
+    lane.order = None
+    assert await lane.take(3) == [chunks["c"]]
+    assert lane.waiting_bytes == 0
+
+
 async def test_a_key_offered_again_waits_once_at_its_first_place() -> None:
     lane = Lane(10)
     for name in ("a", "b", "a"):

@@ -10,7 +10,7 @@ import pytest
 
 from kvbm import offload
 from kvbm.offload import LaneSettings
-from storage_tiers.base import Chunk, StoreItem, Tier, TierName
+from storage_tiers.base import Chunk, Key, StoreItem, Tier, TierName
 from storage_tiers.codec import checksum
 from storage_tiers.faulty import Faults, Faulty
 from storage_tiers.instrumented import Instrumented, TierCall
@@ -508,3 +508,83 @@ async def test_what_was_refused_is_offered_again_when_it_is_used(node: Node) -> 
     assert set(ssd.contents) == {item.chunk.key for item in items[:3]}
     assert asked == [0, 1, 2, 3], "what follows a refused chunk is of no use without it"
     await assert_kept(s3, items)
+
+
+# -- evacuating ---------------------------------------------------------------------------
+
+
+def stored_order(node: Node, place: int = 0) -> list[Key]:
+    """Keys in the order in which a tier got them."""
+    name = node.memories[place].name
+    return [key for what, tier, key in node.events.announced if (what, tier) == ("stored", name)]
+
+
+async def test_the_hottest_go_first_and_parents_before_children(make_node: MakeNode) -> None:
+    node = make_node(settings=LaneSettings(batch_chunks=1))
+    now_s = [1e9]
+    node.dram._index._clock = lambda: now_s[0]
+    chains = [chunks_of(f"chain {number}", 3) for number in range(4)]
+    for chain in chains:
+        node.commit(chain)
+        now_s[0] += 10
+    node.dram.touch(keys_of(chains[1])[::-1])
+    node.manager.offloader.evacuate()
+    async with node.running():
+        assert await node.manager.offloader.drain(WAIT_S) == 0
+    hottest = keys_of([*chains[1], *chains[3], *chains[2], *chains[0]])
+    assert stored_order(node) == hottest
+
+
+async def test_what_no_queue_had_room_for_goes_down_too(make_node: MakeNode) -> None:
+    node = make_node(settings=LaneSettings(batch_chunks=2, queue_chunks=4))
+    items = chunks_of("too many", 30)
+    for first in range(0, 30, 10):
+        node.commit(items[first : first + 10])
+    assert node.meter.drops == {("seal", "queue_full"): 26}
+    offloader = node.manager.offloader
+    async with node.running():
+        await node.settle()
+        assert len(node.memories[0].contents) == 4
+        offloader.evacuate()
+        assert offloader.left > 0, "not done before it has looked"
+        assert await offloader.drain(WAIT_S) == 0
+    assert node.memories[0].contents.keys() == set(keys_of(items))
+
+
+async def test_what_is_left_at_the_deadline_is_the_coldest_and_counted(
+    make_node: MakeNode,
+) -> None:
+    gate = Gate()
+    node = make_node(gated(gate), settings=LaneSettings(batch_chunks=3, queue_chunks=3))
+    now_s = [1e9]
+    node.dram._index._clock = lambda: now_s[0]
+    items = chunks_of("cold", 12, chained=False)
+    for item in items:  # the queue has room for the coldest alone
+        node.commit([item])
+        now_s[0] += 1
+    offloader = node.manager.offloader
+    offloader.evacuate()
+    async with node.running():
+        await until(lambda: gate.waiting)
+        assert await offloader.drain(0.2) == 12
+        gate.open()
+        assert await offloader.drain(WAIT_S) == 0
+    assert stored_order(node) == keys_of(items)[::-1]
+
+
+async def test_staying_ends_the_order_and_the_search(make_node: MakeNode) -> None:
+    gate = Gate()
+    node = make_node(gated(gate), settings=LaneSettings(batch_chunks=2, queue_chunks=2))
+    items = chunks_of("stays", 10, chained=False)
+    offloader = node.manager.offloader
+    for item in items:
+        node.commit([item])
+    async with node.running():
+        offloader.evacuate()
+        await until(lambda: gate.waiting and offloader._unqueued)
+        offloader.stay()
+        await until(lambda: not offloader._unqueued)
+        gate.open()
+        assert await offloader.drain(WAIT_S) == 0
+    assert all(lane.order is None for lane in (offloader._to_seal, *offloader._lanes))
+    assert len(node.memories[0].contents) < len(items), "the rest stays where it is"

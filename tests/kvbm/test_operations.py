@@ -10,6 +10,7 @@ import pytest
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rates
 from kvbm.offload import LaneSettings
+from kvbm.protocol import Share
 from kvbm.quarantine import ENTRIES_MAX, Quarantine
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
@@ -25,6 +26,7 @@ from tests.kvbm.builders import (
     until,
     wanted,
 )
+from tests.kvbm.members import join_engine, said
 
 LINGERING = LaneSettings(enough_bytes=1 << 30, linger_s=3600.0)
 
@@ -237,6 +239,28 @@ async def test_draining_outlasts_a_flush(make_node: Callable[..., Node]) -> None
         assert operations.drain().left_chunks > 0
         await until(lambda: operations.drain_status().done)
     assert operations.drain().since == first.since
+
+
+async def test_a_drain_ends_with_resume_and_engines_lease_again(
+    make_node: Callable[..., Node],
+) -> None:
+    node = make_node(settings=LINGERING)
+    sessions = Sessions(node.manager)
+    operations = Operations(sessions, node.manager.offloader, Scrubber(node.dram, node.meter, 0))
+    engine = join_engine(sessions)
+    assert len(engine.lease(4)) == 4
+    operations.drain()
+    assert said(engine.scheduler, Share)[-1].bytes == 0 and not engine.lease(1)
+    assert not operations.resume().draining
+    assert said(engine.scheduler, Share)[-1].bytes > 0 and len(engine.lease(1)) == 1
+    assert operations.resume() == operations.drain_status(), "again is no error"
+    async with node.running():
+        node.commit(chunks_of("lingers", 2))
+        await until(lambda: not node.manager.offloader.depth["seal"])
+        with pytest.raises(TimeoutError):
+            await until(lambda: node.memories[1].contents, within_s=0.2)
+        assert operations.drain().since is not None
+        await until(lambda: len(node.memories[1].contents) == 2)
 
 
 async def test_without_draining_a_flush_leaves_lanes_as_they_were(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbm.daemon.systemd import Notifier
+from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import Installation, unit_text
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,77 @@ async def test_without_a_watchdog_there_is_nothing_to_feed(environ: dict[str, st
 def test_a_watchdog_meant_for_another_process_is_not_ours() -> None:
     environ = {"WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"}
     assert Notifier.from_environ(environ).watchdog_s is None
+
+
+async def test_descriptors_are_left_by_name_and_systemd_has_dealt_with_them(
+    systemd: socket.socket, tmp_path: Path
+) -> None:
+    notifier = Notifier.from_environ({"NOTIFY_SOCKET": systemd.getsockname(), "FDSTORE": "4"})
+    assert notifier.listens and notifier.store_max == 4
+    with (tmp_path / "left").open("w+") as file:
+        storing = asyncio.create_task(notifier.store({"one": file.fileno()}))
+        said, fds = await asyncio.to_thread(_heard, systemd, 3)
+        assert said == ["FDSTOREREMOVE=1\nFDNAME=one", "FDSTORE=1\nFDNAME=one", "BARRIER=1"]
+        stored, barrier = fds
+        assert os.path.samestat(os.fstat(stored), os.fstat(file.fileno()))
+        assert not storing.done(), "it waits for the barrier"
+        os.close(barrier)
+        assert await storing
+        os.close(stored)
+
+
+async def test_a_systemd_that_does_not_answer_is_not_waited_for(
+    systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvbm.daemon.systemd.BARRIER_S", 0.05)
+    notifier = Notifier(systemd.getsockname(), None)
+    assert not await notifier.store({"one": systemd.fileno()})
+    assert not await Notifier(None, None).store({"one": systemd.fileno()})
+
+
+def _heard(systemd: socket.socket, count: int) -> tuple[list[str], list[int]]:
+    said: list[str] = []
+    fds: list[int] = []
+    for _ in range(count):
+        data, received, _, _ = socket.recv_fds(systemd, 1024, 4)
+        said.append(data.decode())
+        fds += received
+    return said, fds
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "a"},
+        {"LISTEN_FDS": "1", "LISTEN_FDNAMES": "a", "LISTEN_PID": "1"},
+        {"LISTEN_FDS": "x", "LISTEN_PID": str(os.getpid())},
+    ],
+)
+def test_descriptors_of_another_process_are_not_ours(environ: dict[str, str]) -> None:
+    assert take_inherited(environ) == {}
+
+
+def test_inherited_descriptors_are_taken_by_name() -> None:
+    """In a process of its own, whose descriptors from 3 on are known."""
+    program = (
+        "import os; from kvbm.daemon.systemd import take_inherited;"
+        "os.environ['LISTEN_PID'] = str(os.getpid());"
+        "fds = [os.dup(2) for _ in range(5)];"  # 3 to 7, two of them not announced
+        "found = take_inherited(os.environ);"
+        "print(found, [os.get_inheritable(fd) for fd in found.values()],"
+        "[fd for fd in fds if os.path.exists(f'/proc/self/fd/{fd}')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LISTEN_FDS": "3", "LISTEN_FDNAMES": "a:b:a"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        close_fds=True,
+    )
+    assert done.stdout.split("\n")[0] == "{'b': 4, 'a': 5} [False, False] [4, 5, 6, 7]"
 
 
 HOME = Path("/home") / "ops"
@@ -130,6 +201,7 @@ def test_the_unit_waits_for_ready_and_keeps_what_the_daemon_needs() -> None:
     unit.read(ROOT / "deploy/kvbm-daemon.service")
     service = unit["Service"]
     assert service["Type"] == "notify"
+    assert int(service["FileDescriptorStoreMax"]) >= 2, "the arena and its index"
     assert service["LimitMEMLOCK"] == "infinity"
     assert service["RuntimeDirectory"] == "kvbm"
     assert "AF_UNIX" in service["RestrictAddressFamilies"]

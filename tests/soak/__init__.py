@@ -1,0 +1,1 @@
+"""A mixed load for as long as one likes, and nothing that grows with time."""
