@@ -159,8 +159,11 @@ class PeerTier:
                 source.read([items[index] for index in indexes], deadline)
                 for source, indexes in turns.values()
             ]
-            answers = await asyncio.gather(*reads)
+            # All of them to their end, a fault of ours or not: they write to the buffers.
+            answers = await asyncio.gather(*reads, return_exceptions=True)
             for (_, indexes), answer in zip(turns.values(), answers, strict=True):
+                if isinstance(answer, BaseException):
+                    raise answer
                 for index, outcome in zip(indexes, answer, strict=True):
                     self._note(items[index], outcome)
                     outcomes[index] = outcome

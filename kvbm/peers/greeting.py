@@ -87,10 +87,12 @@ class Greeter:
 async def connect(host: str, port: int) -> socket.socket:
     """A non-blocking connection. Raises OSError of the last address that was tried."""
     loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:  # no name at all: a label too long, a zero byte
+        raise OSError(f"{host!r} is no host: {error}") from error
     trouble = OSError(f"{host} has no address")
-    for family, kind, number, _, address in await loop.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    ):
+    for family, kind, number, _, address in found:
         sock = socket.socket(family, kind, number)
         try:
             sock.setblocking(False)

@@ -153,7 +153,7 @@ class PeerLink:
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             return "the deadline is over"
-        by_nixl = self._nixl() is not None and all(self._offset(item) is not None for item in items)
+        by_nixl = self._nixl() is not None and None not in [self._place(i.into) for i in items]
         keys = b"".join(item.key for item in items)
         hold_s = min(left_s + HOLD_MARGIN_S, wire.CLAIM_S_MAX)
         future: _Claimed = asyncio.get_running_loop().create_future()
@@ -175,7 +175,7 @@ class PeerLink:
         if (
             len(set(indexes)) != len(indexes)
             or not all(0 <= i < len(items) for i in indexes)
-            or not all(0 < n.length <= len(items[n.index].into) for n in claimed.lent)
+            or not all(n.is_sane(len(items[n.index].into)) for n in claimed.lent)
         ):
             self._drop("it lends what it was not asked for")
             return self.problem
@@ -237,9 +237,6 @@ class PeerLink:
         at = address_of(view) - self._arena_at
         return at if 0 <= at <= self._arena.capacity_bytes - len(view) else None
 
-    def _offset(self, item: LoadItem) -> int | None:
-        return self._place(item.into)
-
     # -- the connection ------------------------------------------------------------------
 
     async def _live(self) -> None:
@@ -252,7 +249,7 @@ class PeerLink:
         self.is_redundant = False
         self._data = DataConnections(self.address, self._greeter, welcome.session)
         _log.info("peer_connected", peer=self.name, node=welcome.node)
-        while True:
+        while self._writer is writer:  # else it was dropped, and what it still says is of no use
             for body in bodies:
                 self._heard(wire.decode_from_owner(body))
             data = await stream.read(wire.GREETING_BYTES_MAX)

@@ -173,7 +173,7 @@ class PeerNetwork:
             async for message in heard:
                 try:
                     said = _decoder.decode(message.payload)
-                except msgspec.DecodeError as error:
+                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                     self._meter.error("peer_announcement", "malformed")
                     _log.warning("bad_announcement", subject=message.subject, reason=str(error))
                     continue

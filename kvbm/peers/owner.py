@@ -104,7 +104,8 @@ class Owner:
     def bind(self, host: str, port: int) -> None:
         """Raises PeerSocketError."""
         try:
-            self._listener = socket.create_server((host, port), backlog=128)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._listener = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
             raise PeerSocketError(
                 f"cannot listen for peers on {host} port {port}: {error}; change peers.host or "
@@ -139,6 +140,8 @@ class Owner:
                 task = loop.create_task(self._connection(sock))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+                # Not at its end within: a task that is cancelled before it began has none.
+                task.add_done_callback(lambda _, sock=sock: sock.close())
         finally:
             self._listener.close()
             for task in self._tasks:
@@ -172,8 +175,6 @@ class Owner:
         except (OSError, TimeoutError) as error:
             self._meter.error("peer_connection", "lost")
             _log.info("peer_connection_lost", reason=str(error) or type(error).__name__)
-        finally:
-            sock.close()
 
     async def _greet(self, sock: socket.socket) -> wire.Hello:
         nonce, bodies = wire.new_nonce(), list[bytes]()

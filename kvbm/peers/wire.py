@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.protocol import FrameError, FrameReader, Message, encode, split_keys
+from kvbm.protocol import POSITIONS_MAX, FrameError, FrameReader, Message, encode, split_keys
 from storage_tiers.base import KEY_BYTES, Chunk, Key
 from storage_tiers.ucx_process import RemoteArena
 
@@ -103,6 +103,16 @@ class Lent(msgspec.Struct, frozen=True, array_like=True):
     checksum: int
     parent: bytes  # all zeros: none
     position: int
+
+    def is_sane(self, length_max: int) -> bool:
+        """Whether these can be the figures of a chunk."""
+        return (
+            0 < self.length <= length_max
+            and 0 <= self.offset < 1 << 48
+            and 0 <= self.checksum < 1 << 64
+            and 0 <= self.position < POSITIONS_MAX
+            and len(self.parent) == KEY_BYTES
+        )
 
     def chunk(self, key: Key) -> Chunk:
         parent = None if self.parent == _NO_PARENT else Key(self.parent)

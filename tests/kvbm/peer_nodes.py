@@ -45,6 +45,7 @@ class PeerNode:
         name: str = "a",
         *,
         nodes: Sequence[PeerNode] = (),
+        nodes_at: Sequence[str] = (),
         dram_bytes: int = 8 << 20,
         plane: EventPlane | None = None,
         **settings: object,
@@ -60,7 +61,7 @@ class PeerNode:
             "port": 0,
             "mover": "plain",
             "token": TOKEN,
-            "nodes": [f"127.0.0.1:{node.port}" for node in nodes],
+            "nodes": [*nodes_at, *(f"127.0.0.1:{node.port}" for node in nodes)],
             **settings,
         }
         self.network = PeerNetwork(

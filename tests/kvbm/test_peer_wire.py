@@ -17,7 +17,7 @@ from kvbm.peers.network import Announcement, peers_subject
 from kvbm.peers.settings import PeerSettings, parse_node
 from kvbm.protocol import FrameError, FrameReader, Message, encode
 from runtime.events.memory import MemoryPlane
-from storage_tiers.base import Chunk
+from storage_tiers.base import Chunk, Failed
 from storage_tiers.testing import make_items, make_key
 from storage_tiers.ucx_process import RemoteArena
 from tests.kvbm.builders import WAIT_S, until
@@ -242,3 +242,56 @@ async def test_announcements_that_cannot_be_followed_are_counted(host: str, port
         plane.publish(peers_subject("test", "other"), msgspec.msgpack.encode(said))
         await until(lambda: node.meter.errors["peer_announcement", "malformed"] == 1)
         assert node.network.status() == []
+
+
+@pytest.mark.parametrize("host", ["h" * 70, "a\0b", "..", "no.such.host.invalid"])
+async def test_a_host_that_is_none_is_a_peer_that_is_away(host: str) -> None:
+    plane = MemoryPlane()
+    node = PeerNode(plane=plane)
+    async with node.running():
+        await until(lambda: plane._subscriptions)
+        said = Announcement("other", NOT_ME, host, 9471)
+        plane.publish(peers_subject("test", "other"), msgspec.msgpack.encode(said))
+        await until(
+            lambda: [s.problem for s in node.network.status()] not in ([], ["not connected yet"])
+        )
+        await serves(node)
+
+
+async def test_an_owner_that_lends_nonsense_is_dropped() -> None:
+    """One that knows the token, and is broken."""
+    items = make_items("nonsense", 1, 4096)
+    key = items[0].chunk.key
+    nonsense = [
+        wire.Lent(1, 0, 4096, 0, bytes(16), 0),  # was not asked for
+        wire.Lent(0, -1, 4096, 0, bytes(16), 0),
+        wire.Lent(0, 0, 4097, 0, bytes(16), 0),  # more than there is room for
+        wire.Lent(0, 0, 4096, -1, bytes(16), 0),
+        wire.Lent(0, 0, 4096, 0, b"short", 0),
+        wire.Lent(0, 0, 4096, 0, bytes(16), 1 << 40),
+    ]
+
+    async def lend(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(encode(wire.Challenge(wire.VERSION, b"o" * 16, wire.new_nonce())))
+        frames = FrameReader()
+        while data := await stream.read(1 << 16):
+            for body in frames.feed(data):
+                message = wire.decode_from_reader(body)
+                if isinstance(message, wire.Hello):
+                    proof = wire.proof(TOKEN, "owner", message.nonce)
+                    writer.write(encode(wire.Welcome("o", b"o" * 16, b"s" * 16, 1 << 20, proof)))
+                    writer.write(encode(wire.Have(key, (4096).to_bytes(8, "little"))))
+                elif isinstance(message, wire.Claim):
+                    writer.write(encode(wire.Claimed(message.number, [nonsense.pop()], [])))
+        writer.close()
+
+    server = await asyncio.start_server(lend, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    reader = PeerNode("reader", nodes_at=[f"127.0.0.1:{port}"])
+    async with reader.running():
+        while nonsense:
+            await until(lambda: reader.knows(items))
+            [outcome], _ = await reader.load(items)
+            assert isinstance(outcome, Failed)
+        assert reader.meter.errors["peer", "lost"] == 6
+    server.close()

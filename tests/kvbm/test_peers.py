@@ -158,7 +158,7 @@ async def test_nodes_find_each_other_on_the_event_plane() -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"\xc1", b"\x94\xa1n\xc4\x01i\xa1h\x00", b"\x90" * 64], ids=str
+    "payload", [b"", b"\xc1", b"\x94\xa1\xff\xc4\x01i\xa1h\x01", b"\x91" * 4096], ids=len
 )
 async def test_announcements_that_are_none_are_counted(payload: bytes) -> None:
     plane = MemoryPlane()
