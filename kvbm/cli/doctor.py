@@ -67,6 +67,7 @@ def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Find
         try:
             checks = client.readiness()
             node, tiers = client.get("/v1/node"), client.get("/v1/tiers")["tiers"]
+            peers = client.get("/v1/peers")["peers"]
         except Refused as refused:
             yield problem("daemon", f"{url} answers: {refused}", "give --token or KVBM_ADMIN_TOKEN")
         except Failure as failure:
@@ -76,6 +77,7 @@ def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Find
                 "daemon", f"{node['name']} {node['version']} on {node['node']} answers at {url}"
             )
             yield from _daemon_findings(checks, node)
+            yield from _peer_findings(peers)
             place = _place_of(node, tiers)
     is_here = is_loopback(urlsplit(url).hostname or "")
     place = place or configured
@@ -126,6 +128,19 @@ def _handover_finding(handover: Json) -> Finding:
         lost = ", ".join(f"{count} {reason}" for reason, count in handover["dropped"].items())
         says += f", not taken over: {lost}"
     return ok("handover", says)
+
+
+def _peer_findings(peers: list[Json]) -> Iterator[Finding]:
+    for peer in peers:
+        who = f"{peer['node'] or 'the node'} at {peer['address']}"
+        if peer["connected"]:
+            yield ok("peer", f"{who} has {peer['chunks']} chunks, read by {peer['mover']}")
+        elif not peer["redundant"]:
+            yield warning(
+                "peer",
+                f"{who} cannot be read: {peer['problem']}",
+                "start its daemon, or mend peers.nodes, peers.token, or the network between",
+            )
 
 
 def _place_of(node: Json, tiers: list[Json]) -> Place:

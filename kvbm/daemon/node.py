@@ -11,7 +11,7 @@ from kvbm.daemon.handover import Handover, inherit
 from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
-from kvbm.daemon.settings import DaemonSettings
+from kvbm.daemon.settings import DaemonSettings, SsdSettings
 from kvbm.daemon.systemd import Notifier
 from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
@@ -29,6 +29,8 @@ from kvbm.daemon.view import (
 )
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.patrol import Patrol
+from kvbm.peers.contents import Contents
+from kvbm.peers.network import PeerNetwork, PeerStatus
 from kvbm.protocol import Hello
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
@@ -68,7 +70,8 @@ class Node:
             batch_events=settings.events.batch_events,
             ring_keys=settings.events.ring_keys,
         )
-        catalogue = Catalogue(self.blocks)
+        contents = Contents(self.blocks)
+        catalogue = Catalogue(contents)
         inheritance = inherit(inherited or {}, notifier, settings.dram)
         self.arena = (
             Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
@@ -83,10 +86,14 @@ class Node:
             admission=make_admission(settings.dram.admission),
             quotas=tenants.quotas(TierName.DRAM),
         )
+        self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
+        self.peers = self._make_peers(contents, catalogue)
         self.manager = BlockManager(
             self.dram,
-            make_lower_tiers(settings, catalogue, tenants),
-            self.blocks,
+            make_lower_tiers(
+                settings, catalogue, tenants, None if self.peers is None else self.peers.tier
+            ),
+            contents,
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
@@ -96,18 +103,7 @@ class Node:
             notifier, settings.dram, self.manager, catalogue, self.metrics, inheritance
         )
         self.members = Sessions(self.manager, tenants)
-        self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
-        self.patrols = [
-            Patrol(
-                tier,
-                self.metrics,
-                catalogue.quarantine,
-                pass_s=settings.ssd.scrub_interval,
-                bytes_per_s=settings.ssd.scrub_bandwidth,
-            )
-            for tier in self.manager.tiers
-            if settings.ssd is not None and isinstance(tier, SupportsScrub)
-        ]
+        self.patrols = self._make_patrols(settings.ssd, catalogue)
         scrubbers = {patrol.tier: patrol for patrol in self.patrols}
         self.operations = Operations(
             self.members,
@@ -125,6 +121,37 @@ class Node:
     @property
     def all_tiers(self) -> list[Tier]:
         return [self.dram, *self.manager.tiers]
+
+    def _make_peers(self, contents: Contents, catalogue: Catalogue) -> PeerNetwork | None:
+        settings = self.settings
+        if settings.peers is None:
+            return None
+        return PeerNetwork(
+            settings.peers,
+            self.dram,
+            contents,
+            self.metrics,
+            listener=catalogue,
+            check=self.scrubber.check,
+            plane=self.plane,
+            namespace=settings.events.namespace,
+            node=settings.node,
+        )
+
+    def _make_patrols(self, ssd: SsdSettings | None, catalogue: Catalogue) -> list[Patrol]:
+        if ssd is None:
+            return []
+        return [
+            Patrol(
+                tier,
+                self.metrics,
+                catalogue.quarantine,
+                pass_s=ssd.scrub_interval,
+                bytes_per_s=ssd.scrub_bandwidth,
+            )
+            for tier in self.manager.tiers
+            if isinstance(tier, SupportsScrub)
+        ]
 
     # -- NodeView ------------------------------------------------------------------------
 
@@ -210,6 +237,14 @@ class Node:
 
     def quarantine(self) -> QuarantineStatus:
         return self.operations.quarantine()
+
+    def peer_list(self) -> Sequence[PeerStatus]:
+        return [] if self.peers is None else self.peers.status()
+
+    def peer_readers(self) -> tuple[Sequence[str], int]:
+        if self.peers is None:
+            return [], 0
+        return self.peers.owner.readers, self.peers.owner.office.lent_bytes
 
     def policies(self) -> Sequence[PolicyStatus]:
         dram, ssd, s3 = self.settings.dram, self.settings.ssd, self.settings.s3

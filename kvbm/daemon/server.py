@@ -43,7 +43,7 @@ class Server:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end cleanly.
 
-        Raises TierError, SocketError or AdminError if it cannot start.
+        Raises TierError, SocketError, PeerSocketError or AdminError if it cannot start.
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
@@ -58,6 +58,8 @@ class Server:
             server = AdminServer(app, admin.host, admin.port)
             await server.start()
             cleanup.push_async_callback(server.stop)
+            if node.peers is not None:
+                await node.peers.open()
             self._socket.bind()
             unfenced: list[Slot] = []
             async with self._background(unfenced):
@@ -94,6 +96,8 @@ class Server:
                     ("adopt", self._adopt()),
                 )
             ]
+            if self._node.peers is not None:
+                moving.append(group.create_task(self._node.peers.run(), name="peers"))
             serving = group.create_task(self._socket.serve(), name="control-socket")
             yield
             # Before engines are sent away: a slot they leave must not be filled with anything.

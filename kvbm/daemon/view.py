@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm.daemon.rates import Rate
+from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 
@@ -181,6 +182,14 @@ class NodeView(Protocol):
     def chunk(self, key: Key) -> ChunkStatus: ...
 
     def quarantine(self) -> QuarantineStatus: ...
+
+    def peer_list(self) -> Sequence[PeerStatus]:
+        """The other nodes whose host memory may be read."""
+        ...
+
+    def peer_readers(self) -> tuple[Sequence[str], int]:
+        """Nodes connected to read this one's host memory, and the bytes held for them now."""
+        ...
 
     def policies(self) -> Sequence[PolicyStatus]: ...
 

@@ -22,8 +22,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from benchmarks.report import Row, tell
 from examples.demo.daemon import Daemon, DaemonConfig
+from kvbm.cli.figures import Row, tell
 from runtime.embedded import EmbeddedNats, EmbeddedS3
 from tests.soak.flat import Trend, trend_of
 from tests.soak.fleet import Fleet
