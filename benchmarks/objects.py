@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.ssd import key_of
 from kvbm.cli.figures import Row, compared, tell
 from kvbm.onboard import BATCH_BYTES, BATCH_CHUNKS
 from runtime.embedded import EmbeddedS3
@@ -56,7 +57,7 @@ class Sides:
 
     async def write(self) -> None:
         number = next(self._numbers)
-        self._keys = [Key(number.to_bytes(8, "big") + i.to_bytes(8, "big")) for i, _ in self._all()]
+        self._keys = [key_of(number, i) for i, _ in self._all()]
         items = [
             StoreItem(
                 Chunk(key, self._size, checksum(data), self._keys[i - 1] if i else None, i), data

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import itertools
 import tempfile
 import time
@@ -19,7 +20,16 @@ from kvbm.cli.figures import Row, compared, tell
 from kvbm.cli.limits import BareFile, aligned
 from kvbm.onboard import BATCH_BYTES as LOAD_BYTES
 from kvbm.onboard import BATCH_CHUNKS, WORKERS_PER_TIER
-from storage_tiers.base import Chunk, Key, Loaded, LoadItem, SilentListener, Stored, StoreItem
+from storage_tiers.base import (
+    KEY_BYTES,
+    Chunk,
+    Key,
+    Loaded,
+    LoadItem,
+    SilentListener,
+    Stored,
+    StoreItem,
+)
 from storage_tiers.codec import checksum
 from storage_tiers.ssd import STORES_AT_ONCE, SsdTier
 
@@ -44,7 +54,7 @@ class Ours:
         """Seconds to store chunks it does not know."""
         number = next(self._rounds)
         self._items = [
-            StoreItem(Chunk(_key(number, i), self._size, self._sums[i], None, i), source)
+            StoreItem(Chunk(key_of(number, i), self._size, self._sums[i], None, i), source)
             for i, source in enumerate(self.sources)
         ]
         step = BATCH_BYTES // self._size
@@ -76,8 +86,10 @@ class Ours:
         return time.perf_counter() - began
 
 
-def _key(round_: int, index: int) -> Key:
-    return Key(round_.to_bytes(8, "big") + index.to_bytes(8, "big"))
+def key_of(round_: int, index: int) -> Key:
+    """As evenly distributed as real ones, which indexes rely on, and of no tenant."""
+    name = f"{round_} {index}".encode()
+    return Key(hashlib.blake2b(name, digest_size=KEY_BYTES - 1).digest() + b"\0")
 
 
 async def measure(folder: Path, size: int, total: int, rounds: int) -> list[Row]:

@@ -94,7 +94,8 @@ def group(items: Sequence[StoreItem], object_bytes: int) -> list[list[StoreItem]
     """Which chunks share an object: equally long ones of one tenant, sequence after sequence.
 
     Each object is filled before the next is begun, because requests cost money; a sequence's chunks
-    lie side by side in it, so that they are read with one range.
+    lie side by side in it, so that they are read with one range. `object_bytes` counts payload: a
+    power of two of equal chunks fills it exactly, as it fills the batches in which they are read.
     """
     sequences: dict[Key, list[StoreItem]] = {}  # by the key of its last chunk so far
     for item in items:
@@ -107,7 +108,7 @@ def group(items: Sequence[StoreItem], object_bytes: int) -> list[list[StoreItem]
     for sequence in sequences.values():
         for item in sequence:
             kind = (item.chunk.length, tenant_of(item.chunk.key))
-            most = min(object_bytes // record_bytes(item.chunk.length), CHUNKS_MAX)
+            most = min(object_bytes // item.chunk.length, CHUNKS_MAX)
             run = filling.get(kind)
             if run is None or len(run) >= most:
                 run = filling[kind] = []

@@ -21,6 +21,7 @@ from kvbm.daemon.node import Node
 from kvbm.daemon.systemd import Notifier
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
+from storage_tiers.prefault import Prefault
 
 FENCE_S: Final = 5.0  # a worker answers between two copies
 DRAIN_S: Final = 30.0
@@ -47,6 +48,10 @@ class Server:
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
+            if node.settings.dram.prefault:
+                prefault = Prefault(node.arena.data)
+                prefault.start()
+                cleanup.callback(prefault.close)
             await node.plane.start()
             cleanup.push_async_callback(self._close_events)
             for tier in node.all_tiers:

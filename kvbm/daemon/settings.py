@@ -61,6 +61,12 @@ class DramSettings(Section):
         description="Leave the contents for the next daemon at a restart, and take over what the "
         "one before left; needs systemd's unit (`print-unit`) or `kvbm-daemon hold`.",
     )
+    prefault: bool = Field(
+        default=False,
+        description="Take the memory from the system in the background, right after the start, "
+        "rather than as it is first used, which makes what is brought up then wait. Not done "
+        "where the system has less available than `dram.capacity`.",
+    )
     scrub_interval: Duration = Field(
         default=3600.0,
         description="Time for one pass that checks every chunk in host memory against its "
