@@ -22,7 +22,7 @@ from kvbm.cli.limits import BareFile, aligned, copy
 from kvbm.cli.temporary import TemporaryDaemon
 from kvbm.stand_in import StandIn
 from runtime.units import format_size, parse_size
-from storage_tiers.base import Chunk, Key, StoreItem
+from storage_tiers.base import KEY_BYTES, Chunk, Key, StoreItem
 
 FLUSH_S = 120.0
 # A stand-in that leaves is no news; the command says what went wrong itself.
@@ -81,9 +81,9 @@ class _Bench:
         self.store_g3 = _Speeds(f"engine to G3, {label}", "O_DIRECT")
         self.load_g3 = _Speeds(f"G3 to engine, {label}", "O_DIRECT")
 
-    def items(self) -> list[StoreItem]:
-        """The same bytes under keys that nobody has."""
-        keys = [Key(secrets.token_bytes(16)) for _ in self.sources]
+    def items(self, tag: int) -> list[StoreItem]:
+        """The same bytes under keys that nobody has, of the tenant with this tag."""
+        keys = [Key(secrets.token_bytes(KEY_BYTES - 1) + bytes([tag])) for _ in self.sources]
         return [
             StoreItem(Chunk(key, self.plan.chunk, 0, keys[at - 1] if at else None, at), source)
             for at, (key, source) in enumerate(zip(keys, self.sources, strict=True))
@@ -134,17 +134,19 @@ class _Bench:
 
 def measure_temporary(plan: Plan, folder: Path) -> list[Row]:
     """With a daemon of its own, whose files lie in `folder` meanwhile. Raises Failure."""
-    bench = _Bench(plan)
     try:
         with tempfile.TemporaryDirectory(prefix=".kvbm-bench-", dir=folder) as inside:
             bare = BareFile(Path(inside) / "bare", plan.total)
+            bench = _Bench(plan)
             try:
                 _rounds(bench, TemporaryDaemon(Path(inside), _settings(plan, Path(inside))), bare)
             finally:
                 bare.close()
+            return bench.rows()
+    except TimeoutError as error:
+        raise Failure(f"the temporary daemon is too slow: {error}") from error
     except OSError as error:
         raise Failure(f"cannot measure in {folder.absolute()}: {error}; see --folder") from error
-    return bench.rows()
 
 
 def measure_running(plan: Plan, client: AdminClient) -> list[Row]:
@@ -157,12 +159,15 @@ def measure_running(plan: Plan, client: AdminClient) -> list[Row]:
     if process["host_memory_bytes"] < 2 * plan.total:
         raise Failure(f"host memory has to hold twice --total {format_size(plan.total)}")
     bench = _Bench(plan)
-    with _engine(Path(process["socket"]), plan) as engine:
-        for _ in range(plan.rounds):
-            items = bench.items()
-            bench.store(engine, items, client)
-            bench.load(engine, items, bench.load_g2)
-            bench.limits(None)
+    try:
+        with _engine(Path(process["socket"]), plan) as engine:
+            for _ in range(plan.rounds):
+                items = bench.items(engine.client.tag)
+                bench.store(engine, items, client)
+                bench.load(engine, items, bench.load_g2)
+                bench.limits(None)
+    except TimeoutError as error:
+        raise Failure(f"{error}; its log says more. Tenants' daemons serve tenants only") from error
     bench.store_g3.name = f"engine to all tiers, {format_size(plan.chunk)}"
     return bench.rows()
 
@@ -171,8 +176,8 @@ def _rounds(bench: _Bench, daemon: TemporaryDaemon, bare: BareFile) -> None:
     plan = bench.plan
     with daemon:
         for _ in range(plan.rounds):
-            items = bench.items()
             with _engine(daemon.socket, plan) as engine:
+                items = bench.items(engine.client.tag)
                 bench.store(engine, items, daemon.client)
                 bench.load(engine, items, bench.load_g2)
             daemon.restart()  # host memory is empty then: what comes, comes from the SSD
