@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.policy import bound, fingerprint, replay
+from benchmarks.policy import bound, fingerprint, replay, replay_admitted
 from benchmarks.workloads import synthetic
 from storage_tiers.admission import AdmitAll, AdmitSeenTwice, AdmitValue, Ghosts
 from storage_tiers.leaves import NONE
@@ -264,7 +264,7 @@ def test_value_lets_go_of_a_loop_that_stopped_before_a_person_who_thinks() -> No
 
 
 def test_admissions_spare_writes_and_value_costs_fewer_hits_than_seen_twice() -> None:
-    requests = synthetic()["chats+scans"][:2000]
+    requests = synthetic()["chats+scans"][:1200]
     everything = replay_admitted(requests, 1000, ValuePolicy(), AdmitAll())
     seen = replay_admitted(requests, 1000, ValuePolicy(), AdmitSeenTwice(1 << 16))
     policy = ValuePolicy()
