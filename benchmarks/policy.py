@@ -2,9 +2,9 @@
 
 Replays request traces through the policies, beside LRU, an LFU with dynamic aging and Belady's
 bound, in one run: a trace file in Mooncake's format (`timestamp` in ms, `hash_ids` of 512-token
-blocks) and five made up here, of different character, from a fixed seed. A hit counts when the
-block and all before it in its request are resident; Belady's bound does not know of prefixes.
-Every block costs the same here. Prints a table, and one JSON object as its last line.
+blocks) and those of `workloads`. A hit counts when the block and all before it in its request are
+resident; Belady's bound does not know of prefixes. Every block costs the same here. Then hits and
+writes with each admission. Prints a table, and one JSON object as its last line.
 
     python -m benchmarks.policy [--trace FILE]... [--no-synthetic] [--sensitivity] [--json]
 """
@@ -14,34 +14,37 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
-import random
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from storage_tiers import admission, policy
+from benchmarks.workloads import Request, synthetic
+from storage_tiers import survival, value
+from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitValue
 from storage_tiers.leaves import NONE
-from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
+from storage_tiers.value import ValuePolicy
 
-Request = tuple[float, list[int]]  # seconds, blocks
 TRACE = Path("build/traces/conversation_trace.jsonl")
 CAPACITIES = (1_000, 3_000, 10_000, 30_000)
+ADMISSION_CAPACITIES = (3_000, 10_000)
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": LruPolicy,
     "s3-fifo": S3FifoPolicy,
     "value": ValuePolicy,
 }
 RESIDENTS = 1_000_000
+OFFERS_REMEMBERED = 1 << 16
 HIT_NS_MAX = 3_000
 INSERT_NS_MAX = 10_000
 CONSTANTS = (
-    (admission, "OBSERVATIONS_PRIOR"),
-    (admission, "REUSE_PRIOR"),
-    (admission, "OBSERVATIONS_KEPT"),
-    (policy, "PROBED_ONE_IN"),
-    (policy, "RANKED_PER"),
+    (survival, "OBSERVATIONS_PRIOR"),
+    (survival, "REUSE_PRIOR"),
+    (survival, "OBSERVATIONS_KEPT"),
+    (value, "RANKED_PER"),
 )
 
 
@@ -54,12 +57,27 @@ def fingerprint(number: int) -> int:
     return x ^ x >> 31
 
 
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Shares of all blocks asked for."""
+
+    found: float
+    written: float
+
+
 def replay(requests: list[Request], capacity: int, evict: EvictionPolicy) -> float:
-    """The share of blocks found, of all asked for."""
+    """The share of blocks found, of all asked for, if all are stored."""
+    return replay_admitted(requests, capacity, evict, AdmitAll()).found
+
+
+def replay_admitted(
+    requests: list[Request], capacity: int, evict: EvictionPolicy, admission: Admission
+) -> Replayed:
+    """As `replay`, but a block that is refused is not stored, nor what follows it."""
     record_of: dict[int, int] = {}
     block_of: list[int] = []
     free: list[int] = []
-    found = asked = 0
+    found = asked = written = 0
     for now_s, blocks in requests:
         asked += len(blocks)
         depth = 0
@@ -70,8 +88,18 @@ def replay(requests: list[Request], capacity: int, evict: EvictionPolicy) -> flo
             evict.hit(record_of[block], fingerprint(block), now_s)
         pinned = {record_of[block] for block in blocks[:depth]}
         parent = record_of[blocks[depth - 1]] if depth else NONE
-        for block in blocks[depth:]:
-            if len(record_of) >= capacity:
+        for index in range(depth, len(blocks)):
+            block = blocks[index]
+            full = len(record_of) >= capacity
+            if not admission.admits(
+                fingerprint(block), now_s, parent=parent, cost_s=0.1, size_bytes=1 << 20, full=full
+            ):
+                for later in blocks[index + 1 :]:  # all of them are offered
+                    admission.admits(
+                        fingerprint(later), now_s, parent=NONE, cost_s=0.1, size_bytes=1, full=True
+                    )
+                break
+            if full:
                 victim = next((v for v in evict.victims() if v not in pinned), NONE)
                 if victim == NONE:
                     break  # the request alone is larger than the cache
@@ -84,12 +112,13 @@ def replay(requests: list[Request], capacity: int, evict: EvictionPolicy) -> flo
             block_of[record] = block
             record_of[block] = record
             pinned.add(record)
+            written += 1
             evict.inserted(
                 record, fingerprint(block), now_s, parent=parent, cost_s=0.1, size_bytes=1 << 20
             )
             parent = record
     evict.check_integrity()
-    return found / asked
+    return Replayed(found / asked, written / asked)
 
 
 def bound(requests: list[Request], capacity: int) -> float:
@@ -144,92 +173,6 @@ def read_trace(path: Path) -> list[Request]:
     with path.open() as lines:
         rows = [json.loads(line) for line in lines]
     return [(row["timestamp"] / 1000, row["hash_ids"]) for row in rows]
-
-
-# -- traces made up here ---------------------------------------------------------------------
-
-Session = Iterator[tuple[float, list[int]]]  # pause in seconds before it, blocks
-
-
-def synthetic() -> dict[str, list[Request]]:
-    """Five workloads of about an hour; block numbers are unique across sessions of one."""
-    return {
-        "chats": _play(1, lambda r, new: _chat(r, new, []), 1.0),
-        "system-prompts": _shared_prompts(2),
-        "chats+scans": _play(
-            3, lambda r, new: _chat(r, new, []) if r.random() < 0.5 else _scan(r, new), 1.5
-        ),
-        "agents": _play(4, _agent, 0.08),
-        "batch-loop": _batch_loop(5),
-    }
-
-
-def _play(
-    seed: int,
-    session: Callable[[random.Random, Callable[[int], list[int]]], Session],
-    arrivals_per_s: float,
-    span_s: float = 2400.0,
-) -> list[Request]:
-    """Sessions that begin at random moments, merged by time."""
-    dice = random.Random(seed)
-    used = 0
-
-    def new(count: int) -> list[int]:
-        nonlocal used
-        used += count
-        return list(range(used - count, used))
-
-    requests: list[Request] = []
-    at_s = 0.0
-    while (at_s := at_s + dice.expovariate(arrivals_per_s)) < span_s:
-        now_s = at_s
-        for pause_s, blocks in session(dice, new):
-            now_s += pause_s
-            requests.append((now_s, blocks))
-    return sorted(requests, key=lambda request: request[0])
-
-
-def _chat(dice: random.Random, new: Callable[[int], list[int]], start: list[int]) -> Session:
-    """Each turn adds to all before it; two in three go on; people think for about a minute."""
-    blocks = start + new(1 + int(dice.expovariate(1 / 8)))
-    yield 0.0, list(blocks)
-    while dice.random() < 0.65:
-        blocks = blocks + new(1 + int(dice.expovariate(1 / 3)))
-        yield dice.lognormvariate(4.0, 1.0), blocks
-
-
-def _scan(dice: random.Random, new: Callable[[int], list[int]]) -> Session:
-    """A long document that nobody asks about again."""
-    yield 0.0, new(dice.randint(20, 80))
-
-
-def _agent(dice: random.Random, new: Callable[[int], list[int]]) -> Session:
-    """Steps seconds apart; one in ten goes back to an earlier step and branches."""
-    path = [new(12)]
-    for _ in range(dice.randint(5, 60)):
-        if dice.random() < 0.1:
-            path = path[: dice.randint(1, len(path))]
-        path = [*path, new(dice.randint(1, 3))]
-        yield dice.expovariate(1 / 15), [block for part in path for block in part]
-
-
-def _shared_prompts(seed: int) -> list[Request]:
-    """Prompts of 40 products, some far more popular than others, one or few questions each."""
-    prompts = [[-(p * 64 + i + 1) for i in range(8 + p % 32)] for p in range(40)]
-    weights = [1 / (rank + 1) for rank in range(len(prompts))]
-
-    def session(dice: random.Random, new: Callable[[int], list[int]]) -> Session:
-        return _chat(dice, new, dice.choices(prompts, weights)[0])
-
-    return _play(seed, session, 1.0)
-
-
-def _batch_loop(seed: int) -> list[Request]:
-    """400 documents asked about in turn, again and again, between chats."""
-    documents = [[-(d * 64 + i + 1) for i in range(12)] for d in range(400)]
-    jobs = [(float(i), [*documents[i % 400], -100_000 - i]) for i in range(2400)]
-    chats = _play(seed, lambda dice, new: _chat(dice, new, []), 0.5)
-    return sorted([*jobs, *chats], key=lambda request: request[0])
 
 
 # -- what it costs ---------------------------------------------------------------------------
@@ -315,21 +258,53 @@ def compare(name: str, requests: list[Request], capacity: int) -> list[dict[str,
     ]
 
 
+def admission_rows(name: str, requests: list[Request], capacity: int) -> list[dict[str, object]]:
+    """Hits and writes of each admission under each eviction, against storing all by the same."""
+    rows: list[dict[str, object]] = []
+    for policy_name, make in POLICIES.items():
+        everything = replay_admitted(requests, capacity, make(), AdmitAll())
+        for admission_name in ("seen-twice", "value"):
+            evict = make()
+            admission: Admission = AdmitSeenTwice(OFFERS_REMEMBERED)
+            if admission_name == "value":
+                if not isinstance(evict, ValuePolicy):
+                    continue
+                admission = AdmitValue(evict)
+            result = replay_admitted(requests, capacity, evict, admission)
+            for what, figure, against in (
+                ("hits", result.found, everything.found),
+                ("writes", result.written, everything.written),
+            ):
+                rows.append(
+                    {
+                        "name": f"{name} {capacity} {policy_name}, admit {admission_name}: {what}",
+                        "value": round(figure, 4),
+                        "unit": "of blocks asked",
+                        "against": "admit all",
+                        "against_value": round(against, 4),
+                        "ratio": round(figure / against, 3) if against else None,
+                        "target": None,
+                        "ok": True,
+                    }
+                )
+    return rows
+
+
 def cost_rows(residents: int) -> list[dict[str, object]]:
     limits = {"hit": HIT_NS_MAX, "insert+evict": INSERT_NS_MAX, "bytes": 24}
     rows: list[dict[str, object]] = []
     for name, make in POLICIES.items():
-        for what, value in speeds(make, residents).items():
+        for what, figure in speeds(make, residents).items():
             rows.append(
                 {
                     "name": f"{name} {what} at {residents} residents",
-                    "value": round(value, 1),
+                    "value": round(figure, 1),
                     "unit": "bytes per resident" if what == "bytes" else "ns",
                     "against": "limit",
                     "against_value": limits[what],
-                    "ratio": round(value / limits[what], 2),
+                    "ratio": round(figure / limits[what], 2),
                     "target": 1.0,
-                    "ok": value <= limits[what],
+                    "ok": figure <= limits[what],
                 }
             )
     return rows
@@ -371,6 +346,21 @@ def show(row: dict[str, object]) -> None:
     )
 
 
+def asked_for(
+    paths: list[Path] | None, parser: argparse.ArgumentParser
+) -> dict[str, list[Request]]:
+    """The trace files named, or the usual one if it is there."""
+    traces: dict[str, list[Request]] = {}
+    for path in paths or [TRACE]:
+        if path.exists():
+            traces[path.stem] = read_trace(path)
+        elif paths:
+            parser.error(f"no trace at {path}")
+        else:
+            print(f"no trace at {path}: put one there, or name it with --trace", file=sys.stderr)
+    return traces
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, action="append", help=f"default {TRACE}")
@@ -379,14 +369,7 @@ def main() -> None:
     parser.add_argument("--residents", type=int, default=RESIDENTS, help="for the speeds; 0: none")
     parser.add_argument("--json", action="store_true", help="no table, only the JSON line")
     arguments = parser.parse_args()
-    traces: dict[str, list[Request]] = {}
-    for path in arguments.trace or [TRACE]:
-        if path.exists():
-            traces[path.stem] = read_trace(path)
-        elif arguments.trace:
-            parser.error(f"no trace at {path}")
-        else:
-            print(f"no trace at {path}: put one there, or name it with --trace", file=sys.stderr)
+    traces = asked_for(arguments.trace, parser)
     if not arguments.no_synthetic:
         traces |= synthetic()
     results: list[dict[str, object]] = []
@@ -403,6 +386,8 @@ def main() -> None:
         for name, requests in traces.items():
             for capacity in CAPACITIES:
                 add(compare(name, requests, capacity))
+            for capacity in ADMISSION_CAPACITIES:
+                add(admission_rows(name, requests, capacity))
         if arguments.residents:
             add(cost_rows(arguments.residents))
     print(json.dumps({"benchmark": "policy", "results": results}))

@@ -13,32 +13,118 @@ from typing import Final
 
 import numpy as np
 
-from storage_tiers.admission import CLASSES
-
 NONE: Final = -1
 """No record: the parent of a chunk whose parent is not resident."""
-COSTS: Final = 32
-"""Classes of seconds per byte, half octaves around the first arrival's; the outer ones are open."""
-QUEUES: Final = CLASSES * COSTS
+QUEUES: Final = 1 << 16
 
 
-class Leaves:
-    """Parents, and the leaves in rings by queue and second; 23 bytes for each record.
+class Rings:
+    """Numbered things in rings by queue and second, the oldest at the head; 14 bytes for each."""
+
+    def __init__(self) -> None:
+        self._after = array("i")
+        self._before = array("i")
+        self._tick = array("I")
+        self._queue = array("H")
+        self._ring: dict[int, int] = {}  # tick * QUEUES + queue -> head, or NONE
+        self._ticks: dict[int, list[int]] = {}  # queue -> ticks of its rings, ascending
+
+    def state_bytes(self) -> int:
+        """Of the columns, for all that was ever in use at once. The rings' heads come on top."""
+        columns = (column for column in vars(self).values() if isinstance(column, array))
+        return sum(column.itemsize * len(column) for column in columns)
+
+    def _opened(self, queue: int) -> None:
+        """A queue that had no ring has one."""
+
+    def _link(self, thing: int, *, first: bool = False) -> None:
+        queue, tick = self._queue[thing], self._tick[thing]
+        at = tick * QUEUES + queue
+        head = self._ring.get(at)
+        after, before = self._after, self._before
+        if head is None or head == NONE:
+            if head is None:
+                ticks = self._ticks.get(queue)
+                if ticks is None:
+                    self._ticks[queue] = [tick]
+                    self._opened(queue)
+                elif tick > ticks[-1]:
+                    ticks.append(tick)
+                else:
+                    insort(ticks, tick)
+            self._ring[at] = after[thing] = before[thing] = thing
+            return
+        last = before[head]
+        after[last] = before[head] = thing
+        before[thing], after[thing] = last, head
+        if first:
+            self._ring[at] = thing
+
+    def _unlink(self, thing: int) -> None:
+        at = self._tick[thing] * QUEUES + self._queue[thing]
+        after, before = self._after[thing], self._before[thing]
+        if after == thing:
+            self._ring[at] = NONE  # stays known to _ticks until the walk comes by
+            return
+        self._after[before] = after
+        self._before[after] = before
+        if self._ring[at] == thing:
+            self._ring[at] = after
+
+    def _head(self, queue: int, end: int = 0) -> int:
+        """The first thing of a queue's oldest second, or with end -1 of its newest."""
+        ticks = self._ticks.get(queue)
+        while ticks:
+            at = ticks[end] * QUEUES + queue
+            head = self._ring[at]
+            if head != NONE:
+                return head
+            ticks.pop(end)
+            del self._ring[at]
+        self._ticks.pop(queue, None)
+        return NONE
+
+    def _walk(self, queue: int) -> Iterator[int]:
+        """All of a queue from the oldest. Whoever walks may unlink what was yielded last."""
+        for tick in list(self._ticks.get(queue, ())):
+            yield from list(self._around(self._ring.get(tick * QUEUES + queue, NONE)))
+
+    def _around(self, head: int) -> Iterator[int]:
+        thing = head
+        while thing != NONE:
+            yield thing
+            thing = self._after[thing]
+            if thing == head:
+                return
+
+    def _check_rings(self, linked: set[int]) -> None:
+        """Assert that the rings hold these, each where its second and queue say."""
+        found = []
+        for at, head in self._ring.items():
+            assert at // QUEUES in self._ticks[at % QUEUES]
+            for thing in self._around(head):
+                found.append(thing)
+                assert self._before[self._after[thing]] == thing
+                assert self._tick[thing] * QUEUES + self._queue[thing] == at
+        assert len(found) == len(linked) and set(found) == linked
+
+    def _grow_rings(self, more: int) -> None:
+        for column in (self._after, self._before, self._tick, self._queue):
+            column.frombytes(bytes(column.itemsize * more))
+
+
+class Leaves(Rings):
+    """Parents, and the leaves in rings; 23 bytes for each record.
 
     A parent counts as used when its last descendant was, so it enters its ring at the head: it is
     the next to go there. Columns are indexed by record.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._parent = array("i")
         self._children = array("i")  # how many are resident; NONE: the record is not
-        self._after = array("i")
-        self._before = array("i")
-        self._tick = array("I")
-        self._queue = array("H")
         self._mark = array("B")
-        self._ring: dict[int, int] = {}  # tick * QUEUES + queue -> head, or NONE
-        self._ticks: dict[int, list[int]] = {}  # queue -> ticks of its rings, ascending
         self._count = 0
 
     def __len__(self) -> int:
@@ -48,16 +134,11 @@ class Leaves:
         """The second of a resident record's last use; of one with children, of its own."""
         return self._tick[record]
 
-    def state_bytes(self) -> int:
-        """Of the columns, for all records ever in use at once. The rings' heads come on top."""
-        columns = (self._parent, self._children, self._after, self._before, self._tick)
-        return sum(c.itemsize * len(c) for c in (*columns, self._queue, self._mark))
-
     def removed(self, record: int, key: int) -> None:
         children = self._children[record]
         assert children >= 0, "only a resident chunk is removed"
         if children:
-            self._orphan(record)
+            orphan(record, self._parent, self._children)
         else:
             self._unlink(record)
         self._children[record] = NONE
@@ -73,12 +154,7 @@ class Leaves:
 
     def detach(self, records: Sequence[int]) -> None:
         """These are about to leave: children that stay have no parent any more. Linear."""
-        leaving = np.zeros(len(self._parent) + 1, dtype=bool)  # NONE is the last entry
-        leaving[np.asarray(records, dtype=np.int64)] = True
-        parents = np.frombuffer(self._parent, dtype=np.int32)
-        resident = np.frombuffer(self._children, dtype=np.int32) != NONE
-        staying = np.flatnonzero(leaving[parents] & resident & ~leaving[:-1]).tolist()
-        for record in staying:
+        for record in left_behind(records, self._parent, self._children):
             parent, self._parent[record] = self._parent[record], NONE
             self._children[parent] -= 1
             if not self._children[parent]:
@@ -107,22 +183,9 @@ class Leaves:
 
     def check_integrity(self) -> None:
         """Assert the class's invariants. Cost: linear."""
-        resident = [r for r, children in enumerate(self._children) if children != NONE]
+        resident = check_family(self._parent, self._children)
         assert len(resident) == self._count
-        children = [0] * len(self._children)
-        for record in resident:
-            if self._parent[record] >= 0:
-                children[self._parent[record]] += 1
-        assert all(children[r] == self._children[r] for r in resident)
-        linked = 0
-        for at, head in self._ring.items():
-            assert at // QUEUES in self._ticks[at % QUEUES]
-            for record in self._around(head):
-                linked += 1
-                assert self._before[self._after[record]] == record
-                assert self._children[record] == 0
-                assert self._tick[record] * QUEUES + self._queue[record] == at
-        assert linked == sum(self._children[r] == 0 for r in resident)
+        self._check_rings({record for record in resident if not self._children[record]})
 
     def _place(self, record: int, tick: int, queue: int, parent: int) -> None:
         """Make a record resident, as a leaf. Its parent is one no longer."""
@@ -158,87 +221,53 @@ class Leaves:
         """The queue of a record that was here before the policy."""
         return 0
 
-    def _opened(self, queue: int) -> None:
-        """A queue that had no ring has one."""
-
-    def _link(self, record: int, *, first: bool = False) -> None:
-        queue, tick = self._queue[record], self._tick[record]
-        at = tick * QUEUES + queue
-        head = self._ring.get(at)
-        after, before = self._after, self._before
-        if head is None or head == NONE:
-            if head is None:
-                ticks = self._ticks.get(queue)
-                if ticks is None:
-                    self._ticks[queue] = [tick]
-                    self._opened(queue)
-                elif tick > ticks[-1]:
-                    ticks.append(tick)
-                else:
-                    insort(ticks, tick)
-            self._ring[at] = after[record] = before[record] = record
-            return
-        last = before[head]
-        after[last] = before[head] = record
-        before[record], after[record] = last, head
-        if first:
-            self._ring[at] = record
-
-    def _unlink(self, record: int) -> None:
-        at = self._tick[record] * QUEUES + self._queue[record]
-        after, before = self._after[record], self._before[record]
-        if after == record:
-            self._ring[at] = NONE  # stays known to _ticks until the walk comes by
-            return
-        self._after[before] = after
-        self._before[after] = before
-        if self._ring[at] == record:
-            self._ring[at] = after
-
-    def _head(self, queue: int, end: int = 0) -> int:
-        """The first leaf of a queue's oldest second, or with end -1 of its newest."""
-        ticks = self._ticks.get(queue)
-        while ticks:
-            at = ticks[end] * QUEUES + queue
-            head = self._ring[at]
-            if head != NONE:
-                return head
-            ticks.pop(end)
-            del self._ring[at]
-        self._ticks.pop(queue, None)
-        return NONE
-
-    def _walk(self, queue: int, passed: int) -> Iterator[int]:
-        """All leaves of a queue from the oldest, without the one that was passed over."""
-        for tick in list(self._ticks.get(queue, ())):
-            at = tick * QUEUES + queue
-            left = NONE
-            while True:
-                head = self._ring.get(at, NONE)
-                record = head if left == NONE else self._after[left]
-                if head == NONE or (left != NONE and record == head):
+    def _rest(self, queue: int, passed: int) -> Iterator[int]:
+        """All leaves of a queue from the oldest, and their parents, without the one passed over."""
+        for leaf in self._walk(queue):
+            record = leaf
+            while record != passed:
+                yield record
+                parent = self._parent[record]
+                if self._children[record] == 0 or parent == NONE or self._children[parent]:
                     break
-                if record != passed:
-                    yield record
-                if self._children[record] == 0:
-                    left = record
-
-    def _around(self, head: int) -> Iterator[int]:
-        record = head
-        while record != NONE:
-            yield record
-            record = self._after[record]
-            if record == head:
-                return
-
-    def _orphan(self, record: int) -> None:
-        parents = np.frombuffer(self._parent, dtype=np.int32)
-        resident = np.frombuffer(self._children, dtype=np.int32) != NONE
-        parents[(parents == record) & resident] = NONE
+                record = parent
 
     def _grow(self, record: int) -> None:
-        more = max(len(self._parent) // 16, record + 1 - len(self._parent), 64)
-        for signed in (self._parent, self._children, self._after, self._before):
+        more = grown_by(len(self._parent), record)
+        for signed in (self._parent, self._children):
             signed.extend(array("i", [NONE]) * more)
-        for column in (self._tick, self._queue, self._mark):
-            column.frombytes(bytes(column.itemsize * more))
+        self._mark.frombytes(bytes(more))
+        self._grow_rings(more)
+
+
+def grown_by(size: int, record: int) -> int:
+    """By how many entries columns of this size grow for a record: a sixteenth at least."""
+    return max(size // 16, record + 1 - size, 64)
+
+
+def orphan(record: int, parent: array[int], children: array[int]) -> None:
+    """Leave a record's resident children without a parent. Cost: linear."""
+    parents = np.frombuffer(parent, dtype=np.int32)
+    resident = np.frombuffer(children, dtype=np.int32) != NONE
+    parents[(parents == record) & resident] = NONE
+
+
+def left_behind(records: Sequence[int], parent: array[int], children: array[int]) -> list[int]:
+    """The resident children of these that are not among them. Cost: linear."""
+    leaving = np.zeros(len(parent) + 1, dtype=bool)  # NONE is the last entry
+    leaving[np.asarray(records, dtype=np.int64)] = True
+    parents = np.frombuffer(parent, dtype=np.int32)
+    resident = np.frombuffer(children, dtype=np.int32) != NONE
+    staying: list[int] = np.flatnonzero(leaving[parents] & resident & ~leaving[:-1]).tolist()
+    return staying
+
+
+def check_family(parent: array[int], children: array[int]) -> list[int]:
+    """Assert that the counts of children are true. All resident records."""
+    resident = [record for record, count in enumerate(children) if count != NONE]
+    counted = [0] * len(children)
+    for record in resident:
+        if parent[record] >= 0:
+            counted[parent[record]] += 1
+    assert all(counted[record] == children[record] for record in resident)
+    return resident

@@ -20,7 +20,8 @@ from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitVa
 from storage_tiers.base import Tier, TierListener, TierName
 from storage_tiers.budget import Budget
 from storage_tiers.eviction import Quotas
-from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
+from storage_tiers.value import ValuePolicy
 
 OBJECTS_IN_FLIGHT = 4
 OFFERS_REMEMBERED = 1 << 20

@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from storage_tiers.base import Chunk, Key
 from storage_tiers.chunk_index import PLACE_UNIT, ChunkIndex
 from storage_tiers.leaves import NONE
-from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
 from storage_tiers.testing import make_key
+from storage_tiers.value import ValuePolicy
 
 POLICIES = [LruPolicy, S3FifoPolicy, ValuePolicy]
 NUMBERS = st.integers(0, 60)

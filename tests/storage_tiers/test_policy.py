@@ -5,23 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
-from benchmarks.policy import bound, fingerprint, replay, synthetic
-from storage_tiers.admission import (
-    AGES,
-    SLOTS_MIN,
-    AdmitAll,
-    AdmitSeenTwice,
-    AdmitValue,
-    Ghosts,
-    Survival,
-    class_of,
-    gittins,
-)
+from benchmarks.policy import bound, fingerprint, replay, replay_admitted
+from benchmarks.workloads import synthetic
+from storage_tiers.admission import AdmitAll, AdmitSeenTwice, AdmitValue, Ghosts
 from storage_tiers.leaves import NONE
-from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy, ValuePolicy
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
+from storage_tiers.value import ValuePolicy
 
 ALL = [LruPolicy, S3FifoPolicy, ValuePolicy]
 every_policy = pytest.mark.parametrize("make", ALL)
@@ -228,40 +219,106 @@ def test_value_admission_refuses_what_is_worth_less_than_what_would_go() -> None
     assert admits(0.5, full=False), "where there is room nothing has to go"
 
 
-def test_survival_learns_which_class_comes_back_and_when() -> None:
-    survival = Survival()
-    returns, leaves = class_of(3, 1, 0), class_of(1, 40, 0)
-    for number in range(20_000):
-        key = fingerprint(number)
-        survival.probe(key, number, returns if number % 2 else leaves)
-        if number % 2 and number > 60:
-            survival.seen(fingerprint(number - 60), number)
-    worth = np.array(survival.worth).reshape(-1, AGES)
-    assert worth[returns, 0] > 3 * worth[leaves, 0]
-    assert worth[returns].argmax() > 4, "it is worth most shortly before it is due"
+def test_value_keeps_what_many_requests_begin_with_and_not_what_one_of_them_added() -> None:
+    """Thirty prompts, some more popular, each followed by a question that is asked once."""
+
+    def found(policy: EvictionPolicy) -> int:
+        cache = Cache(policy, 120)
+        dice = random.Random(3)
+        hits = 0
+        for step in range(600):
+            number = min(int(dice.expovariate(0.2)), 29)
+            prompt = [-1 - number * 10 - i for i in range(8)]
+            hits += cache.use([*prompt, *range(step * 20, step * 20 + 20)], step * 10.0)
+        return hits
+
+    assert found(ValuePolicy()) > 1.5 * found(LruPolicy()) > 0
 
 
-def test_probes_are_never_more_than_the_residents() -> None:
-    survival = Survival()
-    for residents in range(0, 10_000, 256):
-        survival.fit_to(residents)
-        assert len(survival) <= max(SLOTS_MIN, residents)
+def test_value_lets_go_of_a_loop_that_stopped_before_a_person_who_thinks() -> None:
+    """Both have the same turns and growth; only the pauses before their last turns differ.
 
-
-def test_giving_up_late_pays_only_where_reuse_is_late() -> None:
-    """By hand: a class that is reused in its third interval for certain, and one never."""
-    reuse = np.zeros((2, AGES))
-    reuse[0, 2] = 1.0
-    rate = gittins(reuse)
-    edges = np.exp2(np.arange(AGES + 1) / 2)
-    widths = np.diff(edges)
-    assert rate[0, 0] == pytest.approx(1 / (widths[0] + widths[1] + widths[2] / 2))
-    assert rate[0, 2] == pytest.approx(1 / (widths[2] / 2))
-    assert not rate[1].any()
-
-
-def test_state_is_at_most_24_bytes_a_resident_besides_the_heads_of_rings() -> None:
+    Loops that paused for a moment go on within a moment or never, people within minutes.
+    """
     policy = ValuePolicy()
-    for record in range(10_000):
-        policy.inserted(record, fingerprint(record), 0.0, parent=NONE, cost_s=1.0, size_bytes=1)
-    assert policy.state_bytes() / len(policy._parent) <= 24
+    cache = Cache(policy, 100_000)
+    events: list[tuple[float, list[int]]] = []
+    for session in range(400):
+        pause_s = 3.0 if session % 2 else 120.0
+        for turn in range(6):
+            blocks = [session * 100 + i for i in range(4 * turn + 4)]
+            events.append((session * 20.0 + turn * pause_s, blocks))
+    end_s = 8100.0
+    for at_s, blocks in sorted(events):
+        cache.use(blocks, at_s)
+    for session, pauses in ((900, (60, 57, 54, 51)), (901, (420, 300, 180, 60))):
+        for turn, before_s in enumerate(pauses):
+            events.append((end_s - before_s, [session * 100 + i for i in range(4 * turn + 4)]))
+    for at_s, blocks in sorted(events[-8:]):
+        cache.use(blocks, at_s)
+    cache.use([7], end_s)
+    leaves = {90_015: "loop", 90_115: "person"}
+    block_of = {record: block for block, record in cache.record.items()}
+    order = [block_of[record] for record in policy.victims() if block_of[record] in leaves]
+    assert [leaves[block] for block in order] == ["loop", "person"]
+
+
+def test_admissions_spare_writes_and_value_costs_fewer_hits_than_seen_twice() -> None:
+    requests = synthetic()["chats+scans"][:1200]
+    everything = replay_admitted(requests, 1000, ValuePolicy(), AdmitAll())
+    seen = replay_admitted(requests, 1000, ValuePolicy(), AdmitSeenTwice(1 << 16))
+    policy = ValuePolicy()
+    value = replay_admitted(requests, 1000, policy, AdmitValue(policy))
+    assert seen.written < everything.written and value.written < everything.written
+    assert value.found > seen.found
+
+
+@pytest.mark.parametrize("deepest_first", [True, False])
+def test_spans_stay_whole_when_paths_are_used_in_part_and_chunks_leave_amid_them(
+    deepest_first: bool,
+) -> None:
+    dice = random.Random(11)
+    policy = ValuePolicy()
+    path_of: dict[int, list[int]] = {}  # resident record -> records from the root to it
+    for step in range(2000):
+        now_s = step * 0.4
+        path = list(dice.choice(list(path_of.values()))) if path_of and step % 5 else []
+        used = path[dice.randint(0, len(path)) :] if step % 3 else path
+        for record in reversed(used) if deepest_first else used:
+            policy.hit(record, fingerprint(record), now_s)
+        for _ in range(dice.randint(0, 4)):
+            record = next(r for r in range(500) if r not in path_of)
+            policy.inserted(
+                record,
+                fingerprint(record),
+                now_s,
+                parent=path[-1] if path else NONE,
+                cost_s=1.0,
+                size_bytes=1,
+            )
+            path = [*path, record]
+            path_of[record] = path
+        for _ in range(dice.randint(0, 4)):
+            if not path_of:
+                break
+            gone = dice.choice(list(path_of)) if step % 4 else next(policy.victims())
+            if step % 7 == 0:
+                policy.detach([gone])
+            policy.removed(gone, fingerprint(gone))
+            del path_of[gone]
+            for record, above in path_of.items():
+                if gone in above:
+                    path_of[record] = above[above.index(gone) + 1 :]
+        policy.check_integrity()
+    for record in policy.victims():
+        policy.removed(record, fingerprint(record))
+        policy.check_integrity()
+    assert not len(policy)
+
+
+def test_state_is_at_most_24_bytes_a_resident_where_a_request_adds_three_chunks() -> None:
+    policy = ValuePolicy()
+    for record in range(9999):
+        parent = record - 1 if record % 3 else NONE
+        policy.inserted(record, fingerprint(record), 0.0, parent=parent, cost_s=1.0, size_bytes=1)
+    assert policy.state_bytes() / len(policy) <= 24
