@@ -87,7 +87,8 @@ class Catalogue:
         self._events.stored(tier, keys)
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
-        self._events.removed(tier, keys)
+        if tier is not TierName.PEER:  # what another node keeps is for it to announce
+            self._events.removed(tier, keys)
         if reason is RemovalReason.CORRUPT:
             self.quarantine.add(tier, keys)
 
@@ -98,7 +99,7 @@ class BlockManager:
     def __init__(
         self,
         dram: DramTier,
-        lower: Sequence[tuple[Tier, LaneSettings]],
+        lower: Sequence[tuple[Tier, LaneSettings | None]],
         events: BlockEvents,
         meter: Meter,
         *,
@@ -106,13 +107,15 @@ class BlockManager:
         onboard_bytes_max: int = BYTES_IN_FLIGHT,
         quarantine: Quarantine | None = None,
     ) -> None:
+        """`lower`: fastest first; without lane settings a tier is only read from."""
         self.dram = dram
         self.tiers: list[Tier] = [tier for tier, _ in lower]
         self._events = events
         self._meter = meter
         self.lease_bytes_max = lease_bytes_max
         self.quarantine = Quarantine() if quarantine is None else quarantine
-        self.offloader = Offloader(dram, lower, self._offloaded, meter, self.quarantine)
+        written = [(tier, lane) for tier, lane in lower if lane is not None]
+        self.offloader = Offloader(dram, written, self._offloaded, meter, self.quarantine)
         self.onboarder = Onboarder(
             dram,
             self.tiers,
@@ -156,10 +159,10 @@ class BlockManager:
         for keys in ticket.used:
             deepest_first = keys[::-1]
             self.dram.touch(deepest_first)
-            for index, tier in enumerate(self.tiers):
+            for tier in self.tiers:
                 absent = tier.touch(deepest_first)
                 if absent:
-                    self.offloader.offer_again(index, absent[::-1])
+                    self.offloader.offer_again(tier, absent[::-1])
         ticket.used.clear()
 
     def close(self, ticket: Ticket) -> None:
@@ -279,6 +282,7 @@ class BlockManager:
     def _landed(self, ended: Sequence[tuple[Key, int]]) -> None:
         arrivals: dict[int, tuple[Ticket, Arrivals]] = {}
         keys = [key for key, tier in ended if tier >= 0]
+        peers = {k for k, tier in ended if tier >= 0 and self.tiers[tier].name is TierName.PEER}
         for key, tier in ended:
             for ticket in self._waiting.pop(key, ()):
                 index = ticket.coming.pop(key)
@@ -292,7 +296,7 @@ class BlockManager:
             self._events.stored(TierName.DRAM, keys)
             for chunk in self.dram.find(keys):
                 if chunk is not None:
-                    self.offloader.offer_sealed(chunk)
+                    self.offloader.offer_sealed(chunk, from_peer=chunk.key in peers)
         for ticket, arrival in arrivals.values():
             ticket.notify(arrival)
 

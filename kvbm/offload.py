@@ -55,6 +55,7 @@ class LaneSettings:
     linger_s: float = 0.0  # ... but no longer than this
     attempts: int = 3  # per chunk, while the medium fails
     writers: int = 1  # batches on their way at a time
+    is_shared: bool = False  # with other nodes: what came from one of them is for it to write
 
 
 class Offloader:
@@ -85,18 +86,21 @@ class Offloader:
         if not self._to_seal.offer(chunk):
             self._meter.dropped("seal", "queue_full", 1)
 
-    def offer_sealed(self, chunk: Chunk) -> None:
+    def offer_sealed(self, chunk: Chunk, *, from_peer: bool = False) -> None:
         """A chunk with its checksum known; each tier that lacks it and wants it gets it."""
         for index, tier in enumerate(self._tiers):
+            if from_peer and self._settings[index].is_shared:
+                continue
             if tier.find([chunk.key])[0] is None:
                 self._offer_to(index, chunk)
 
-    def offer_again(self, index: int, keys: Sequence[Key]) -> None:
+    def offer_again(self, tier: Tier, keys: Sequence[Key]) -> None:
         """Chunks of one sequence, in its order, that are in use and that a tier lacks.
 
         It refused them or had no room, or lost them. What comes after a refused one is of no use
         there without it.
         """
+        index = self._tiers.index(tier)
         for key in keys:
             if key in self._lanes[index]:
                 continue

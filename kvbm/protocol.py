@@ -37,7 +37,7 @@ COMING: Final = 2  # being brought up; `Arrived` will tell
 PRESENT: Final = 3  # kept somewhere, but not usable: there is no need to store it again
 
 # Of a slot's record: where its chunk was found.
-SOURCES: Final = {TierName.DRAM: 2, TierName.SSD: 3, TierName.S3: 4}
+SOURCES: Final = {TierName.DRAM: 2, TierName.SSD: 3, TierName.S3: 4, TierName.PEER: 5}
 
 SLOT_RECORD: Final = np.dtype(
     [
@@ -200,7 +200,7 @@ def decode_from_daemon(body: bytes) -> FromDaemon:
     return message
 
 
-def encode(message: FromClient | FromDaemon) -> bytes:
+def encode(message: Message) -> bytes:
     """The message as one frame. Raises FrameError if it is too large to send."""
     body = _encoder.encode(message)
     if len(body) > FRAME_BYTES_MAX:

@@ -30,11 +30,12 @@ def tenant_of(key: Key) -> int:
 
 
 class TierName(StrEnum):
-    """G1 engine memory, G2 host memory, G3 SSD, G4 object store."""
+    """G1 engine memory, G2 host memory, G3 SSD, G4 object store; host memory of other nodes."""
 
     HBM = "G1"
     DRAM = "G2"
     SSD = "G3"
+    PEER = "peer"
     S3 = "G4"
 
 
@@ -187,8 +188,9 @@ class Tier(Protocol):
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
         """The chunk of each key that is here, in order.
 
-        S3 knows another node's chunk by key and length alone until it was loaded once: checksum
-        and position are then 0 and the parent None. `Loaded.chunk` has everything.
+        Another node's chunk is known by key and length alone, in S3 until it was loaded once and
+        in a peer's memory always: checksum and position are then 0 and the parent None.
+        `Loaded.chunk` has everything.
         """
         ...
 

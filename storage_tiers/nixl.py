@@ -42,7 +42,7 @@ class NixlUnavailableError(Exception):
 def availability(plugin: str = "POSIX") -> str | None:
     """Why NIXL's plugin cannot be used here, or None if it can. Seconds the first time."""
     try:
-        agent, _ = _new_agent("availability")
+        agent, _ = new_agent("availability")
     except NixlUnavailableError as error:
         return str(error)
     return None if plugin in agent.get_plugin_list() else f"NIXL has no {plugin} plugin here"
@@ -155,8 +155,8 @@ class AgentOwner:
 
     def _run(self) -> None:
         try:
-            self._agent, self._errors = _new_agent(f"kvbm-{self._plugin}")
-            _add_plugin(self._agent, self._errors, self._plugin, self._options)
+            self._agent, self._errors = new_agent(f"kvbm-{self._plugin}")
+            add_plugin(self._agent, self._errors, self._plugin, self._options)
         except NixlUnavailableError as error:
             self._trouble = str(error)
             return
@@ -263,7 +263,7 @@ def _resolve(future: asyncio.Future[MoveOutcome], outcome: MoveOutcome) -> None:
         future.set_result(outcome)
 
 
-def _new_agent(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
+def new_agent(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
     """An agent without plugins, and the exceptions its calls raise."""
     try:
         from nixl import _bindings
@@ -284,7 +284,7 @@ def _new_agent(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
         raise NixlUnavailableError(f"NIXL makes no agent: {error}") from error
 
 
-def _add_plugin(
+def add_plugin(
     agent: Any, errors: tuple[type[Exception], ...], plugin: str, options: dict[str, str]
 ) -> None:
     if plugin not in agent.get_plugin_list():

@@ -1,7 +1,8 @@
 """The conformance suite every tier passes, and builders for its tests.
 
-A tier's test module subclasses `TierConformance`, gives `make` (and `corrupt` where bytes can be
-reached behind the tier's back), and says by class attributes what the medium promises.
+A tier's test module subclasses `TierConformance`, or `ReadOnlyConformance` if others fill the tier,
+gives `make` (and `corrupt` where bytes can be reached behind the tier's back), and says by class
+attributes what the medium promises.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 from storage_tiers.base import (
     Chunk,
     Corrupt,
+    Failed,
     Full,
     Key,
     Known,
@@ -87,20 +89,20 @@ def _keys(items: Sequence[StoreItem]) -> list[Key]:
     return [item.chunk.key for item in items]
 
 
-class TierConformance:
-    """The contract of `storage_tiers.base.Tier`, one sentence a test."""
+class LoadConformance:
+    """What `storage_tiers.base.Tier` says of reading, one sentence a test; all tiers keep it."""
 
-    evicts_by_recency: ClassVar[bool] = True  # else by age, whatever was touched
-    durable: ClassVar[bool] = False  # another instance made by `make` finds what was stored
-    removes_durably: ClassVar[bool] = True  # else a removed key may be found by another instance
-    capacity_bytes: ClassVar[int] = 1 << 20
-    length: ClassVar[int] = 64 << 10  # of the chunks that fill the tier
+    length: ClassVar[int] = 64 << 10  # of a chunk of usual size
 
     # -- what a subclass gives -----------------------------------------------------------
 
     def make(self, listener: TierListener) -> Tier:
-        """A tier of `capacity_bytes`; every call in one test over the same medium."""
+        """A tier; every call in one test over the same medium."""
         raise NotImplementedError
+
+    async def put(self, tier: Tier, items: Sequence[StoreItem]) -> None:
+        """Have these chunks in the tier."""
+        await store_all(tier, items)
 
     async def corrupt(self, tier: Tier, key: Key) -> None:
         """Change one bit of the stored chunk without the tier's knowledge."""
@@ -125,6 +127,117 @@ class TierConformance:
         finally:
             await tier.close()
 
+    # -- reading -------------------------------------------------------------------------
+
+    async def test_what_is_stored_is_loaded(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 5)
+            await self.put(tier, items)
+            for item in items:
+                outcome, data = await load_one(tier, item)
+                assert outcome == Loaded(item.chunk)
+                assert data == item.data
+
+    async def test_any_length_and_alignment_is_kept(self) -> None:
+        async with self.opened() as (tier, _):
+            for length in (1, 63, 64, 511, 4095, 4096, 4097, 70_001):
+                [item] = make_items(f"length{length}", 1, length)
+                room = bytearray(length + 1)
+                room[1:] = item.data
+                await self.put(tier, [StoreItem(item.chunk, memoryview(room)[1:])])
+                buffer = bytearray(b"\xaa" * (length + 8))
+                into = memoryview(buffer)[3:]
+                [outcome] = await tier.load([LoadItem(item.chunk.key, into)])
+                assert outcome == Loaded(item.chunk)
+                assert into[:length] == item.data
+                assert buffer[:3] == b"\xaa" * 3
+
+    async def test_outcomes_are_in_the_order_of_the_items(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 6)
+            await self.put(tier, items)
+            wanted = [items[4], items[0], items[5], items[2]]
+            buffers = [bytearray(item.chunk.length) for item in wanted]
+            keys = _keys(wanted)
+            outcomes = await tier.load(
+                [LoadItem(key, memoryview(b)) for key, b in zip(keys, buffers, strict=True)]
+            )
+            assert outcomes == [Loaded(item.chunk) for item in wanted]
+            assert [bytes(b) for b in buffers] == [bytes(item.data) for item in wanted]
+
+    async def test_one_key_can_be_loaded_into_several_buffers_at_once(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 1)
+            await self.put(tier, items)
+            buffers = [bytearray(items[0].chunk.length) for _ in range(3)]
+            outcomes = await tier.load(
+                [LoadItem(items[0].chunk.key, memoryview(buffer)) for buffer in buffers]
+            )
+            assert outcomes == [Loaded(items[0].chunk)] * 3
+            assert all(buffer == items[0].data for buffer in buffers)
+
+    async def test_a_fresh_tier_is_empty(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 2)
+            assert tier.find(_keys(items)) == [None, None]
+            assert tier.usage().chunks == tier.usage().used_bytes == 0
+            assert (await load_one(tier, items[0]))[0] == Missing()
+
+    async def test_missing_among_present_keys_fails_only_itself(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 2)
+            await self.put(tier, items)
+            wanted = [items[0].chunk.key, make_key("unknown"), items[1].chunk.key]
+            room = [memoryview(bytearray(items[0].chunk.length)) for _ in wanted]
+            outcomes = await tier.load(list(map(LoadItem, wanted, room)))
+            assert outcomes == [Loaded(items[0].chunk), Missing(), Loaded(items[1].chunk)]
+
+    async def test_changed_bytes_are_found_and_the_key_is_gone(self) -> None:
+        async with self.opened() as (tier, listener):
+            items = make_items("a", 3)
+            await self.put(tier, items)
+            await self.corrupt(tier, items[1].chunk.key)
+            outcome, _ = await load_one(tier, items[1])
+            assert isinstance(outcome, Corrupt)
+            assert outcome.reason
+            assert [chunk is not None for chunk in tier.find(_keys(items))] == [True, False, True]
+            assert listener.went == [(items[1].chunk.key, RemovalReason.CORRUPT)]
+            assert tier.usage().corrupt_total == 1
+            assert (await load_one(tier, items[1]))[0] == Missing()
+            for item in (items[0], items[2]):
+                assert (await load_one(tier, item))[1] == item.data
+
+    async def test_a_cancelled_load_writes_nothing_after_it_raised(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 8, self.length // 2)
+            await self.put(tier, items)
+            for pause_s in (0, 0, 0.0005, 0.002, 0.005):
+                buffers = [bytearray(item.chunk.length) for item in items]
+                wanted = list(map(LoadItem, _keys(items), [memoryview(b) for b in buffers]))
+                task = asyncio.ensure_future(tier.load(wanted))
+                await asyncio.sleep(pause_s)
+                task.cancel()
+                await asyncio.wait([task])
+                marker = bytes(items[0].chunk.length)
+                for buffer in buffers:
+                    buffer[:] = marker
+                await asyncio.sleep(0.05)
+                assert all(buffer == marker for buffer in buffers)
+
+    async def test_closing_twice_is_harmless(self) -> None:
+        async with self.opened() as (tier, _):
+            await tier.close()
+            await tier.close()
+
+
+class TierConformance(LoadConformance):
+    """The whole contract of `storage_tiers.base.Tier`, for a tier that stores."""
+
+    evicts_by_recency: ClassVar[bool] = True  # else by age, whatever was touched
+    durable: ClassVar[bool] = False  # another instance made by `make` finds what was stored
+    removes_durably: ClassVar[bool] = True  # else a removed key may be found by another instance
+    capacity_bytes: ClassVar[int] = 1 << 20
+
     async def fill(self, tier: Tier, listener: RecordingListener) -> list[StoreItem]:
         """Store unrelated chunks one by one until one is evicted; those stored, in order."""
         stored: list[StoreItem] = []
@@ -138,61 +251,7 @@ class TierConformance:
 
     # -- bytes ---------------------------------------------------------------------------
 
-    async def test_what_is_stored_is_loaded(self) -> None:
-        async with self.opened() as (tier, _):
-            items = make_items("a", 5)
-            await store_all(tier, items)
-            for item in items:
-                outcome, data = await load_one(tier, item)
-                assert outcome == Loaded(item.chunk)
-                assert data == item.data
-
-    async def test_any_length_and_alignment_is_kept(self) -> None:
-        async with self.opened() as (tier, _):
-            for length in (1, 63, 64, 511, 4095, 4096, 4097, 70_001):
-                [item] = make_items(f"length{length}", 1, length)
-                room = bytearray(length + 1)
-                room[1:] = item.data
-                await store_all(tier, [StoreItem(item.chunk, memoryview(room)[1:])])
-                buffer = bytearray(b"\xaa" * (length + 8))
-                into = memoryview(buffer)[3:]
-                [outcome] = await tier.load([LoadItem(item.chunk.key, into)])
-                assert outcome == Loaded(item.chunk)
-                assert into[:length] == item.data
-                assert buffer[:3] == b"\xaa" * 3
-
-    async def test_outcomes_are_in_the_order_of_the_items(self) -> None:
-        async with self.opened() as (tier, _):
-            items = make_items("a", 6)
-            await store_all(tier, items)
-            wanted = [items[4], items[0], items[5], items[2]]
-            buffers = [bytearray(item.chunk.length) for item in wanted]
-            keys = _keys(wanted)
-            outcomes = await tier.load(
-                [LoadItem(key, memoryview(b)) for key, b in zip(keys, buffers, strict=True)]
-            )
-            assert outcomes == [Loaded(item.chunk) for item in wanted]
-            assert [bytes(b) for b in buffers] == [bytes(item.data) for item in wanted]
-
-    async def test_one_key_can_be_loaded_into_several_buffers_at_once(self) -> None:
-        async with self.opened() as (tier, _):
-            items = make_items("a", 1)
-            await store_all(tier, items)
-            buffers = [bytearray(items[0].chunk.length) for _ in range(3)]
-            outcomes = await tier.load(
-                [LoadItem(items[0].chunk.key, memoryview(buffer)) for buffer in buffers]
-            )
-            assert outcomes == [Loaded(items[0].chunk)] * 3
-            assert all(buffer == items[0].data for buffer in buffers)
-
     # -- keys ----------------------------------------------------------------------------
-
-    async def test_a_fresh_tier_is_empty(self) -> None:
-        async with self.opened() as (tier, _):
-            items = make_items("a", 2)
-            assert tier.find(_keys(items)) == [None, None]
-            assert tier.usage().chunks == tier.usage().used_bytes == 0
-            assert (await load_one(tier, items[0]))[0] == Missing()
 
     async def test_nothing_in_gives_nothing_out(self) -> None:
         async with self.opened() as (tier, _):
@@ -224,15 +283,6 @@ class TierConformance:
             [item] = make_items("a", 1)
             assert await tier.store([item, item]) == [Stored(), Known()]
             assert tier.usage().chunks == 1
-
-    async def test_missing_among_present_keys_fails_only_itself(self) -> None:
-        async with self.opened() as (tier, _):
-            items = make_items("a", 2)
-            await store_all(tier, items)
-            wanted = [items[0].chunk.key, make_key("unknown"), items[1].chunk.key]
-            room = [memoryview(bytearray(items[0].chunk.length)) for _ in wanted]
-            outcomes = await tier.load(list(map(LoadItem, wanted, room)))
-            assert outcomes == [Loaded(items[0].chunk), Missing(), Loaded(items[1].chunk)]
 
     async def test_a_removed_key_is_missing_and_can_be_stored_again(self) -> None:
         async with self.opened() as (tier, listener):
@@ -325,21 +375,6 @@ class TierConformance:
 
     # -- bad bytes -----------------------------------------------------------------------
 
-    async def test_changed_bytes_are_found_and_the_key_is_gone(self) -> None:
-        async with self.opened() as (tier, listener):
-            items = make_items("a", 3)
-            await store_all(tier, items)
-            await self.corrupt(tier, items[1].chunk.key)
-            outcome, _ = await load_one(tier, items[1])
-            assert isinstance(outcome, Corrupt)
-            assert outcome.reason
-            assert tier.find(_keys(items)) == [items[0].chunk, None, items[2].chunk]
-            assert listener.went == [(items[1].chunk.key, RemovalReason.CORRUPT)]
-            assert tier.usage().corrupt_total == 1
-            assert (await load_one(tier, items[1]))[0] == Missing()
-            for item in (items[0], items[2]):
-                assert (await load_one(tier, item))[1] == item.data
-
     async def test_a_quarantined_key_can_be_stored_and_loaded_anew(self) -> None:
         async with self.opened() as (tier, _):
             items = make_items("a", 1)
@@ -388,23 +423,6 @@ class TierConformance:
                 group.create_task(churn())
                 group.create_task(read())
 
-    async def test_a_cancelled_load_writes_nothing_after_it_raised(self) -> None:
-        async with self.opened() as (tier, _):
-            items = make_items("a", 8, self.length // 2)
-            await store_all(tier, items)
-            for pause_s in (0, 0, 0.0005, 0.002, 0.005):
-                buffers = [bytearray(item.chunk.length) for item in items]
-                wanted = list(map(LoadItem, _keys(items), [memoryview(b) for b in buffers]))
-                task = asyncio.ensure_future(tier.load(wanted))
-                await asyncio.sleep(pause_s)
-                task.cancel()
-                await asyncio.wait([task])
-                marker = bytes(items[0].chunk.length)
-                for buffer in buffers:
-                    buffer[:] = marker
-                await asyncio.sleep(0.05)
-                assert all(buffer == marker for buffer in buffers)
-
     async def test_a_cancelled_store_leaves_each_chunk_whole_or_absent(self) -> None:
         async with self.opened() as (tier, _):
             for round_, pause_s in enumerate((0, 0, 0.0005, 0.002, 0.005)):
@@ -427,12 +445,6 @@ class TierConformance:
 
     # -- opening again -------------------------------------------------------------------
 
-    async def test_closing_twice_is_harmless(self) -> None:
-        tier = self.make(RecordingListener())
-        await tier.open()
-        await tier.close()
-        await tier.close()
-
     async def test_what_was_stored_is_there_after_reopening(self) -> None:
         if not self.durable:
             return
@@ -448,3 +460,42 @@ class TierConformance:
                 outcome, data = await load_one(tier, item)
                 assert outcome == Loaded(item.chunk)
                 assert data == item.data
+
+
+class ReadOnlyConformance(LoadConformance):
+    """A tier that others fill: nothing is stored through it, and nothing announced."""
+
+    async def test_storing_is_refused_and_changes_nothing(self) -> None:
+        async with self.opened() as (tier, listener):
+            items = make_items("mine", 2)
+            for outcome in await tier.store(items):
+                assert isinstance(outcome, Full)
+                assert outcome.reason
+            assert tier.find(_keys(items)) == [None, None]
+            assert tier.usage().stored_bytes_total == 0
+            assert not listener.came and not listener.went
+
+    async def test_find_tells_keys_and_lengths_in_order(self) -> None:
+        async with self.opened() as (tier, listener):
+            items = make_items("a", 3, 5000)
+            await self.put(tier, items)
+            first, unknown, third = tier.find([_keys(items)[2], make_key("no"), _keys(items)[0]])
+            assert first is not None and (first.key, first.length) == (_keys(items)[2], 5000)
+            assert third is not None and (third.key, third.length) == (_keys(items)[0], 5000)
+            assert unknown is None
+            assert listener.came == []
+
+    async def test_a_removed_key_is_missing_here(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 2)
+            await self.put(tier, items)
+            await tier.remove([items[0].chunk.key, make_key("unknown")])
+            assert (await load_one(tier, items[0]))[0] == Missing()
+            assert (await load_one(tier, items[1]))[1] == items[1].data
+
+    async def test_a_closed_tier_loads_nothing(self) -> None:
+        async with self.opened() as (tier, _):
+            items = make_items("a", 1)
+            await self.put(tier, items)
+            await tier.close()
+            assert isinstance((await load_one(tier, items[0]))[0], Failed)

@@ -27,6 +27,7 @@ CONNECTED = "vllm:kvbm_connected"
 HIT_SOURCES = {
     SOURCES[TierName.DRAM]: CacheHitSource.HOST,
     SOURCES[TierName.SSD]: CacheHitSource.DISK,
+    SOURCES[TierName.PEER]: CacheHitSource.P2P,
     # An object store has no name of its own there.
     SOURCES[TierName.S3]: CacheHitSource.EXTERNAL_UNSPECIFIED,
 }

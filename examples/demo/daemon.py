@@ -34,6 +34,7 @@ class DaemonConfig:
     records: Path
     s3: Mapping[str, Any] | None = None
     events: Mapping[str, Any] | None = None
+    peers: Mapping[str, Any] | None = None
     dram: str = "2GiB"
     ssd: str | None = "4GiB"
     node: str = "demo"
@@ -149,6 +150,7 @@ class Daemon:
             "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd} if config.ssd else None,
             "s3": dict(config.s3) if config.s3 else None,
             "events": dict(config.events or {}),
+            "peers": dict(config.peers) if config.peers else None,
             "admin": {"host": "127.0.0.1", "port": self._port},
         }
         config.folder.mkdir(parents=True, exist_ok=True)

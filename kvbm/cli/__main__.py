@@ -1,4 +1,4 @@
-"""`kvbm`: status, top, doctor, events, chunks and the actions of a node.
+"""`kvbm`: status, tiers, peers, top, doctor, events, chunks and the actions of a node.
 
 Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
 Data goes to standard output, talk to standard error.
@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Look after the KV-cache block manager of a node.",
 )
 for command in (
-    *(status.status, status.tiers, top.top, doctor.doctor),
+    *(status.status, status.tiers, status.peers, top.top, doctor.doctor),
     *(chunks.chunks, chunks.quarantine),
     *(actions.drain, actions.flush, actions.scrub),
 ):

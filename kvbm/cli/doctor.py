@@ -71,6 +71,7 @@ def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Find
         try:
             checks = client.readiness()
             node, tiers = client.get("/v1/node"), client.get("/v1/tiers")["tiers"]
+            peers = client.get("/v1/peers")["peers"]
         except Refused as refused:
             yield problem("daemon", f"{url} answers: {refused}", "give --token or KVBM_ADMIN_TOKEN")
         except Failure as failure:
@@ -80,6 +81,7 @@ def _findings(url: str, token: str | None, config: Path | None) -> Iterator[Find
                 "daemon", f"{node['name']} {node['version']} on {node['node']} answers at {url}"
             )
             yield from _daemon_findings(checks, node)
+            yield from _peer_findings(peers)
             place = _place_of(node, tiers)
     is_here = is_loopback(urlsplit(url).hostname or "")
     if place is None and settings is not None:
@@ -116,6 +118,19 @@ def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
             f"NATS at {process['events_url']} cannot be reached: {error}",
             "start NATS or mend events.nats_url and its credentials; nothing else waits for it",
         )
+
+
+def _peer_findings(peers: list[Json]) -> Iterator[Finding]:
+    for peer in peers:
+        who = f"{peer['node'] or 'the node'} at {peer['address']}"
+        if peer["connected"]:
+            yield ok("peer", f"{who} has {peer['chunks']} chunks, read by {peer['mover']}")
+        elif not peer["redundant"]:
+            yield warning(
+                "peer",
+                f"{who} cannot be read: {peer['problem']}",
+                "start its daemon, or mend peers.nodes, peers.token, or the network between",
+            )
 
 
 def _place_of(node: Json, tiers: list[Json]) -> Place:

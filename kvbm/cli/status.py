@@ -1,4 +1,4 @@
-"""`kvbm status` and `kvbm tiers`: the node at a glance, and what its tiers hold and did."""
+"""`kvbm status`, `kvbm tiers`, `kvbm peers`: the node at a glance, its tiers, its peers."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ def tiers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) 
     out.print(_damage_table(found["tiers"]))
     out.print()
     out.print(queues_table(found["queues"]))
+
+
+def peers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Other nodes whose host memory may be read, and those that read this one's."""
+    with AdminClient(url, token) as client:
+        found = client.get("/v1/peers")
+    if as_json:
+        print_json(found)
+        return
+    shown = table("peer", "node", "found by", "state", ">chunks", ">read from it")
+    for peer in found["peers"]:
+        state = f"read by {peer['mover']}" if peer["connected"] else peer["problem"]
+        counts = (str(peer["chunks"]), str(peer["loaded_chunks"]))
+        shown.add_row(peer["address"], peer["node"] or "-", peer["found_by"], state, *counts)
+    out = console()
+    out.print(shown)
+    readers = ", ".join(found["readers"]) or "nobody"
+    out.print(f"read from here by {readers}; {size(found['lent_bytes'])} held for them")
 
 
 def tiers_table(found: list[Json]) -> Table:

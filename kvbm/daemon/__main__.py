@@ -23,6 +23,7 @@ from kvbm.daemon.server import Server
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.systemd import Notifier
 from kvbm.daemon.unit import CACHE, Installation, unit_text
+from kvbm.peers.owner import PeerSocketError
 from runtime import telemetry
 from runtime.settings import Loaded, SettingsError, parse_assignments
 from storage_tiers.arena import ArenaError
@@ -56,7 +57,7 @@ def serve(config: Config = None, assignments: Assignments = None) -> None:
         _log.warning("unknown_variable", name=name)
     try:
         asyncio.run(_serve(settings))
-    except (ArenaError, TierError, SocketError, AdminError) as error:
+    except (ArenaError, TierError, SocketError, PeerSocketError, AdminError) as error:
         _log.error("cannot_run", reason=str(error))
         raise typer.Exit(1) from None
 

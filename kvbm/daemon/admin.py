@@ -23,6 +23,7 @@ from kvbm.daemon.problems import described, handle_problems, problem
 from kvbm.daemon.reports import (
     ChunkReport,
     Node,
+    Peers,
     Policies,
     QuarantinedReport,
     QuarantineReport,
@@ -167,6 +168,12 @@ def _node(view: NodeView, metrics: Metrics) -> APIRouter:
     async def sessions() -> Sessions:
         """The engines connected, one entry for each of their connections."""
         return Sessions(sessions=list(view.sessions()))
+
+    @router.get("/peers")
+    async def peers() -> Peers:
+        """Other nodes whose host memory may be read, and who reads this one's."""
+        readers, lent_bytes = view.peer_readers()
+        return Peers(peers=list(view.peer_list()), readers=list(readers), lent_bytes=lent_bytes)
 
     @router.get("/drain")
     async def drain() -> DrainStatus:

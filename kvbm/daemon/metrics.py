@@ -191,7 +191,7 @@ def metrics_page() -> str:
         "# Metrics of kvbm-daemon",
         "",
         "Served at `/metrics` of the admin address, in Prometheus's text format. `tier` is `G2`",
-        "(host memory), `G3` (SSD) or `G4` (S3). Generated:",
+        "(host memory), `G3` (SSD), `peer` (host memory of other nodes) or `G4` (S3). Generated:",
         "`python -m kvbm.daemon.metrics > docs/METRICS.md`.",
         "",
         "| name | kind | labels | meaning |",

@@ -24,6 +24,8 @@ from kvbm.daemon.view import (
     SessionStatus,
 )
 from kvbm.manager import BlockManager, Catalogue
+from kvbm.peers.contents import Contents
+from kvbm.peers.network import PeerNetwork, PeerStatus
 from kvbm.protocol import Hello
 from kvbm.quarantine import Quarantined
 from kvbm.scrub import Scrubber
@@ -55,7 +57,8 @@ class Node:
             batch_events=settings.events.batch_events,
             ring_keys=settings.events.ring_keys,
         )
-        catalogue = Catalogue(self.blocks)
+        contents = Contents(self.blocks)
+        catalogue = Catalogue(contents)
         self.arena = Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
         tenants = make_tenants(settings)
         self.dram = DramTier(
@@ -65,17 +68,32 @@ class Node:
             admission=make_admission(settings.dram.admission),
             quotas=tenants.quotas(TierName.DRAM),
         )
+        self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
+        self.peers: PeerNetwork | None = None
+        if settings.peers is not None:
+            self.peers = PeerNetwork(
+                settings.peers,
+                self.dram,
+                contents,
+                self.metrics,
+                listener=catalogue,
+                check=self.scrubber.check,
+                plane=self.plane,
+                namespace=settings.events.namespace,
+                node=settings.node,
+            )
         self.manager = BlockManager(
             self.dram,
-            make_lower_tiers(settings, catalogue, tenants),
-            self.blocks,
+            make_lower_tiers(
+                settings, catalogue, tenants, None if self.peers is None else self.peers.tier
+            ),
+            contents,
             self.metrics,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
         )
         self.members = Sessions(self.manager, tenants)
-        self.scrubber = Scrubber(self.dram, self.metrics, settings.dram.scrub_interval)
         self.operations = Operations(self.members, self.manager.offloader, self.scrubber)
         self.speeds = Rates(self.tiers)
         self._started = time.time()
@@ -172,6 +190,14 @@ class Node:
     def quarantine(self) -> tuple[int, Sequence[Quarantined]]:
         kept = self.manager.quarantine
         return kept.total, kept.entries()
+
+    def peer_list(self) -> Sequence[PeerStatus]:
+        return [] if self.peers is None else self.peers.status()
+
+    def peer_readers(self) -> tuple[Sequence[str], int]:
+        if self.peers is None:
+            return [], 0
+        return self.peers.owner.readers, self.peers.owner.office.lent_bytes
 
     def policies(self) -> Sequence[PolicyStatus]:
         dram, ssd, s3 = self.settings.dram, self.settings.ssd, self.settings.s3

@@ -18,6 +18,7 @@ from kvbm.daemon.view import (
     ScrubStatus,
     SessionStatus,
 )
+from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from storage_tiers.base import Key, RecoveryReport, TierUsage
 
@@ -146,6 +147,14 @@ class QuarantineReport(BaseModel):
 
     total: int
     entries: list[QuarantinedReport]
+
+
+class Peers(BaseModel):
+    """Other nodes whose host memory may be read, and those that read this one's now."""
+
+    peers: list[PeerStatus]
+    readers: list[str]
+    lent_bytes: int  # held against eviction for readers
 
 
 class Policies(BaseModel):

@@ -41,7 +41,7 @@ class Server:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end cleanly.
 
-        Raises TierError, SocketError or AdminError if it cannot start.
+        Raises TierError, SocketError, PeerSocketError or AdminError if it cannot start.
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
@@ -56,6 +56,8 @@ class Server:
             server = AdminServer(app, admin.host, admin.port)
             await server.start()
             cleanup.push_async_callback(server.stop)
+            if node.peers is not None:
+                await node.peers.open()
             self._socket.bind()
             async with self._background():
                 with contextlib.suppress(TimeoutError):
@@ -85,6 +87,8 @@ class Server:
                     ("open-remote", self._open_remote()),
                 )
             ]
+            if self._node.peers is not None:
+                moving.append(group.create_task(self._node.peers.run(), name="peers"))
             serving = group.create_task(self._socket.serve(), name="control-socket")
             yield
             # Before engines are sent away: a slot they leave must not be filled with anything.

@@ -18,6 +18,7 @@ from typing import Final, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from kvbm.address import default_socket, is_loopback
+from kvbm.peers.settings import PeerSettings
 from runtime.events.settings import EventPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
@@ -314,6 +315,9 @@ class DaemonSettings(Settings):
     ssd: SsdSettings | None = Field(default=None, description="G3: chunks on the local SSD.")
     s3: S3Settings | None = Field(
         default=None, description="G4: chunks in S3, shared by all nodes."
+    )
+    peers: PeerSettings | None = Field(
+        default=None, description="Host memory of other nodes: read theirs, and let them read."
     )
     events: EventPlaneSettings = Field(
         default=EventPlaneSettings(), description="Block events, for routers."

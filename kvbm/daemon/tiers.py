@@ -60,13 +60,18 @@ def make_tenants(settings: DaemonSettings) -> Tenants:
 
 
 def make_lower_tiers(
-    settings: DaemonSettings, listener: TierListener, tenants: Tenants
-) -> list[tuple[Tier, LaneSettings]]:
-    """Fastest first, not opened."""
-    lower: list[tuple[Tier, LaneSettings]] = []
+    settings: DaemonSettings,
+    listener: TierListener,
+    tenants: Tenants,
+    peers: Tier | None = None,
+) -> list[tuple[Tier, LaneSettings | None]]:
+    """In the order in which they are asked, not opened: what is on this machine comes first."""
+    lower: list[tuple[Tier, LaneSettings | None]] = []
     if settings.ssd is not None:
         quotas = tenants.quotas(TierName.SSD)
         lower.append(_ssd(settings.ssd, settings.offload, listener, quotas))
+    if peers is not None:
+        lower.append((peers, None))
     if settings.s3 is not None:
         quotas = tenants.quotas(TierName.S3)
         lower.append(_s3(settings.s3, settings.offload, listener, settings.node, quotas))
@@ -136,6 +141,7 @@ def _s3(
         queue_chunks=offload.queue_chunks,
         enough_bytes=settings.object_bytes,
         linger_s=settings.linger,
+        is_shared=True,
     )
     return tier, lane
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm.daemon.rates import Rate
+from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 
@@ -146,6 +147,14 @@ class NodeView(Protocol):
 
     def quarantine(self) -> tuple[int, Sequence[Quarantined]]:
         """How many there were in all, and the latest of them, oldest first."""
+        ...
+
+    def peer_list(self) -> Sequence[PeerStatus]:
+        """The other nodes whose host memory may be read."""
+        ...
+
+    def peer_readers(self) -> tuple[Sequence[str], int]:
+        """Nodes connected to read this one's host memory, and the bytes held for them now."""
         ...
 
     def policies(self) -> Sequence[PolicyStatus]: ...

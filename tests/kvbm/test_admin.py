@@ -28,6 +28,7 @@ from kvbm.daemon.view import (
     ScrubStatus,
     SessionStatus,
 )
+from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 from storage_tiers.testing import make_key
@@ -120,6 +121,15 @@ class Node:
 
     def quarantine(self) -> tuple[int, list[Quarantined]]:
         return 7, [Quarantined(TierName.SSD, KEY, 1.5e9, "the bytes do not match the checksum")]
+
+    def peer_list(self) -> list[PeerStatus]:
+        return [
+            PeerStatus("10.0.0.7:9471", "node-7", "events", True, "", False, "nixl-ucx", 12, 3),
+            PeerStatus("10.0.0.8:9471", "", "settings", False, "refused", False, None, 0, 0),
+        ]
+
+    def peer_readers(self) -> tuple[list[str], int]:
+        return ["node-7"], 4096
 
     def policies(self) -> list[PolicyStatus]:
         return [PolicyStatus(TierName.SSD, "value", "value", 7 << 30, "bytes")]
@@ -228,6 +238,18 @@ async def test_recovery_and_sessions(client: httpx2.AsyncClient) -> None:
     assert sessions[0]["leased_bytes"] == 4096
 
 
+async def test_peers_tell_who_they_are_and_why_not(client: httpx2.AsyncClient) -> None:
+    body = (await client.get("/v1/peers")).json()
+    connected, refused = body["peers"]
+    assert (connected["node"], connected["mover"], connected["chunks"]) == (
+        "node-7",
+        "nixl-ucx",
+        12,
+    )
+    assert (refused["connected"], refused["problem"]) == (False, "refused")
+    assert (body["readers"], body["lent_bytes"]) == (["node-7"], 4096)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"), [("GET", "/v2/tiers", 404), ("POST", "/v1/tiers", 405)]
 )
@@ -258,7 +280,16 @@ async def test_the_schema_describes_every_route(client: httpx2.AsyncClient) -> N
     schema = (await client.get("/openapi.json")).json()
     routes = {f"{method} {path}" for path, item in schema["paths"].items() for method in item}
     probes = {"get /healthz", "get /readyz", "get /metrics", "get /version"}
-    nouns = ("tiers", "recovery", "sessions", "node", "chunks/{key}", "quarantine", "policies")
+    nouns = (
+        "tiers",
+        "recovery",
+        "sessions",
+        "peers",
+        "node",
+        "chunks/{key}",
+        "quarantine",
+        "policies",
+    )
     reads = {f"get /v1/{noun}" for noun in (*nouns, "drain", "scrub")}
     assert routes == probes | reads | {"post /v1/drain", "post /v1/flush", "post /v1/scrub"}
     for path, item in schema["paths"].items():

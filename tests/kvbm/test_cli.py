@@ -478,7 +478,7 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 # -- every command ------------------------------------------------------------------------
 
 COMMANDS = [
-    *(["status"], ["tiers"], ["top"], ["quarantine"], ["chunks", make_key("k").hex()]),
+    *(["status"], ["tiers"], ["peers"], ["top"], ["quarantine"], ["chunks", make_key("k").hex()]),
     *(["drain"], ["flush"], ["scrub"], ["events", "tail"]),
 ]
 

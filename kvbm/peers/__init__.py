@@ -1,0 +1,1 @@
+"""Nodes that read chunks from each other's host memory."""
