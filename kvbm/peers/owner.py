@@ -282,7 +282,7 @@ class Owner:
             sock.setblocking(False)
 
 
-def _close(sock: socket.socket, _: object) -> None:
+def _close(sock: socket.socket, _: asyncio.Task[None]) -> None:
     sock.close()
 
 
