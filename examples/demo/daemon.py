@@ -37,6 +37,7 @@ class DaemonConfig:
     dram: str = "2GiB"
     ssd: str | None = "4GiB"
     node: str = "demo"
+    governor: str = "always_load"  # each tier is to be seen at work, however small the model
 
     @property
     def ssd_folder(self) -> Path:
@@ -149,6 +150,7 @@ class Daemon:
             "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd} if config.ssd else None,
             "s3": dict(config.s3) if config.s3 else None,
             "events": dict(config.events or {}),
+            "governor": {"mode": config.governor},
             "admin": {"host": "127.0.0.1", "port": self._port},
         }
         config.folder.mkdir(parents=True, exist_ok=True)

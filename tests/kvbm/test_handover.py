@@ -21,10 +21,10 @@ import pytest
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.process import Process, ProcessError
 from kvbm.protocol import Fence, FromDaemon
+from kvbm.stand_in import StandIn
 from storage_tiers.arena import Slot
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items
-from tests.kvbm.stand_in import StandIn
 from tests.waiting import wait_until
 
 CHUNK = 64 << 10

@@ -19,9 +19,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kvbm.stand_in import StandIn
 from storage_tiers.base import StoreItem
 from storage_tiers.testing import make_items
-from tests.kvbm.stand_in import StandIn
 
 CHAIN_CHUNKS_MAX = 8
 NEW_CHAINS_PER_S = 0.5

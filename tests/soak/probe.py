@@ -20,8 +20,8 @@ import httpx2
 
 from benchmarks.match import anonymous_bytes, ask_ms
 from examples.demo.daemon import Daemon
+from kvbm.stand_in import StandIn
 from storage_tiers.testing import make_items
-from tests.kvbm.stand_in import StandIn
 
 KEYS: Final = 64
 CHUNK_BYTES: Final = 4096
