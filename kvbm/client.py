@@ -9,6 +9,7 @@ away every lookup is a miss and every store is skipped; nothing waits for it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from kvbm.protocol import (
     HERE,
     KEYS_PER_MATCH_MAX,
     MISS,
+    REQUEST_CHARS_MAX,
     Arrived,
     Commit,
     FromClient,
@@ -34,6 +36,8 @@ from kvbm.protocol import (
     Match,
     Matched,
     MatchGroup,
+    Outcome,
+    Pace,
     Ready,
     Share,
     Unmatch,
@@ -47,7 +51,11 @@ from storage_tiers.base import KEY_BYTES, Key
 LEASE_RETRY_S: Final = 0.05
 LEASE_UNANSWERED_S: Final = 1.0
 UNANSWERED_MAX: Final = 3
-"""Lookups in a row that the daemon let run into their deadline before the link is renewed."""
+SILENT_S: Final = 0.5
+"""The link is renewed after so many lookups in a row that ran into their deadline, if there was
+no answer for so long."""
+
+UNMEASURED: Final = Pace()
 
 _logger = logging.getLogger("kvbm.client")
 
@@ -61,6 +69,7 @@ class Lookup:
     states: bytearray
     asked_at: float
     answered: bool = False
+    tokens: int = 0  # of the prefix that is worth loading, once answered
     slots: dict[int, tuple[Slot, int]] = field(default_factory=dict)  # index -> (slot, source)
 
 
@@ -127,6 +136,7 @@ class SchedulerClient:
         self._lookups: dict[int, Lookup] = {}
         self._next_ticket = 0
         self._unanswered = 0
+        self._silent_since = math.inf
         self.connection = 0  # what was leased or asked on another one means nothing any more
         self._renounced = 0  # events of connections up to this one come too late
         self.epoch = b""
@@ -178,16 +188,24 @@ class SchedulerClient:
 
     # -- lookups -------------------------------------------------------------------------
 
-    def look_up(self, groups: Sequence[MatchGroup], keys: list[Key]) -> Lookup | None:
+    def look_up(
+        self,
+        groups: Sequence[MatchGroup],
+        keys: list[Key],
+        request: str = "",
+        pace: Pace = UNMEASURED,
+    ) -> Lookup | None:
         """Ask for these keys (`groups` in order hold exactly `keys`). None: no daemon.
 
-        Nor is it asked for more keys than it answers in one message.
+        Nor is it asked for more keys than it answers in one message. `request` is the name that
+        the receipt will have; at its `pace` the engine would compute what is found.
         """
         if not self.ready or not 0 < len(keys) <= KEYS_PER_MATCH_MAX:
             return None
         self._next_ticket += 1
         lookup = Lookup(self._next_ticket, keys, bytearray(len(keys)), self._clock())
-        if not self._send(Match(lookup.ticket, list(groups))):
+        name = request[:REQUEST_CHARS_MAX]
+        if not self._send(Match(lookup.ticket, list(groups), name, pace)):
             return None
         self._lookups[lookup.ticket] = lookup
         return lookup
@@ -196,17 +214,24 @@ class SchedulerClient:
         """Whether the ticket is open: what it says is here stays here."""
         return lookup is not None and lookup.ticket in self._lookups
 
-    def forget(self, lookup: Lookup) -> None:
+    def forget(self, lookup: Lookup, outcome: Outcome | None = None) -> None:
         """Close a ticket. Idempotent, also after the connection it belonged to."""
         if self._lookups.pop(lookup.ticket, None) is not None:
+            if outcome is not None:
+                self._send(outcome)
             self._send(Unmatch([lookup.ticket]))
 
-    def note_unanswered(self) -> None:
-        """A lookup ran into its deadline without any answer: the daemon may hang."""
+    def note_unanswered(self, asked_at: float) -> None:
+        """A lookup ran into its deadline without any answer: the daemon may hang.
+
+        A deadline may be a few milliseconds; so short a silence says nothing yet.
+        """
         self._unanswered += 1
-        if self._unanswered >= UNANSWERED_MAX:
+        self._silent_since = min(self._silent_since, asked_at)
+        is_silent = self._clock() - self._silent_since >= SILENT_S
+        if self._unanswered >= UNANSWERED_MAX and is_silent:
             _logger.warning("kvbm-daemon does not answer; serving without it until it does")
-            self._unanswered = 0
+            self._heard()
             self.renew()
 
     # -- slots ---------------------------------------------------------------------------
@@ -260,19 +285,24 @@ class SchedulerClient:
 
     def _become_ready(self, message: Ready) -> None:
         self.layout = message
-        self._unanswered = 0
+        self._heard()
         with self._lease_lock:
             for length, target in zip(message.lengths, self._lease_targets, strict=True):
                 self._pools.setdefault(length, _Pool(0)).target += target
         self._refill()
 
-    def _matched(self, message: Matched) -> None:
+    def _heard(self) -> None:
         self._unanswered = 0
+        self._silent_since = math.inf
+
+    def _matched(self, message: Matched) -> None:
+        self._heard()
         lookup = self._lookups.get(message.ticket)
         if lookup is None or len(message.states) != len(lookup.keys):
             return
         lookup.answered = True
         lookup.states[:] = message.states
+        lookup.tokens = message.tokens
         lookup.slots = {
             index: (slot, source) for index, source, slot in unpack_slots(message.slots)
         }

@@ -16,16 +16,19 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm.governor import NOTHING, Governor, Mode, Verdict
 from kvbm.meter import Meter
 from kvbm.offload import LaneSettings, Offloader
-from kvbm.onboard import BYTES_IN_FLIGHT, Onboarder
-from kvbm.protocol import COMING, HERE, MISS, PRESENT, SLOT_RECORD, SOURCES
+from kvbm.onboard import BYTES_IN_FLIGHT, NO_ROOM, Onboarder
+from kvbm.protocol import COMING, HERE, MISS, PRESENT, SLOT_RECORD, SOURCES, Pace
 from kvbm.quarantine import Quarantine
+from kvbm.removals import Removals
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Key, Known, RemovalReason, Tier, TierName
 from storage_tiers.dram import DramTier
 from storage_tiers.leaves import NONE
 
+UNMEASURED = Pace()
 _IN_DRAM = 1  # places: 0 is nowhere, from 2 on the lower tiers in their order
 
 
@@ -44,6 +47,7 @@ class Wanted:
     tokens_per_chunk: int
     window: int  # 0: all of them; else only the last `window` before the hit's end
     keys: Sequence[Key]
+    chunk_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -52,6 +56,7 @@ class Arrivals:
 
     landed: list[tuple[int, int, Slot]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
+    crowded: int = 0  # of the failed ones, those that host memory had no room for
 
 
 @dataclass(slots=True)
@@ -65,6 +70,8 @@ class Ticket:
     claims: list[int] = field(default_factory=list)  # records in host memory
     coming: dict[Key, int] = field(default_factory=dict)  # key -> index in the request
     closed: bool = False
+    places: list[NDArray[np.uint8]] = field(default_factory=list)  # by group: see `_IN_DRAM`
+    verdict: Verdict = field(default=NOTHING)
 
 
 @dataclass(slots=True)
@@ -82,6 +89,7 @@ class Catalogue:
     def __init__(self, events: BlockEvents) -> None:
         self._events = events
         self.quarantine = Quarantine()
+        self.removals = Removals()
 
     def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
         self._events.stored(tier, keys)
@@ -89,6 +97,7 @@ class Catalogue:
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         if tier is not TierName.PEER:  # what another node keeps is for it to announce
             self._events.removed(tier, keys)
+        self.removals.add(tier, keys, reason)
         if reason is RemovalReason.CORRUPT:
             self.quarantine.add(tier, keys)
 
@@ -106,6 +115,7 @@ class BlockManager:
         lease_bytes_max: int,
         onboard_bytes_max: int = BYTES_IN_FLIGHT,
         quarantine: Quarantine | None = None,
+        governor_mode: Mode = "auto",
     ) -> None:
         """`lower`: fastest first; without lane settings a tier is only read from."""
         self.dram = dram
@@ -124,24 +134,33 @@ class BlockManager:
             quarantine=self.quarantine,
             bytes_in_flight=onboard_bytes_max,
         )
+        self.governor = Governor(self.tiers, self.onboarder, meter, governor_mode)
         self._waiting: dict[Key, list[Ticket]] = {}
         self._lent_bytes = 0  # leased to engines; what is being onboarded has its own bound
 
     # -- lookups -------------------------------------------------------------------------
 
-    def match(self, groups: Sequence[Wanted], notify: Callable[[Arrivals], None]) -> Ticket:
+    def match(
+        self,
+        groups: Sequence[Wanted],
+        notify: Callable[[Arrivals], None],
+        pace: Pace = UNMEASURED,
+    ) -> Ticket:
         """Claim what is in host memory of the longest usable hit, and start bringing up the rest.
 
+        Of that hit, only as much as the engine, at its `pace`, does not compute sooner.
         `notify` is called later, never from within this call, for the chunks that are COMING.
         """
         ticket = Ticket(notify)
         found = [self._find(group.keys) for group in groups]
         reach = _usable_tokens(groups, found)
+        ticket.places = [each.places for each in found]
+        ticket.verdict = verdict = self.governor.judge(groups, ticket.places, reach, pace)
         states: list[bytes] = []
         here: list[bytes] = []
         base = 0
         for group, each in zip(groups, found, strict=True):
-            end = -(-reach // group.tokens_per_chunk)
+            end = -(-verdict.tokens // group.tokens_per_chunk)
             # A window's chunks are looked for from the end of the hit backwards; one more than
             # the window covers an end that is not on a chunk boundary. Only these are brought up.
             start = max(0, end - group.window - 1) if group.window else 0
@@ -149,9 +168,11 @@ class BlockManager:
             here.append(self._claim_here(ticket, base, each, state[:end]))
             self._bring_up(ticket, base, each, state, range(start, end))
             states.append(state.tobytes())
-            ticket.used.append(group.keys[:end])
+            ticket.used.append(group.keys[: -(-reach // group.tokens_per_chunk)])
             base += len(group.keys)
         ticket.states, ticket.here = b"".join(states), b"".join(here)
+        if verdict.skipped_tokens:
+            self.governor.probe(groups, ticket.places, verdict)
         return ticket
 
     def note_use(self, ticket: Ticket) -> None:
@@ -292,6 +313,7 @@ class BlockManager:
                     arrival.landed.append((index, source, self._claim(ticket, key)))
                 else:
                     arrival.failed.append(index)
+                    arrival.crowded += tier == NO_ROOM
         if keys:
             self._events.stored(TierName.DRAM, keys)
             for chunk in self.dram.find(keys):

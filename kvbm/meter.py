@@ -31,6 +31,14 @@ class Meter(Protocol):
         """A chunk was checked where it lies: outcome "sound", "damaged" or "unreadable"."""
         ...
 
+    def judged(self, why: str, skipped_tokens: int) -> None:
+        """How much of a usable prefix to load was decided; the rest is computed sooner."""
+        ...
+
+    def probed(self, tier: TierName) -> None:
+        """A tier that was passed over is measured again."""
+        ...
+
 
 class CountingMeter:
     """A meter that keeps plain counters."""
@@ -41,6 +49,9 @@ class CountingMeter:
         self.drops: Counter[tuple[str, str]] = Counter()
         self.errors: Counter[tuple[str, str]] = Counter()
         self.scrubs: Counter[tuple[str, str]] = Counter()
+        self.verdicts: Counter[str] = Counter()
+        self.skipped_tokens = 0
+        self.probes: Counter[str] = Counter()
 
     def lookup(self, tier: TierName, outcome: str, chunks: int) -> None:
         self.lookups[tier.value, outcome] += chunks
@@ -56,3 +67,10 @@ class CountingMeter:
 
     def scrubbed(self, tier: TierName, outcome: str) -> None:
         self.scrubs[tier.value, outcome] += 1
+
+    def judged(self, why: str, skipped_tokens: int) -> None:
+        self.verdicts[why] += 1
+        self.skipped_tokens += skipped_tokens
+
+    def probed(self, tier: TierName) -> None:
+        self.probes[tier.value] += 1

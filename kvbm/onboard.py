@@ -18,6 +18,7 @@ import structlog
 from kvbm.complaints import Complaints
 from kvbm.lane import Lane
 from kvbm.meter import Meter
+from kvbm.pace import TierPace
 from kvbm.quarantine import Quarantine
 from storage_tiers.arena import Slot
 from storage_tiers.base import Chunk, Corrupt, Failed, Key, Loaded, LoadItem, LoadOutcome, Tier
@@ -31,8 +32,11 @@ BYTES_IN_FLIGHT: Final = 512 << 20
 
 _log = structlog.get_logger("kvbm.onboard")
 
+FAILED: Final = -1
+NO_ROOM: Final = -2
+
 Landed = Callable[[Sequence[tuple[Key, int]]], None]
-"""Told (key, source) per chunk that landed: the tier's index in `tiers`, or -1 if it did not."""
+"""Told (key, source) per chunk that ended: the tier's index in `tiers`, or why it did not land."""
 
 
 class Onboarder:
@@ -56,6 +60,8 @@ class Onboarder:
         self._quarantine = Quarantine() if quarantine is None else quarantine
         self._lanes = [Lane(queue_chunks) for _ in tiers]
         self._complaints = Complaints(_log)
+        self.paces = [TierPace() for _ in tiers]
+        self._taken_bytes = [0] * len(tiers)  # out of the lanes and not ended yet
         self._pending: dict[Key, int] = {}  # key -> index of the tier it comes from
         # One for each tier, so that a slow one does not hold what another could use.
         self._budgets = [_Budget(bytes_in_flight // len(tiers)) for _ in tiers]
@@ -73,6 +79,12 @@ class Onboarder:
         """Most that may wait, by tier name."""
         lanes = zip(self._tiers, self._lanes, strict=True)
         return {tier.name.value: lane.capacity_chunks for tier, lane in lanes}
+
+    @property
+    def queued_bytes(self) -> list[int]:
+        """What is to be brought up before anything asked for now, by index in `tiers`."""
+        lanes = zip(self._lanes, self._taken_bytes, strict=True)
+        return [lane.waiting_bytes + taken for lane, taken in lanes]
 
     def request(self, chunk: Chunk, tier: int) -> bool:
         """Bring this chunk up from `tiers[tier]`. False: the queue is full, nothing will come."""
@@ -102,8 +114,13 @@ class Onboarder:
             batch = await self._lanes[index].take(
                 BATCH_CHUNKS, bytes_max=min(BATCH_BYTES, budget.total_bytes)
             )
-            async with budget.held(sum(chunk.length for chunk in batch)):
-                await self._bring_up(index, batch)
+            size = sum(chunk.length for chunk in batch)
+            self._taken_bytes[index] += size
+            try:
+                async with budget.held(size):
+                    await self._bring_up(index, batch)
+            finally:
+                self._taken_bytes[index] -= size
 
     async def _bring_up(self, index: int, batch: list[Chunk]) -> None:
         reserved = [(chunk, self._dram.reserve(chunk.length)) for chunk in batch]
@@ -111,7 +128,7 @@ class Onboarder:
         crowded = [chunk for chunk, slot in reserved if slot is None]
         if crowded:
             self._meter.dropped("onboard", "no_room", len(crowded))
-            self._end([(chunk.key, -1) for chunk in crowded])
+            self._end([(chunk.key, NO_ROOM) for chunk in crowded])
         if ready:
             try:
                 await self._load(index, ready)
@@ -123,27 +140,31 @@ class Onboarder:
                     if self._dram.is_leased(slot):
                         self._dram.release(slot)
                 keys = [chunk.key for chunk, _ in ready if chunk.key in self._pending]
-                self._end([(key, index if key in self._dram else -1) for key in keys])
+                self._end([(key, index if key in self._dram else FAILED) for key in keys])
 
     async def _load(self, index: int, batch: list[tuple[Chunk, Slot]]) -> None:
         tier = self._tiers[index]
         items = [LoadItem(chunk.key, self._dram.view(slot)) for chunk, slot in batch]
         start = time.perf_counter()
-        # A cancelled load leaves its slots leased: the process is stopping.
-        outcomes = await tier.load(items)
+        batch_number = self.paces[index].begin(sum(chunk.length for chunk, _ in batch))
+        loaded_bytes = 0
+        try:
+            # A cancelled load leaves its slots leased: the process is stopping.
+            outcomes = await tier.load(items)
+            loaded_bytes = sum(o.chunk.length for o in outcomes if isinstance(o, Loaded))
+        finally:
+            self.paces[index].end(batch_number, loaded_bytes)
         seconds = time.perf_counter() - start
         ended: list[tuple[Key, int]] = []
-        loaded_bytes = 0
         for (chunk, slot), outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, Loaded):
                 self._dram.commit(slot, outcome.chunk, sealed=True)
-                loaded_bytes += outcome.chunk.length
                 ended.append((chunk.key, index))
             else:
                 self._dram.release(slot)
                 self._note_failure(tier, chunk.key, outcome)
                 if not self._pass_on(chunk, index + 1):
-                    ended.append((chunk.key, -1))
+                    ended.append((chunk.key, FAILED))
         if loaded_bytes:
             self._meter.transfer(tier.name.value, self._dram.name.value, loaded_bytes, seconds)
         self._end(ended)

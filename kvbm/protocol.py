@@ -12,9 +12,10 @@ order or a bound is closed. `VERSION` changes with any change here; daemon and c
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import numpy as np
@@ -23,12 +24,17 @@ import numpy.typing as npt
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Key, TierName
 
-VERSION: Final = 2
+VERSION: Final = 3
 FRAME_BYTES_MAX: Final = 16 << 20
 KEYS_PER_MATCH_MAX: Final = 1 << 17
 POSITIONS_MAX: Final = 1 << 31
 GROUPS_MAX: Final = 64
 RANKS_MAX: Final = 1024
+REQUEST_CHARS_MAX: Final = 256
+
+# Of an `Outcome`.
+State = Literal["computed", "loaded", "failed", "ended"]
+Late = Literal["", "answer", "onboard"]
 
 # States of one key in `Matched`.
 MISS: Final = 0  # nowhere, or of no use because something before it is missing
@@ -76,15 +82,53 @@ class MatchGroup(Message, frozen=True):
     keys: bytes
 
 
+class Pace(msgspec.Struct, frozen=True, array_like=True):
+    """An engine's speed, as it measured it; 0 where it has not."""
+
+    token_s: float = 0.0  # seconds to prefill a token,
+    pair_s: float = 0.0  # and more for each token before it
+    copy_s: float = 0.0  # seconds to load a prefix from host memory,
+    copy_byte_s: float = 0.0  # and more for each byte of it
+
+    @property
+    def is_measured(self) -> bool:
+        return self.token_s > 0 or self.pair_s > 0
+
+    @property
+    def is_sound(self) -> bool:
+        costs = (self.token_s, self.pair_s, self.copy_s, self.copy_byte_s)
+        return all(0 <= cost < math.inf for cost in costs)
+
+    def prefill_s(self, start: int, end: int) -> float:
+        """Seconds to compute the tokens from `start` to before `end`; 0 if there are none."""
+        if end <= start:
+            return 0.0
+        return self.token_s * (end - start) + self.pair_s * (end**2 - start**2) / 2
+
+
 class Match(Message, frozen=True):
     """What of these sequences is kept? Claims what is in host memory, brings up the rest."""
 
     ticket: int
     groups: list[MatchGroup]
+    request: str = ""  # the engine's name for it, for people; at most REQUEST_CHARS_MAX
+    pace: Pace = Pace()
 
 
 class Unmatch(Message, frozen=True):
     tickets: list[int]
+
+
+class Outcome(Message, frozen=True):
+    """What became of a lookup; before its ticket is closed, and only for the receipt."""
+
+    ticket: int
+    state: State
+    local_tokens: int  # the engine had itself
+    loaded_tokens: int  # behind those
+    waited_s: float  # from asking to the engine's choice of what to load
+    load_s: float  # from there to the end of the load
+    late: Late  # what was not waited for any longer
 
 
 class Lease(Message, frozen=True):
@@ -138,6 +182,7 @@ class Ready(Message, frozen=True):
 
     rank_offsets: list[list[int]]
     lengths: list[int]
+    always_load: bool = False  # even what would be computed sooner: wait for all that comes
 
 
 class Share(Message, frozen=True):
@@ -150,6 +195,7 @@ class Matched(Message, frozen=True):
     ticket: int
     states: bytes  # one state a key, groups one after the other
     slots: bytes  # of those HERE
+    tokens: int = 0  # of the prefix that is to be loaded
 
 
 class Arrived(Message, frozen=True):
@@ -167,7 +213,7 @@ class Fence(Message, frozen=True):
     """To a worker: stop writing to leased slots, then answer Fenced."""
 
 
-FromClient = Hello | Match | Unmatch | Lease | Commit | GiveBack | Loaded | Fenced
+FromClient = Hello | Match | Unmatch | Outcome | Lease | Commit | GiveBack | Loaded | Fenced
 FromDaemon = Welcome | Refused | Ready | Share | Matched | Arrived | Leased | Fence
 
 _encoder = msgspec.msgpack.Encoder()

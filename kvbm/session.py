@@ -9,6 +9,8 @@ gone with its connection. The scheduler and the workers then connect anew, as a 
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from kvbm.protocol import (
     KEYS_PER_MATCH_MAX,
     POSITIONS_MAX,
     RANKS_MAX,
+    REQUEST_CHARS_MAX,
     SLOT_RECORD,
     VERSION,
     Arrived,
@@ -36,6 +39,8 @@ from kvbm.protocol import (
     Loaded,
     Match,
     Matched,
+    Outcome,
+    Pace,
     Ready,
     Share,
     Unmatch,
@@ -43,6 +48,7 @@ from kvbm.protocol import (
     split_keys,
     unpack_slots,
 )
+from kvbm.receipts import Receipt, Receipts
 from kvbm.tenants import Tenant, Tenants, UnknownTenantError
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Chunk, Key
@@ -74,18 +80,26 @@ class Session:
     """One engine. All calls from the daemon's event loop."""
 
     def __init__(
-        self, number: int, engine: str, world_size: int, manager: BlockManager, tenant: Tenant
+        self,
+        number: int,
+        engine: str,
+        world_size: int,
+        manager: BlockManager,
+        tenant: Tenant,
+        receipts: Receipts,
     ) -> None:
         self.number = number
         self.engine = engine
         self.world_size = world_size
         self.tenant = tenant
         self.ending = False
+        self.pace = Pace()  # as it last told it
         self._manager = manager
+        self._receipts = receipts
         self._scheduler: Member | None = None
         self._workers: dict[int, Member] = {}
         self._leased: dict[int, Slot] = {}  # by offset
-        self._tickets: dict[int, Ticket] = {}
+        self._tickets: dict[int, tuple[Ticket, Receipt]] = {}
         self._lengths: tuple[int, ...] = ()
         self._share_bytes = 0
 
@@ -104,7 +118,7 @@ class Session:
     @property
     def claims(self) -> int:
         """Chunks in host memory that its tickets hold."""
-        return sum(len(ticket.claims) for ticket in self._tickets.values())
+        return sum(len(ticket.claims) for ticket, _ in self._tickets.values())
 
     def join(self, member: Member) -> None:
         """Add a member. Raises Refusal if it does not fit the engine it names."""
@@ -173,8 +187,9 @@ class Session:
                 self._match(message)
             case Unmatch():
                 for number in message.tickets:
-                    if (ticket := self._tickets.pop(number, None)) is not None:
-                        self._manager.close(ticket)
+                    self._close(number)
+            case Outcome():
+                self._note_outcome(message)
             case Lease():
                 self._lease(message)
             case Commit():
@@ -200,12 +215,18 @@ class Session:
                 rank_offsets.append([sum(sizes[:rank]) for rank in range(len(sizes))])
                 lengths.append(sum(sizes))
         self._lengths = tuple(lengths)
-        self._scheduler.send(Ready(rank_offsets, lengths))
+        always_load = self._manager.governor.mode == "always_load"
+        self._scheduler.send(Ready(rank_offsets, lengths, always_load))
 
     def _match(self, message: Match) -> None:
         groups = [
-            Wanted(group.tokens_per_chunk, group.window, split_keys(group.keys))
-            for group in message.groups
+            Wanted(
+                group.tokens_per_chunk,
+                group.window,
+                split_keys(group.keys),
+                self._lengths[index] if index < len(self._lengths) else 0,
+            )
+            for index, group in enumerate(message.groups)
         ]
         count = sum(len(group.keys) for group in groups)
         if not 0 < len(groups) <= GROUPS_MAX or count > KEYS_PER_MATCH_MAX:
@@ -216,20 +237,44 @@ class Session:
             raise FrameError("a match group without tokens per chunk")
         if len({key for group in groups for key in group.keys}) != count:
             raise FrameError("a match that names a key twice")
-        number = message.ticket
+        number, request = message.ticket, message.request
+        if not message.pace.is_sound or len(request) > REQUEST_CHARS_MAX:
+            raise FrameError("a match with a pace that is no number, or a name too long")
+        self.pace = message.pace
         if number in self._tickets:
             raise FrameError(f"ticket {number} is open already")
         assert self._scheduler is not None
         if len(self._tickets) >= TICKETS_MAX:
             self._scheduler.send(Matched(number, bytes(count), b""))
+            self._receipts.refuse(request, self.engine, self.pace, "too many open requests")
             return
-        ticket = self._manager.match(groups, self._notifier(number))
-        self._tickets[number] = ticket
-        self._scheduler.send(Matched(number, ticket.states, ticket.here))
+        began = time.perf_counter()
+        ticket = self._manager.match(groups, self._notifier(number), self.pace)
+        tokens = ticket.verdict.tokens
+        self._scheduler.send(Matched(number, ticket.states, ticket.here, tokens))
+        answered_s = time.perf_counter() - began
+        receipt = self._receipts.open(request, self.engine, self.pace, groups, ticket)
+        receipt.answered_s = answered_s
+        self._tickets[number] = ticket, receipt
+        ticket.places.clear()  # the receipt has what is to be known of them
         self._manager.note_use(ticket)
+
+    def _close(self, number: int) -> None:
+        if (found := self._tickets.pop(number, None)) is not None:
+            ticket, receipt = found
+            self._receipts.close(receipt, late=len(ticket.coming))
+            self._manager.close(ticket)
+
+    def _note_outcome(self, outcome: Outcome) -> None:
+        counts = (outcome.local_tokens, outcome.loaded_tokens, outcome.waited_s, outcome.load_s)
+        if not all(0 <= count < math.inf for count in counts):
+            raise FrameError("an outcome of less than nothing")
+        if (found := self._tickets.get(outcome.ticket)) is not None:
+            found[1].outcome = outcome
 
     def _notifier(self, number: int) -> Callable[[Arrivals], None]:
         def notify(arrivals: Arrivals) -> None:
+            self._receipts.arrived(self._tickets[number][1], arrivals)
             if self._scheduler is not None:
                 slots = pack_slots(arrivals.landed)
                 self._scheduler.send(Arrived(number, slots, arrivals.failed))
@@ -281,9 +326,8 @@ class Session:
         return slots
 
     def _end(self) -> None:
-        for ticket in self._tickets.values():
-            self._manager.close(ticket)
-        self._tickets.clear()
+        for number in list(self._tickets):
+            self._close(number)
         if not self.ending:
             self.ending = True
             if self._scheduler is not None:
@@ -298,9 +342,17 @@ class Session:
 class Sessions:
     """All engines of the node."""
 
-    def __init__(self, manager: BlockManager, tenants: Tenants | None = None) -> None:
+    def __init__(
+        self,
+        manager: BlockManager,
+        tenants: Tenants | None = None,
+        receipts: Receipts | None = None,
+    ) -> None:
         self._manager = manager
         self._tenants = Tenants() if tenants is None else tenants
+        if receipts is None:
+            receipts = Receipts([tier.name for tier in manager.tiers])
+        self.receipts = receipts
         self._numbers = itertools.count(1)
         self._forming: dict[str, Session] = {}  # engine -> its session that is not ending
         self._of: dict[int, Session] = {}  # id(member) -> session
@@ -326,7 +378,12 @@ class Sessions:
             except UnknownTenantError as error:
                 raise Refusal(str(error)) from error
             session = Session(
-                next(self._numbers), hello.engine, hello.world_size, self._manager, tenant
+                next(self._numbers),
+                hello.engine,
+                hello.world_size,
+                self._manager,
+                tenant,
+                self.receipts,
             )
         session.join(member)
         self._forming[hello.engine] = session

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from kvbm.client import Filled, SchedulerClient
+from kvbm.client import UNMEASURED, Filled, SchedulerClient
 from kvbm.link import Link
 from kvbm.protocol import (
     COMING,
@@ -24,6 +24,9 @@ from kvbm.protocol import (
     FromDaemon,
     Hello,
     MatchGroup,
+    Outcome,
+    Pace,
+    State,
     Welcome,
 )
 from storage_tiers.arena import Arena
@@ -83,9 +86,14 @@ class StandIn:
             self.client.commit(filled)
         return len(filled)
 
-    def fetch(self, keys: Sequence[Key]) -> list[bytes | None]:
-        """Each chunk's bytes, None from the first one on that the daemon cannot give."""
-        return self._look(keys, lambda _, view: bytes(view))
+    def fetch(
+        self, keys: Sequence[Key], request: str = "", pace: Pace = UNMEASURED
+    ) -> list[bytes | None]:
+        """Each chunk's bytes, None from the first one on that the daemon cannot give.
+
+        `pace` is the engine's speed, by which the daemon may leave chunks to be computed.
+        """
+        return self._look(keys, lambda _, view: bytes(view), request, pace)
 
     def load(self, keys: Sequence[Key], into: Sequence[memoryview]) -> int:
         """Copy each chunk into its buffer; how many came, of whose bytes nothing is checked here.
@@ -100,11 +108,16 @@ class StandIn:
         return sum(found is not None for found in self._look(keys, copy))
 
     def _look(
-        self, keys: Sequence[Key], take: Callable[[int, memoryview], bytes]
+        self,
+        keys: Sequence[Key],
+        take: Callable[[int, memoryview], bytes],
+        request: str = "",
+        pace: Pace = UNMEASURED,
     ) -> list[bytes | None]:
         """What `take` makes of each chunk's index and bytes, while it is claimed."""
         group = MatchGroup(TOKENS_PER_CHUNK, 0, b"".join(keys))
-        lookup = self.client.look_up([group], list(keys))
+        asked_at = time.monotonic()
+        lookup = self.client.look_up([group], list(keys), request, pace)
         if lookup is None:
             return [None] * len(keys)
         self.wait(
@@ -118,7 +131,11 @@ class StandIn:
             slot, _ = lookup.slots[index]
             found.append(take(index, self._arena.view(slot.offset, slot.length)))
             assert self._arena.generation(slot.offset) == slot.generation, "it is claimed"
-        self.client.forget(lookup)
+        loaded = TOKENS_PER_CHUNK * sum(data is not None for data in found)
+        waited_s = time.monotonic() - asked_at
+        ended: State = "loaded" if loaded else "computed"
+        outcome = Outcome(lookup.ticket, ended, 0, loaded, waited_s, 0.0, "")
+        self.client.forget(lookup, outcome)
         return found
 
     def wait(self, true: Callable[[], bool], what: str) -> None:

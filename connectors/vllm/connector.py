@@ -16,8 +16,15 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorTransferResults,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.base import OffloadKey, make_offload_key
 from vllm.v1.outputs import KVConnectorOutput
@@ -25,7 +32,7 @@ from vllm.v1.request import Request
 
 from connectors.vllm.identity import SHARED_HASHES, fingerprint_of
 from connectors.vllm.scheduler_side import Group, KvbmManager
-from connectors.vllm.transfer import KvbmWorkerMetadata
+from connectors.vllm.transfer import KvbmMetadata, KvbmWorkerMetadata
 from connectors.vllm.worker_side import KvbmWorker
 from kvbm.fingerprint import namespace_of
 from kvbm.protocol import VERSION, Hello
@@ -85,17 +92,27 @@ class KvbmConnector(OffloadingConnector):
         # ended when it was first scheduled.
         if not self._manager.is_open(request.request_id):
             self._open(request)
+        self._manager.note_local_hit(request.request_id, num_computed_tokens)
         return super().get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int
     ) -> None:
+        self._manager.note_scheduled(request.request_id, num_external_tokens)
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         if num_external_tokens == 0:
             self._manager.release(request.request_id)
 
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        meta = super().build_connector_meta(scheduler_output)
+        assert isinstance(meta, OffloadingConnectorMetadata)
+        step = self._manager.steps.handed_out(scheduler_output)
+        return KvbmMetadata(**vars(meta), timed_step=step)
+
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         meta = connector_output.kv_connector_worker_meta
+        steps = meta.timed_steps if isinstance(meta, KvbmWorkerMetadata) else ()
+        self._manager.steps.ended(steps)
         if isinstance(meta, KvbmWorkerMetadata):
             self._manager.note_worker_results(
                 meta.failed_stores, meta.loaded_bytes, meta.failed_loads
@@ -167,8 +184,10 @@ class KvbmConnector(OffloadingConnector):
 
     def build_connector_worker_meta(self) -> KvbmWorkerMetadata | None:
         meta = super().build_connector_worker_meta()
+        bound = self._connector_metadata
+        step = bound.timed_step if isinstance(bound, KvbmMetadata) else 0
         if meta is None:
-            return None
+            return KvbmWorkerMetadata(timed_steps={step}) if step else None
         failed_stores, self._failed_stores = self._failed_stores, set()
         failed_loads, self._untold_loads = self._untold_loads, set()
         return KvbmWorkerMetadata(
@@ -177,6 +196,7 @@ class KvbmConnector(OffloadingConnector):
             failed_stores=failed_stores,
             loaded_bytes=meta.transfer_stats.load.bytes,
             failed_loads=failed_loads,
+            timed_steps={step} if step else set(),
         )
 
 

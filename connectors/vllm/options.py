@@ -37,9 +37,12 @@ class Options:
     tenant: str = ""
     """Engines share KV only with engines of the same tenant."""
     match_deadline_s: float = 1.0
-    """How long a request waits for the daemon's first answer before it counts as a miss."""
+    """Most that a request waits for the daemon's first answer before it counts as a miss."""
     onboard_deadline_s: float = 5.0
-    """How long a request waits for chunks on their way up before it goes on without them."""
+    """Most that a request waits for chunks on their way up before it goes on without them.
+
+    This wait and the one before end sooner where computing what is waited for takes less.
+    """
     load_deadline_s: float = 10.0
     """How long a load may wait for its turn to be copied before it is given up."""
 

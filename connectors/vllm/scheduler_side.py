@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (
     OffloadingConnectorStats,
@@ -31,12 +32,18 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from connectors.vllm import stats
 from connectors.vllm.options import Options
+from connectors.vllm.steps import StepTimer
 from connectors.vllm.transfer import ArenaSlots
 from kvbm.client import Filled, Lookup, SchedulerClient
 from kvbm.fingerprint import key_of
-from kvbm.protocol import COMING, HERE, PRESENT, Hello, MatchGroup
+from kvbm.pace import EnginePace
+from kvbm.protocol import COMING, HERE, PRESENT, Hello, Late, MatchGroup, Outcome, State
 from storage_tiers.arena import Slot
 from storage_tiers.base import Key
+
+WAIT_S_MIN: Final = 0.02
+"""Waited for the daemon however quickly the engine computes: its answer takes a millisecond, and
+a hiccup must not cost hits."""
 
 logger = logging.getLogger("kvbm.scheduler")
 
@@ -57,7 +64,14 @@ class _Request:
     chains: list[dict[int, Key]]  # by group: position -> key
     places: dict[OffloadKey, int] = field(default_factory=dict)
     lookup: Lookup | None = None
-    late: bool = False  # its deadline passed: pending chunks count as missing
+    waiting: Late = ""  # for what, and until when
+    give_up_at: float = 0.0
+    late: Late = ""  # its deadline passed: pending chunks count as missing
+    wanted_at: float | None = None  # when vLLM first asked for a chunk, and could have started
+    scheduled_at: float | None = None
+    local_tokens: int = 0  # that the engine had itself when it was scheduled
+    loaded_tokens: int = 0
+    load_bytes: int = 0
     must_compute: bool = False  # a load of it failed: it is not given another one
     stored: set[OffloadKey] = field(default_factory=set)
     loading: dict[OffloadKey, int] = field(default_factory=dict)  # -> source
@@ -85,6 +99,8 @@ class KvbmManager(OffloadingManager):
         self._failed: set[int] = set()  # transfers whose store failed in some worker
         self._transfers = itertools.count(1)
         self._tally = stats.Tally()
+        self.pace = EnginePace(clock)
+        self.steps = StepTimer(self.pace, clock)
         self._renew_namespace: Callable[[], bytes] = bytes
 
     def start(
@@ -126,19 +142,51 @@ class KvbmManager(OffloadingManager):
         request = self._requests.setdefault(req_id, _Request(chains))
         request.chains = chains
         request.places = {key: i for i, key in enumerate(itertools.chain.from_iterable(keys))}
-        request.late = False
+        request.late = request.waiting = ""
+        request.wanted_at = request.scheduled_at = None
+        request.local_tokens = request.loaded_tokens = 0
         message = [
             MatchGroup(group.tokens_per_chunk, group.window, b"".join(chain.values()))
             for group, chain in zip(self._groups, chains, strict=True)
         ]
         wanted = [key for chain in chains for key in chain.values()]
-        request.lookup = self.client.look_up(message, wanted)
+        request.lookup = self.client.look_up(message, wanted, req_id, self.pace.now())
 
-    def release(self, req_id: str) -> None:
+    def release(self, req_id: str, *, failed: bool = False) -> None:
         """The request holds no chunk any more (it will load none, or has loaded them)."""
         request = self._requests.get(req_id)
-        if request is not None and request.lookup is not None:
-            self.client.forget(request.lookup)
+        if request is not None and self.client.holds(request.lookup):
+            assert request.lookup is not None
+            self.client.forget(request.lookup, self._outcome(request, request.lookup, failed))
+
+    def note_local_hit(self, req_id: str, tokens: int) -> None:
+        """vLLM is about to look up the chunks behind these tokens, which the engine has."""
+        if (request := self._requests.get(req_id)) is not None:
+            request.local_tokens = tokens
+
+    def note_scheduled(self, req_id: str, loaded_tokens: int) -> None:
+        """vLLM starts the request, and will load this much of it."""
+        if (request := self._requests.get(req_id)) is not None:
+            request.loaded_tokens = loaded_tokens
+            request.scheduled_at = self._clock()
+
+    def _outcome(self, request: _Request, lookup: Lookup, failed: bool) -> Outcome:
+        now = self._clock()
+        started = request.scheduled_at
+        state: State = "loaded" if request.loaded_tokens else "computed"
+        if failed:
+            state = "failed"
+        elif started is None:
+            state = "ended"
+        return Outcome(
+            ticket=lookup.ticket,
+            state=state,
+            local_tokens=request.local_tokens,
+            loaded_tokens=request.loaded_tokens,
+            waited_s=(now if started is None else started) - lookup.asked_at,
+            load_s=now - started if started is not None and request.loaded_tokens else 0.0,
+            late=request.late,
+        )
 
     def is_open(self, req_id: str) -> bool:
         """Whether the request's lookup still stands: asked, and neither released nor cut off."""
@@ -162,25 +210,47 @@ class KvbmManager(OffloadingManager):
         lookup = request.lookup if request is not None else None
         if request is None or place is None or lookup is None or not self.client.holds(lookup):
             return LookupResult.MISS
+        if request.wanted_at is None:
+            request.wanted_at = self._clock()
         if not lookup.answered:
-            if self._is_late(request, self.options.match_deadline_s, "answer"):
-                return LookupResult.MISS
-            return LookupResult.RETRY
+            return LookupResult.MISS if self._is_late(request, "answer") else LookupResult.RETRY
         state = lookup.states[place]
-        if state == COMING and not self._is_late(
-            request, self.options.onboard_deadline_s, "onboard"
-        ):
+        if state == COMING and not self._is_late(request, "onboard"):
             return LookupResult.HIT_PENDING
         return LookupResult.HIT if state == HERE else LookupResult.MISS
 
-    def _is_late(self, request: _Request, deadline_s: float, wait: str) -> bool:
+    def _is_late(self, request: _Request, wait: Late) -> bool:
+        """Whether the request goes on with what is there."""
+        if request.late:
+            return True
+        if request.waiting != wait:
+            request.waiting, request.give_up_at = wait, self._give_up_at(request, wait)
+        if self._clock() <= request.give_up_at:
+            return False
         assert request.lookup is not None
-        if not request.late and self._clock() - request.lookup.asked_at > deadline_s:
-            request.late = True
-            self._tally.add(stats.DEADLINES, 1, wait)
-            if not request.lookup.answered:
-                self.client.note_unanswered()
-        return request.late
+        request.late = wait
+        self._tally.add(stats.DEADLINES, 1, wait)
+        if not request.lookup.answered:
+            self.client.note_unanswered(request.lookup.asked_at)
+        return True
+
+    def _give_up_at(self, request: _Request, wait: Late) -> float:
+        """The deadline that was set; sooner if what is waited for takes less time to compute.
+
+        That time runs from when vLLM could have started the request.
+        """
+        lookup, pace = request.lookup, self.pace.now()
+        assert lookup is not None and request.wanted_at is not None
+        if wait == "answer":
+            limit_s, tokens = self.options.match_deadline_s, _tokens(self._groups, request)
+        else:
+            limit_s, tokens = self.options.onboard_deadline_s, lookup.tokens
+        end = lookup.asked_at + limit_s
+        layout = self.client.layout
+        if not pace.is_measured or layout is None or layout.always_load:
+            return end
+        worth_s = max(pace.prefill_s(request.local_tokens, tokens), WAIT_S_MIN)
+        return min(end, request.wanted_at + worth_s)
 
     def get_load_source(self, key: OffloadKey, req_context: ReqContext) -> CacheHitSource:
         request = self._requests.get(req_context.req_id)
@@ -193,12 +263,14 @@ class KvbmManager(OffloadingManager):
         if request is None:
             return spec  # no slots: the worker sees that they do not match the blocks
         request.loading = {}
+        request.load_bytes = 0
         for key in keys:
             found = self._slot_of(request, key)
             if found is None:
                 logger.warning("request %s: a chunk was lost before its load", req_context.req_id)
                 continue
             slot, source = found
+            request.load_bytes += slot.length
             self._add_slot(spec, key, slot)
             request.loading[key] = source
         return spec
@@ -208,6 +280,8 @@ class KvbmManager(OffloadingManager):
         if request is not None:
             for source in request.loading.values():
                 self._tally.loaded(source, 1)
+            if request.loading and request.scheduled_at is not None:
+                self.pace.note_load(request.load_bytes, self._clock() - request.scheduled_at)
         self.release(req_context.req_id)
 
     def _slot_of(self, request: _Request, key: OffloadKey) -> tuple[Slot, int] | None:
@@ -275,7 +349,7 @@ class KvbmManager(OffloadingManager):
                 # What made one load fail may be there to stay, and vLLM tries again for ever.
                 request.must_compute = True
                 request.loading = {}
-                self.release(req_id)
+                self.release(req_id, failed=True)
         self._tally.add(stats.LOAD_FAILURES, len(failed_loads))
         if loaded_bytes or failed_loads:
             self.client.report_loaded(loaded_bytes, len(failed_loads))
@@ -357,3 +431,12 @@ class KvbmManager(OffloadingManager):
         spec.offsets.append(slot.offset)
         spec.generations.append(slot.generation)
         spec.groups.append(self._position[get_offload_group_idx(key)])
+
+
+def _tokens(groups: Sequence[Group], request: _Request) -> int:
+    """Of the request's whole chunks, in the group that asked for most."""
+    counts = (
+        group.tokens_per_chunk * len(chain)
+        for group, chain in zip(groups, request.chains, strict=True)
+    )
+    return max(counts, default=0)

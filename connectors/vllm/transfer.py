@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
     OffloadingWorkerMetadata,
 )
 from vllm.v1.kv_offload.base import LoadStoreSpec
@@ -31,12 +32,20 @@ class ArenaSlots(LoadStoreSpec):
 
 
 @dataclass
+class KvbmMetadata(OffloadingConnectorMetadata):
+    """vLLM's jobs of one step, and the step's number if it is timed."""
+
+    timed_step: int = 0
+
+
+@dataclass
 class KvbmWorkerMetadata(OffloadingWorkerMetadata):
     """vLLM's completions, plus what it has no word for: stores that failed, bytes loaded."""
 
     failed_stores: set[int] = field(default_factory=set)  # ArenaSlots.transfer
     loaded_bytes: int = 0
     failed_loads: set[str] = field(default_factory=set)  # request ids
+    timed_steps: set[int] = field(default_factory=set)  # see `connectors.vllm.steps`
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         merged = super().aggregate(other)
@@ -47,4 +56,5 @@ class KvbmWorkerMetadata(OffloadingWorkerMetadata):
             failed_stores=self.failed_stores | other.failed_stores,
             loaded_bytes=self.loaded_bytes + other.loaded_bytes,
             failed_loads=self.failed_loads | other.failed_loads,
+            timed_steps=self.timed_steps | other.timed_steps,
         )

@@ -38,6 +38,7 @@ class DaemonConfig:
     dram: str = "2GiB"
     ssd: str | None = "4GiB"
     node: str = "demo"
+    governor: str = "always_load"  # each tier is to be seen at work, however small the model
 
     @property
     def ssd_folder(self) -> Path:
@@ -151,6 +152,7 @@ class Daemon:
             "s3": dict(config.s3) if config.s3 else None,
             "events": dict(config.events or {}),
             "peers": dict(config.peers) if config.peers else None,
+            "governor": {"mode": config.governor},
             "admin": {"host": "127.0.0.1", "port": self._port},
         }
         config.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`kvbm`: status, top, peers, doctor, events, chunks, benchmarks and the actions of a node.
+"""`kvbm`: status, top, why, peers, doctor, events, chunks, benchmarks, and a node's actions.
 
 Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
 Data goes to standard output, talk to standard error.
@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from kvbm.cli import actions, bench, chunks, doctor, events, status, top
+from kvbm.cli import actions, bench, chunks, doctor, events, status, top, why
 from kvbm.cli.client import Failure
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 for command in (
     *(status.status, status.tiers, status.peers, top.top, doctor.doctor),
-    chunks.chunks,
+    *(why.why, chunks.chunks),
     *(actions.drain, actions.resume, actions.flush, actions.scrub),
 ):
     app.command()(command)

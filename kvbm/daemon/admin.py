@@ -20,6 +20,7 @@ from kvbm.daemon.access import readers
 from kvbm.daemon.admin_actions import KEY_PATTERN, ScrubbedTier, actions_router
 from kvbm.daemon.metrics import CONTENT_TYPE, Metrics
 from kvbm.daemon.problems import described, handle_problems, problem
+from kvbm.daemon.receipts import receipts_router
 from kvbm.daemon.reports import (
     ChunkReport,
     Node,
@@ -69,7 +70,8 @@ def create_app(
             "default": described("Any other error."),
         },
     }
-    for router in (_tiers(view, metrics), _node(view, metrics), actions_router(actions, token)):
+    routers = (_tiers(view, metrics), _node(view, metrics), receipts_router(view))
+    for router in (*routers, actions_router(actions, token)):
         app.include_router(router, prefix="/v1", **options)
     return app
 

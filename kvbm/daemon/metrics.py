@@ -57,6 +57,16 @@ SPECS: Final = (
     Spec("kvbm_errors_total", "counter", "Failures the daemon survived.", ("op", "kind")),
     Spec("kvbm_scrubbed_chunks_total", "counter", "Chunks read back.", ("tier", "outcome")),
     Spec("kvbm_quarantined_bytes", "gauge", "Space out of use for wrong bytes.", ("tier",)),
+    Spec("kvbm_governor_verdicts_total", "counter", "Lookups by how much to load.", ("why",)),
+    Spec(
+        "kvbm_governor_skipped_tokens_total",
+        "counter",
+        "Tokens kept here that engines were left to compute, because that is sooner.",
+    ),
+    Spec("kvbm_governor_probes_total", "counter", "Tiers measured again.", ("tier",)),
+    Spec("kvbm_governor_begin_seconds", "gauge", "Measured time before bytes come.", ("tier",)),
+    Spec("kvbm_governor_bytes_per_second", "gauge", "Measured speed upward.", ("tier",)),
+    Spec("kvbm_receipts", "gauge", "Receipts of lookups that are kept."),
     Spec("kvbm_sessions", "gauge", "Connections of engines.", ("role",)),
     Spec("kvbm_claims", "gauge", "Chunks held against eviction for engines."),
     Spec("kvbm_leased_bytes", "gauge", "Host memory lent to engines to store into."),
@@ -106,6 +116,13 @@ class Metrics:
 
     def scrubbed(self, tier: TierName, outcome: str) -> None:
         self._counts["kvbm_scrubbed_chunks_total"][tier.value, outcome] += 1
+
+    def judged(self, why: str, skipped_tokens: int) -> None:
+        self._counts["kvbm_governor_verdicts_total"][why,] += 1
+        self._counts["kvbm_governor_skipped_tokens_total"][()] += skipped_tokens
+
+    def probed(self, tier: TierName) -> None:
+        self._counts["kvbm_governor_probes_total"][tier.value,] += 1
 
     # -- reading --------------------------------------------------------------------------
 
@@ -157,11 +174,17 @@ class _NodeCollector(Collector):
             "kvbm_event_messages_dropped_total": {(): events.messages_dropped_total},
             "kvbm_queue_depth": {(queue.name,): queue.depth for queue in view.queues()},
             "kvbm_queue_limit": {(queue.name,): queue.limit for queue in view.queues()},
+            "kvbm_receipts": {(): view.receipts().kept},
         }
         held: Counter[Labels] = Counter()
         for entry in view.quarantine().entries:
             held[entry.tier.value,] += entry.held_bytes
         samples["kvbm_quarantined_bytes"] = dict(held)
+        for line in view.governor().tiers:
+            if line.bytes_per_s is not None and line.begin_s is not None:
+                label = (line.tier.value,)
+                samples.setdefault("kvbm_governor_bytes_per_second", {})[label] = line.bytes_per_s
+                samples.setdefault("kvbm_governor_begin_seconds", {})[label] = line.begin_s
         for usage in view.tiers():
             for name, values in _of_tier(usage).items():
                 samples.setdefault(name, {}).update(values)

@@ -18,20 +18,26 @@ from kvbm.daemon.view import (
     ChunkStatus,
     DrainStatus,
     EventsStatus,
+    GovernorStatus,
     HandoverStatus,
+    LineStatus,
     NodeStatus,
+    PaceStatus,
     PolicyStatus,
     QuarantineStatus,
     QueueStatus,
+    ReceiptsStatus,
     Residency,
     ScrubStatus,
     SessionStatus,
 )
 from kvbm.manager import BlockManager, Catalogue
+from kvbm.pace import TierPace
 from kvbm.patrol import Patrol
 from kvbm.peers.contents import Contents
 from kvbm.peers.network import PeerNetwork, PeerStatus
-from kvbm.protocol import Hello
+from kvbm.protocol import Hello, Pace
+from kvbm.receipts import Receipts
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
 from runtime.events import EventPlane, create_event_plane
@@ -98,11 +104,13 @@ class Node:
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
+            governor_mode=settings.governor.mode,
         )
         self.handover = Handover(
             notifier, settings.dram, self.manager, catalogue, self.metrics, inheritance
         )
-        self.members = Sessions(self.manager, tenants)
+        lower = [tier.name for tier in self.manager.tiers]
+        self.members = Sessions(self.manager, tenants, Receipts(lower, catalogue.removals))
         self.patrols = self._make_patrols(settings.ssd, catalogue)
         scrubbers = {patrol.tier: patrol for patrol in self.patrols}
         self.operations = Operations(
@@ -256,6 +264,26 @@ class Node:
             found.append(PolicyStatus(TierName.S3, s3.admission, "age", s3.put_budget, "requests"))
         return found
 
+    def governor(self) -> GovernorStatus:
+        onboarder = self.manager.onboarder
+        lines = [
+            _line_status(tier.name, pace, queued)
+            for tier, pace, queued in zip(
+                self.manager.tiers, onboarder.paces, onboarder.queued_bytes, strict=True
+            )
+        ]
+        paces = [
+            _pace_status(session.engine, session.pace)
+            for session in self.members.all
+            if session.is_ready
+        ]
+        return GovernorStatus(self.manager.governor.mode, lines, paces)
+
+    def receipts(self, request: str | None = None, limit: int = 0) -> ReceiptsStatus:
+        kept = self.members.receipts
+        found = kept.latest(limit) if request is None else kept.find(request)
+        return ReceiptsStatus(found, len(kept), kept.used_bytes)
+
     def drain_status(self) -> DrainStatus:
         return self.operations.drain_status()
 
@@ -282,4 +310,28 @@ def _status(hello: Hello, since: float, claims: int, leased_bytes: int) -> Sessi
         connected_s=time.monotonic() - since,
         claims=claims if is_scheduler else 0,
         leased_bytes=leased_bytes if is_scheduler else 0,
+    )
+
+
+def _line_status(tier: TierName, pace: TierPace, queued_bytes: int) -> LineStatus:
+    begin_s, byte_s = pace.costs or (None, None)
+    return LineStatus(
+        tier=tier,
+        begin_s=begin_s,
+        bytes_per_s=1 / byte_s if byte_s else None,
+        samples=pace.samples,
+        measured_s_ago=pace.idle_s if pace.samples else None,
+        queued_bytes=queued_bytes,
+    )
+
+
+def _pace_status(engine: str, pace: Pace) -> PaceStatus:
+    deep = 32_000
+    shallow_s, deep_s = pace.prefill_s(0, 1000), pace.prefill_s(deep, deep + 1000)
+    return PaceStatus(
+        engine=engine,
+        tokens_per_s=1000 / shallow_s if shallow_s else None,
+        tokens_per_s_at_32k=1000 / deep_s if deep_s else None,
+        load_begin_s=pace.copy_s if pace.copy_byte_s else None,
+        load_bytes_per_s=1 / pace.copy_byte_s if pace.copy_byte_s else None,
     )

@@ -323,6 +323,14 @@ class OnboardSettings(Section):
     )
 
 
+class GovernorSettings(Section):
+    mode: Literal["auto", "always_load"] = Field(
+        default="auto",
+        description="`auto` loads only as much of a prefix as is sooner loaded than computed, by "
+        "what tiers and engines were measured to take; `always_load` loads all that is kept.",
+    )
+
+
 class DaemonSettings(Settings):
     socket: Path = Field(
         default_factory=lambda: default_socket(os.environ, os.getuid()),
@@ -357,6 +365,9 @@ class DaemonSettings(Settings):
     lease: LeaseSettings = Field(default=LeaseSettings(), description="Slots lent to engines.")
     onboard: OnboardSettings = Field(
         default=OnboardSettings(), description="Bringing up: S3 or SSD to host memory."
+    )
+    governor: GovernorSettings = Field(
+        default=GovernorSettings(), description="Loading against computing."
     )
 
     tenants: dict[str, TenantSettings] = Field(

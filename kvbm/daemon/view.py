@@ -13,6 +13,7 @@ from typing import Protocol
 from kvbm.daemon.rates import Rate
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
+from kvbm.receipts import Receipt
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 
 
@@ -156,6 +157,45 @@ class NoScrubError(Exception):
     """The node cannot scrub that tier; the message says which it can."""
 
 
+@dataclass(frozen=True, slots=True)
+class LineStatus:
+    """What bringing chunks up from a lower tier was measured to take; None before the first."""
+
+    tier: TierName
+    begin_s: float | None  # before bytes come
+    bytes_per_s: float | None
+    samples: int
+    measured_s_ago: float | None
+    queued_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PaceStatus:
+    """What an engine measured of itself; None where it has not."""
+
+    engine: str
+    tokens_per_s: float | None  # prefill, of the first thousand tokens
+    tokens_per_s_at_32k: float | None  # of a thousand behind so many others
+    load_begin_s: float | None  # loading from host memory
+    load_bytes_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GovernorStatus:
+    mode: str
+    tiers: Sequence[LineStatus]
+    engines: Sequence[PaceStatus]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptsStatus:
+    """Some of the receipts, newest first, and what all that are kept take."""
+
+    receipts: Sequence[Receipt]
+    kept: int
+    kept_bytes: int
+
+
 class NodeView(Protocol):
     def status(self) -> NodeStatus: ...
 
@@ -192,6 +232,12 @@ class NodeView(Protocol):
         ...
 
     def policies(self) -> Sequence[PolicyStatus]: ...
+
+    def governor(self) -> GovernorStatus: ...
+
+    def receipts(self, request: str | None = None, limit: int = 0) -> ReceiptsStatus:
+        """The latest, or those of requests that `request` names."""
+        ...
 
     def drain_status(self) -> DrainStatus: ...
 

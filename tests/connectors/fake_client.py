@@ -15,9 +15,9 @@ from vllm.v1.kv_offload.base import OffloadKey, ReqContext, make_offload_key
 from connectors.vllm.options import Options
 from connectors.vllm.scheduler_side import Group, KvbmManager
 from connectors.vllm.transfer import ArenaSlots
-from kvbm.client import Filled, Lookup
+from kvbm.client import UNMEASURED, Filled, Lookup
 from kvbm.fingerprint import key_of
-from kvbm.protocol import HERE, VERSION, Hello, MatchGroup, Ready
+from kvbm.protocol import HERE, VERSION, Hello, MatchGroup, Outcome, Pace, Ready
 from storage_tiers.arena import PAGE, Slot
 from storage_tiers.base import Key
 
@@ -55,11 +55,15 @@ class FakeClient:
         self.connection = 0
         self.epoch = b""
         self.session = 0
+        self.salt = b""
+        self.tag = 0
         self.layout: Ready | None = None
         self.slots_left = 1000
         # What the manager did.
         self.running: bool | None = None
         self.asked: list[tuple[list[MatchGroup], Lookup]] = []
+        self.paces: list[Pace] = []
+        self.outcomes: list[Outcome] = []
         self.committed: list[list[Filled]] = []
         self.given_back: list[Slot] = []
         self.loaded: list[tuple[int, int]] = []
@@ -74,11 +78,14 @@ class FakeClient:
     def go_away(self) -> None:
         self._heard.append(self._forget)
 
-    def answer(self, lookup: Lookup, states: Sequence[int], source: int = 2) -> None:
-        """Say what is kept; what is HERE gets a slot."""
+    def answer(
+        self, lookup: Lookup, states: Sequence[int], source: int = 2, tokens: int = 0
+    ) -> None:
+        """Say what is kept; what is HERE gets a slot. `tokens` of it are worth loading."""
 
         def apply() -> None:
             lookup.answered = True
+            lookup.tokens = tokens
             lookup.states[:] = bytes(states)
             for place, state in enumerate(states):
                 if state == HERE:
@@ -118,21 +125,29 @@ class FakeClient:
         while self._heard:
             self._heard.popleft()()
 
-    def look_up(self, groups: Sequence[MatchGroup], keys: list[Key]) -> Lookup | None:
+    def look_up(
+        self,
+        groups: Sequence[MatchGroup],
+        keys: list[Key],
+        request: str = "",
+        pace: Pace = UNMEASURED,
+    ) -> Lookup | None:
         if not self.ready or not keys:
             return None
         lookup = Lookup(next(self._tickets), keys, bytearray(len(keys)), self._clock())
         self._open[lookup.ticket] = lookup
         self.asked.append((list(groups), lookup))
+        self.paces.append(pace)
         return lookup
 
     def holds(self, lookup: Lookup | None) -> bool:
         return lookup is not None and lookup.ticket in self._open
 
-    def forget(self, lookup: Lookup) -> None:
-        self._open.pop(lookup.ticket, None)
+    def forget(self, lookup: Lookup, outcome: Outcome | None = None) -> None:
+        if self._open.pop(lookup.ticket, None) is not None and outcome is not None:
+            self.outcomes.append(outcome)
 
-    def note_unanswered(self) -> None:
+    def note_unanswered(self, asked_at: float) -> None:
         self.unanswered += 1
 
     def take_slots(self, group: int, count: int) -> list[Slot]:

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
 from connectors.vllm.connector import KvbmConnector
-from connectors.vllm.transfer import ArenaSlots, KvbmWorkerMetadata
+from connectors.vllm.transfer import ArenaSlots, KvbmMetadata, KvbmWorkerMetadata
 from connectors.vllm.worker_side import KvbmWorker
 from storage_tiers.arena import Slot
 from tests.connectors.copies import (
@@ -171,3 +171,15 @@ def test_slots_and_reports_travel_between_processes(daemon: Daemon) -> None:
     assert pickle.loads(pickle.dumps(slots)) == slots
     report = KvbmWorkerMetadata(completed_jobs={1: 1}, failed_stores={1}, failed_loads={"a"})
     assert pickle.loads(pickle.dumps(report)) == report
+
+
+def test_the_number_of_a_timed_step_comes_back_with_its_result(rank: Rank) -> None:
+    metadata = KvbmMetadata({}, {}, timed_step=7)
+    rank.connector.bind_connector_metadata(pickle.loads(pickle.dumps(metadata)))
+    meta = rank.connector.build_connector_worker_meta()
+    assert meta is not None and meta.timed_steps == {7} and not meta.completed_jobs
+    other = KvbmWorkerMetadata(timed_steps={7})
+    merged = meta.aggregate(other)
+    assert isinstance(merged, KvbmWorkerMetadata) and merged.timed_steps == {7}
+    rank.connector.bind_connector_metadata(KvbmMetadata({}, {}))
+    assert rank.connector.build_connector_worker_meta() is None

@@ -500,7 +500,8 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 # -- every command ------------------------------------------------------------------------
 
 COMMANDS = [
-    *(["status"], ["tiers"], ["peers"], ["top"], ["quarantine"], ["chunks", make_key("k").hex()]),
+    *(["status"], ["tiers"], ["peers"], ["top"], ["why"]),
+    *(["quarantine"], ["chunks", make_key("k").hex()]),
     ["quarantine", "clear"],
     *(["drain"], ["resume"], ["flush"], ["scrub"], ["events", "tail"]),
     ["bench", "tiers", "--running"],

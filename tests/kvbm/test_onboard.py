@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvbm.onboard import BATCH_CHUNKS, WORKERS_PER_TIER, Onboarder
+from kvbm.onboard import BATCH_CHUNKS, NO_ROOM, WORKERS_PER_TIER, Onboarder
 from storage_tiers.base import Key, StoreItem, Tier
 from storage_tiers.faulty import Faults, Faulty
 from storage_tiers.memory import MemoryTier
@@ -216,10 +216,10 @@ async def test_without_room_a_request_ends_as_failed(make_bay: MakeBay) -> None:
     async with bay.running():
         await bay.settle()
         ended = dict(bay.ended)
-        assert sorted(ended.values()) == [-1, -1, -1, -1, 0, 0]
+        assert sorted(ended.values()) == [NO_ROOM] * 4 + [0, 0]
         assert bay.node.meter.drops == {("onboard", "no_room"): 4}
         bay.node.manager.give_back(slots)
-        bay.request([item for item in items if ended[item.chunk.key] == -1][:2])
+        bay.request([item for item in items if ended[item.chunk.key] == NO_ROOM][:2])
         await bay.settle()
     assert [tier for _, tier in bay.ended[6:]] == [0, 0], "room came back"
 

@@ -23,10 +23,13 @@ from kvbm.protocol import (
     FromClient,
     FromDaemon,
     GiveBack,
+    Late,
     Lease,
     Match,
     MatchGroup,
     Message,
+    Pace,
+    State,
     decode_from_client,
     decode_from_daemon,
     encode,
@@ -42,11 +45,16 @@ REFUSED = (FrameError, msgspec.MsgspecError)
 
 INTEGERS = st.integers(-(1 << 63), (1 << 64) - 1)
 UNSIGNED = st.integers(0, (1 << 64) - 1)
+SECONDS = st.floats(allow_nan=False)
 OF_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "int": INTEGERS,
     "str": st.text(max_size=20),
     "bytes": st.binary(max_size=64),
     "bool": st.booleans(),
+    "float": SECONDS,
+    "Pace": st.builds(Pace, SECONDS, SECONDS, SECONDS, SECONDS),
+    "State": st.sampled_from(get_args(State)),
+    "Late": st.sampled_from(get_args(Late)),
     "list[int]": st.lists(INTEGERS, max_size=5),
     "list[list[int]]": st.lists(st.lists(INTEGERS, max_size=3), max_size=3),
     "dict[str, str]": st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
@@ -97,9 +105,10 @@ def test_the_bytes_of_a_message_are_those_that_older_peers_know() -> None:
     """Whoever makes this fail must give the protocol a new version."""
     assert encode(Fenced()) == b"\x08\x00\x00\x00\x91\xa6Fenced"
     assert encode(Lease(8192, 3)) == b"\x0b\x00\x00\x00\x93\xa5Lease\xcd\x20\x00\x03"
-    match = Match(1, [MatchGroup(16, 0, b"k" * 16)])
-    assert encode(match)[4:] == b"\x93\xa5Match\x01\x91\x94\xaaMatchGroup\x10\x00\xc4\x10" + (
-        b"k" * 16
+    match = Match(1, [MatchGroup(16, 0, b"k" * 16)], "r", Pace(1.5))
+    assert encode(match)[4:] == (
+        b"\x95\xa5Match\x01\x91\x94\xaaMatchGroup\x10\x00\xc4\x10" + b"k" * 16 + b"\xa1r\x94"
+        b"\xcb\x3f\xf8\x00\x00\x00\x00\x00\x00" + 3 * (b"\xcb" + bytes(8))
     )
     packed = pack_slots([(1, 2, Slot(3, 4, 5))])
     assert packed == struct.pack("<IBQQQ", 1, 2, 3, 4, 5)

@@ -1,0 +1,57 @@
+"""`kvbm-daemon` with an SSD that is slow while a file says so, as a process of its own.
+
+    python -m tests.kvbm.slow_daemon FILE serve --config ...
+
+FILE holds the bytes a second that the SSD gives; without it the SSD is as fast as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from kvbm.daemon import __main__ as program
+from kvbm.daemon import node
+from kvbm.daemon.settings import DaemonSettings
+from kvbm.offload import LaneSettings
+from kvbm.tenants import Tenants
+from storage_tiers.base import LoadItem, LoadOutcome, Tier, TierListener, TierName
+from storage_tiers.throttled import Throttled
+
+_make_lower_tiers = node.make_lower_tiers
+
+
+class SlowWhile(Throttled):
+    """Throttled while the file is there, by the number in it."""
+
+    def __init__(self, tier: Tier, file: Path) -> None:
+        super().__init__(tier, bytes_per_s=1.0, sleep=asyncio.sleep)
+        self._plain = tier
+        self._file = file
+
+    async def load(self, items: list[LoadItem]) -> list[LoadOutcome]:  # type: ignore[override]
+        if not self._file.exists():
+            return await self._plain.load(items)
+        self._bytes_per_s = float(self._file.read_text())
+        return await super().load(items)
+
+    async def _delay(self, moved_bytes: int) -> None:
+        if self._file.exists():
+            await super()._delay(moved_bytes)
+
+
+def make_slow_tiers(
+    settings: DaemonSettings, listener: TierListener, tenants: Tenants
+) -> list[tuple[Tier, LaneSettings]]:
+    file = Path(sys.argv[0])
+    return [
+        (SlowWhile(tier, file) if tier.name is TierName.SSD else tier, lane)
+        for tier, lane in _make_lower_tiers(settings, listener, tenants)
+    ]
+
+
+if __name__ == "__main__":
+    sys.argv = sys.argv[1:]
+    node.make_lower_tiers = make_slow_tiers
+    program.main()
