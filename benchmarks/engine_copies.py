@@ -1,7 +1,8 @@
 """G1 to G2 and back: what the connector's worker copies, against memcpy.
 
 The KV tensors lie as in vLLM's CPU build: a page per layer and block, all layers in one allocation.
-A job moves 64 chunks in scattered blocks through `KvbmWorker`, its thread and its checks included.
+A job moves 96 MiB of chunks in scattered blocks through `KvbmWorker`, its thread and its checks
+included.
 
 - `memcpy` is the limit and the target's measure: as many pieces of the same size, one behind the
   other in both memories, in one C loop on one thread. No scattered copy that goes through the cache
@@ -36,7 +37,7 @@ from storage_tiers.arena import Arena, Slot
 from storage_tiers.hbm import HostPages
 from storage_tiers.slabs import SlabAllocator
 
-CHUNKS = 64
+JOB_BYTES = 96 << 20  # about what a prompt of 2,000 tokens is; short jobs would time the scheduler
 TARGET = 0.90
 libc_memcpy: Any = ctypes.CDLL(None).memcpy
 libc_memcpy.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t]
@@ -57,15 +58,16 @@ class Copies:
 
     def __init__(self, layers: int, page_bytes: int) -> None:
         self._chunk_bytes = layers * page_bytes
-        self.job_bytes = CHUNKS * self._chunk_bytes
-        self._arena = Arena.create(2 * CHUNKS * (self._chunk_bytes + (1 << 21)))
+        chunks = self._chunks = JOB_BYTES // self._chunk_bytes
+        self.job_bytes = chunks * self._chunk_bytes
+        self._arena = Arena.create(2 * chunks * (self._chunk_bytes + (1 << 21)))
         allocator = SlabAllocator(self._arena.capacity_bytes)
-        offsets = [allocator.allocate(self._chunk_bytes) for _ in range(CHUNKS)]
+        offsets = [allocator.allocate(self._chunk_bytes) for _ in range(chunks)]
         self._slots = [
             Slot(at, self._chunk_bytes, self._arena.advance(at)) for at in offsets if at is not None
         ]
         # Torch's own memory: how it is aligned decides whether loads and stores collide.
-        tensors = list(torch.ones((layers, CHUNKS * 2, page_bytes), dtype=torch.uint8).numpy())
+        tensors = list(torch.ones((layers, chunks * 2, page_bytes), dtype=torch.uint8).numpy())
         self._worker = KvbmWorker(
             HostPages(tensors, [list(range(layers))]),
             socket_path="/nonexistent/kvbm.sock",
@@ -81,7 +83,7 @@ class Copies:
         self._jobs = 0
         self._random = np.random.default_rng(0)
         # Rows apart by a cache line, so that NumPy copies each with a memcpy of its own.
-        rows = CHUNKS * layers
+        rows = chunks * layers
         self._engine = torch.ones((rows, page_bytes + 64), dtype=torch.uint8).numpy()
         self._engine = self._engine[:, :page_bytes]
         shared = np.frombuffer(self._arena.data, dtype=np.uint8)[-rows * page_bytes :]
@@ -90,8 +92,8 @@ class Copies:
     def worker(self, *, is_load: bool) -> float:
         """GB/s of one job."""
         self._jobs += 1
-        blocks = self._random.permutation(CHUNKS * 2)[:CHUNKS].tolist()
-        pages = GPULoadStoreSpec(blocks, [CHUNKS], [0])
+        blocks = self._random.permutation(self._chunks * 2)[: self._chunks].tolist()
+        pages = GPULoadStoreSpec(blocks, [self._chunks], [0])
         slots = ArenaSlots(
             transfer=self._jobs,
             request="bench",
@@ -99,7 +101,7 @@ class Copies:
             session=1,
             offsets=[slot.offset for slot in self._slots],
             generations=[slot.generation for slot in self._slots],
-            groups=[0] * CHUNKS,
+            groups=[0] * self._chunks,
             lengths=[self._chunk_bytes],
             rank_offsets=[[0]],
         )

@@ -40,7 +40,7 @@ WRITE_TIMEOUT_S = 120.0
 class Peer:
     """LMCache's disk backend with its memory, its event loop running in a thread."""
 
-    def __init__(self, folder: Path, total_bytes: int) -> None:
+    def __init__(self, folder: Path, total_bytes: int, rounds: int) -> None:
         from lmcache.v1.config import LMCacheEngineConfig
         from lmcache.v1.metadata import LMCacheMetadata
         from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
@@ -51,7 +51,8 @@ class Peer:
             local_cpu=False,
             max_local_cpu_size=3 * gibibytes,
             local_disk=f"file://{folder}",
-            max_local_disk_size=4 * gibibytes,
+            # What is removed it goes on counting, and then stores nothing more.
+            max_local_disk_size=(rounds + 2) * gibibytes,
             extra_config={"use_odirect": True, "disk_io_threads": THREADS},
         )
         metadata = LMCacheMetadata(
@@ -124,7 +125,7 @@ async def measure(folder: Path, size: int, total: int, rounds: int) -> list[Row]
     ours = Ours(folder / "tier", size, total // size)
     await ours.tier.open()
     rates: dict[str, list[float]] = {}
-    with Peer(folder / "lmcache", total) as peer:
+    with Peer(folder / "lmcache", total, rounds) as peer:
         objects = peer.objects(ours.sources)
 
         async def theirs(round_: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ import errno
 import os
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import structlog
@@ -28,12 +28,22 @@ _log = structlog.get_logger("kvbm.prefault")
 
 
 class Prefault:
-    """One pass over `memory`. `close` ends it early and must come before the memory goes."""
+    """One pass over `memory`. A context manager, or `start` and `close`, which ends it early.
+
+    `close` must come before the memory goes.
+    """
 
     def __init__(self, memory: memoryview) -> None:
         self._memory = memory
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefault", daemon=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def start(self) -> None:
         """Begin, unless the system has not got that much memory to spare."""

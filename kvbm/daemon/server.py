@@ -49,9 +49,7 @@ class Server:
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
             if node.settings.dram.prefault:
-                prefault = Prefault(node.arena.data)
-                prefault.start()
-                cleanup.callback(prefault.close)
+                cleanup.enter_context(Prefault(node.arena.data))
             await node.plane.start()
             cleanup.push_async_callback(self._close_events)
             for tier in node.all_tiers:
