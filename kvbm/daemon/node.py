@@ -67,15 +67,7 @@ class Node:
         self.settings = settings
         self.metrics = Metrics(version, settings.node)
         self.plane: EventPlane = create_event_plane(settings.events, f"{PROGRAM} {settings.node}")
-        self.blocks = BlockPublisher(
-            self.plane,
-            namespace=settings.events.namespace,
-            node=settings.node,
-            epoch=time.time_ns() // 1000,
-            linger_s=settings.events.linger,
-            batch_events=settings.events.batch_events,
-            ring_keys=settings.events.ring_keys,
-        )
+        self.blocks = self._make_publisher()
         contents = Contents(self.blocks)
         catalogue = Catalogue(contents)
         inheritance = inherit(inherited or {}, notifier, settings.dram)
@@ -129,6 +121,18 @@ class Node:
     @property
     def all_tiers(self) -> list[Tier]:
         return [self.dram, *self.manager.tiers]
+
+    def _make_publisher(self) -> BlockPublisher:
+        settings = self.settings
+        return BlockPublisher(
+            self.plane,
+            namespace=settings.events.namespace,
+            node=settings.node,
+            epoch=time.time_ns() // 1000,
+            linger_s=settings.events.linger,
+            batch_events=settings.events.batch_events,
+            ring_keys=settings.events.ring_keys,
+        )
 
     def _make_peers(self, contents: Contents, catalogue: Catalogue) -> PeerNetwork | None:
         settings = self.settings
