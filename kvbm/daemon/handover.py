@@ -41,7 +41,7 @@ INDEX: Final = "kvbm-index"
 VERIFY_S_MAX: Final = 120.0
 BATCH_BYTES: Final = 16 << 20
 BATCHES_AT_ONCE: Final = 2
-TOUCHED_AT_ONCE: Final = 4096
+HANDLED_AT_ONCE: Final = 1024  # chunks, between two turns of the event loop
 
 _log = structlog.get_logger("kvbm.handover")
 
@@ -140,13 +140,15 @@ class Handover:
             )
         return report
 
-    def offer(self) -> None:
+    async def offer(self) -> None:
         """What the daemon before did not get to: to every tier that lacks it, hottest first."""
-        for key in reversed(self._order):
-            (chunk,) = self._dram.find([key])
-            if chunk is not None and key in self._adopted:
-                self._manager.offloader.offer_sealed(chunk)
-        self._order.clear()
+        while self._order:
+            keys = self._order[: -HANDLED_AT_ONCE - 1 : -1]
+            del self._order[-HANDLED_AT_ONCE:]
+            for chunk in self._dram.find([key for key in keys if key in self._adopted]):
+                if chunk is not None:
+                    self._manager.offloader.offer_sealed(chunk)
+            await asyncio.sleep(0)
 
     async def leave(self, unfenced: Sequence[Slot]) -> None:
         """Leave host memory for the next daemon. Nothing may change it from here on.
@@ -278,8 +280,8 @@ class Handover:
             return
         since = [key for key in self._dram.all_keys() if key not in self._adopted]
         order = [*self._order, *since]
-        for first in range(0, len(order), TOUCHED_AT_ONCE):
-            self._dram.touch(order[first : first + TOUCHED_AT_ONCE])
+        for first in range(0, len(order), HANDLED_AT_ONCE):
+            self._dram.touch(order[first : first + HANDLED_AT_ONCE])
             await asyncio.sleep(0)
 
 

@@ -118,7 +118,7 @@ class Server:
         """Take over what the daemon before left in host memory."""
         self._node.reports[TierName.DRAM] = await self._node.handover.run()
         await self._remote_tried.wait()
-        self._node.handover.offer()
+        await self._node.handover.offer()
 
     async def _open_remote(self) -> None:
         """Open S3, however long it takes to answer."""

@@ -127,7 +127,7 @@ async def test_what_the_daemon_before_did_not_write_down_is_written_by_this_one(
     heir = memory(old.left(), lower=True)
     await heir.below.store(items[:2])
     await heir.handover.run()
-    heir.handover.offer()
+    await heir.handover.offer()
     offloader = heir.manager.offloader
     assert offloader.depth["G3"] == 4
     async with background(offloader.run):
