@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,195 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvbm.daemon.admin import create_app
 from kvbm.daemon.admin_server import AdminError, AdminServer
 from kvbm.daemon.metrics import DURATION, SPECS, Metrics, metrics_page
-from kvbm.daemon.rates import Rate
-from kvbm.daemon.view import (
-    ChunkStatus,
-    ClearStatus,
-    DrainStatus,
-    EventsStatus,
-    FlushStatus,
-    GovernorStatus,
-    HandoverStatus,
-    LineStatus,
-    NodeStatus,
-    NoScrubError,
-    PaceStatus,
-    PolicyStatus,
-    QuarantineStatus,
-    QueueStatus,
-    ReceiptsStatus,
-    Residency,
-    ScrubStatus,
-    SessionStatus,
-)
-from kvbm.peers.network import PeerStatus
-from kvbm.protocol import Pace
-from kvbm.quarantine import Quarantined
-from kvbm.receipts import Receipts
-from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
-from storage_tiers.testing import make_key
+from storage_tiers.base import TierName
+from tests.kvbm.plain_node import KEY, PARENT, Node
 
 ROOT = Path(__file__).parents[2]
 
 
 TOKEN = "a-token-of-16-up"
-KEY = make_key("here")
-PARENT = make_key("parent")
-
-
-@dataclass
-class Node:
-    """A `NodeView` of values that notes the actions it was asked for."""
-
-    checks: dict[str, str | None] = field(default_factory=lambda: {"G3": None})
-    broken: bool = False
-    asked: list[object] = field(default_factory=list)
-
-    def tiers(self) -> list[TierUsage]:
-        if self.broken:
-            raise RuntimeError("a bug")
-        return [
-            TierUsage(TierName.DRAM, "memcpy", 1 << 30, 1 << 20, 16),
-            TierUsage(
-                TierName.SSD,
-                "nixl-posix",
-                1 << 40,
-                1 << 30,
-                1000,
-                stored_bytes_total=5,
-                loaded_bytes_total=6,
-                evictions_total={"capacity": 7, "age": 8},
-                corrupt_total=9,
-                errors_total={"load": 10},
-            ),
-        ]
-
-    def readiness(self) -> dict[str, str | None]:
-        return self.checks
-
-    def recovery(self) -> list[RecoveryReport]:
-        return [RecoveryReport(TierName.SSD, 1000, 1 << 30, {"checksum": 2}, 0.5)]
-
-    def sessions(self) -> list[SessionStatus]:
-        return [
-            SessionStatus("s1", "scheduler", "engine-a", 0, 42, 1.5, claims=3, leased_bytes=4096),
-            SessionStatus("s2", "worker", "engine-a", 0, 43, 1.5, claims=0, leased_bytes=0),
-            SessionStatus("s3", "worker", "engine-a", 1, 44, 1.5, claims=0, leased_bytes=0),
-        ]
-
-    def queues(self) -> list[QueueStatus]:
-        return [QueueStatus("offload_ssd", 11, 4096)]
-
-    def events(self) -> EventsStatus:
-        return EventsStatus(published_total=12, dropped_total=13)
-
-    def status(self) -> NodeStatus:
-        return NodeStatus(
-            pid=42,
-            uid=1000,
-            started=1.5e9,
-            socket="/run/kvbm/kvbm.sock",
-            host_memory_bytes=1 << 30,
-            huge_pages=False,
-            ssd_path="/var/cache/kvbm",
-            ssd_mover="auto",
-            events_plane="none",
-            events_namespace="default",
-            events_url=None,
-            events_error=None,
-            draining=False,
-        )
-
-    def rates(self) -> dict[TierName, list[Rate]]:
-        return {TierName.SSD: [Rate(10, 5.0, 6.0), Rate(60, 1.0, 2.0)]}
-
-    def chunk(self, key: Key) -> ChunkStatus:
-        if key != KEY:
-            return ChunkStatus([], is_coming=False)
-        chunk = Chunk(KEY, 4096, 0xABC, PARENT, 3)
-        return ChunkStatus(
-            [
-                Residency(TierName.DRAM, chunk, sealed=True, claims=2),
-                Residency(TierName.SSD, chunk, sealed=True, claims=None),
-            ],
-            is_coming=False,
-        )
-
-    def quarantine(self) -> QuarantineStatus:
-        why = "the bytes do not match the checksum"
-        return QuarantineStatus(7, [Quarantined(TierName.SSD, KEY, 1.5e9, why, held_bytes=4096)])
-
-    def peer_list(self) -> list[PeerStatus]:
-        return [
-            PeerStatus("10.0.0.7:9471", "node-7", "events", True, "", False, "nixl-ucx", 12, 3),
-            PeerStatus("10.0.0.8:9471", "", "settings", False, "refused", False, None, 0, 0),
-        ]
-
-    def peer_readers(self) -> tuple[list[str], int]:
-        return ["node-7"], 4096
-
-    def policies(self) -> list[PolicyStatus]:
-        return [PolicyStatus(TierName.SSD, "value", "value", 7 << 30, "bytes")]
-
-    def governor(self) -> GovernorStatus:
-        line = LineStatus(TierName.SSD, 0.01, 1e9, 4, 1.5, 4096)
-        return GovernorStatus("auto", [line], [PaceStatus("engine-a", 9e3, 8e3, None, None)])
-
-    def receipts(self, request: str | None = None, limit: int = 0) -> ReceiptsStatus:
-        kept = Receipts([TierName.SSD])
-        for name in ("cmpl-one", "cmpl-two", "chat/three"):
-            kept.refuse(name, "engine-a", Pace(), "too many open requests")
-        found = kept.latest(limit) if request is None else kept.find(request)
-        return ReceiptsStatus(found, len(kept), kept.used_bytes)
-
-    def drain_status(self) -> DrainStatus:
-        return DrainStatus(draining=False, since=None, done=False, left_chunks=3, leased_bytes=4096)
-
-    def handover_status(self) -> HandoverStatus:
-        return HandoverStatus(
-            available=False,
-            reason="dram.handover is false",
-            adopted_chunks=5,
-            adopted_bytes=5 << 20,
-            waiting_chunks=2,
-            dropped={"corrupt": 1},
-            aside_bytes=4096,
-            seconds=0.0,
-        )
-
-    def scrub_status(self, tier: TierName) -> ScrubStatus | None:
-        if tier is TierName.S3:
-            raise NoScrubError("G4 cannot be scrubbed on this node: G2, G3")
-        return None
-
-    def drain(self) -> DrainStatus:
-        self.asked.append("drain")
-        return DrainStatus(draining=True, since=1.5e9, done=False, left_chunks=3, leased_bytes=0)
-
-    def resume(self) -> DrainStatus:
-        self.asked.append("resume")
-        return self.drain_status()
-
-    async def flush(self, deadline_s: float) -> FlushStatus:
-        self.asked.append(("flush", deadline_s))
-        return FlushStatus(done=False, left_chunks=3, seconds=deadline_s)
-
-    async def scrub(self, tier: TierName, deadline_s: float) -> ScrubStatus:
-        self.scrub_status(tier)
-        self.asked.append(("scrub", tier.value, deadline_s))
-        return ScrubStatus(
-            tier.value,
-            done=True,
-            total_chunks=5,
-            checked_chunks=5,
-            damaged_chunks=1,
-            unreadable_chunks=0,
-            seconds=0.5,
-        )
-
-    async def clear_quarantine(self, key: Key | None) -> ClearStatus:
-        self.asked.append(("clear", key))
-        return ClearStatus(1, 4096)
 
 
 @pytest.fixture
