@@ -31,10 +31,12 @@ from tests.kvbm.members import join_engine, said
 LINGERING = LaneSettings(enough_bytes=1 << 30, linger_s=3600.0)
 
 
-def operations_of(node: Node, scrubber: Scrubber | None = None) -> Operations:
+def operations_of(
+    node: Node, scrubber: Scrubber | None = None, *, sessions: Sessions | None = None
+) -> Operations:
     scrubber = scrubber or Scrubber(node.dram, node.meter, 0)
     return Operations(
-        Sessions(node.manager),
+        sessions or Sessions(node.manager),
         node.manager.offloader,
         {TierName.DRAM: scrubber},
         node.manager.quarantine,
@@ -246,7 +248,7 @@ async def test_a_drain_ends_with_resume_and_engines_lease_again(
 ) -> None:
     node = make_node(settings=LINGERING)
     sessions = Sessions(node.manager)
-    operations = Operations(sessions, node.manager.offloader, Scrubber(node.dram, node.meter, 0))
+    operations = operations_of(node, sessions=sessions)
     engine = join_engine(sessions)
     assert len(engine.lease(4)) == 4
     operations.drain()
