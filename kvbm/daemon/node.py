@@ -104,14 +104,7 @@ class Node:
         lower = [tier.name for tier in self.manager.tiers]
         self.members = Sessions(self.manager, tenants, Receipts(lower, catalogue.removals))
         self.patrols = self._make_patrols(settings.ssd, catalogue)
-        scrubbers = {patrol.tier: patrol for patrol in self.patrols}
-        self.operations = Operations(
-            self.members,
-            self.manager.offloader,
-            {self.dram.name: self.scrubber, **scrubbers},
-            catalogue.quarantine,
-            self.manager.tiers,
-        )
+        self.operations = self._make_operations(catalogue)
         self.speeds = Rates(self.tiers)
         self._started = time.time()
         self.reports: dict[TierName, RecoveryReport] = {}
@@ -148,6 +141,16 @@ class Node:
             plane=self.plane,
             namespace=settings.events.namespace,
             node=settings.node,
+        )
+
+    def _make_operations(self, catalogue: Catalogue) -> Operations:
+        scrubbers = {patrol.tier: patrol for patrol in self.patrols}
+        return Operations(
+            self.members,
+            self.manager.offloader,
+            {self.dram.name: self.scrubber, **scrubbers},
+            catalogue.quarantine,
+            self.manager.tiers,
         )
 
     def _make_patrols(self, ssd: SsdSettings | None, catalogue: Catalogue) -> list[Patrol]:

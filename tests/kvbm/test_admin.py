@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import quote
@@ -13,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm.daemon.admin import create_app
-from kvbm.daemon.admin_server import AdminError, AdminServer
+from kvbm.daemon.admin_server import AdminServer
 from kvbm.daemon.metrics import DURATION, SPECS, Metrics, metrics_page
 from storage_tiers.base import TierName
 from tests.kvbm.plain_node import KEY, PARENT, Node
@@ -394,44 +392,3 @@ def test_metric_names_carry_their_unit_and_kind() -> None:
 def test_the_documentation_is_that_of_the_code() -> None:
     page = (ROOT / "docs/METRICS.md").read_text()
     assert page == metrics_page(), "run: python -m kvbm.daemon.metrics > docs/METRICS.md"
-
-
-# -- serving ------------------------------------------------------------------------------
-
-
-async def test_a_taken_port_is_told_with_the_setting_to_change(node: Node) -> None:
-    first = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
-    await first.start()
-    second = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", first.port)
-    with pytest.raises(AdminError, match=r"in use.*change admin\.host or admin\.port"):
-        await second.start()
-    await second.stop()
-    await first.stop()
-    await first.stop()
-
-
-async def test_an_address_that_is_none_is_told(node: Node) -> None:
-    server = AdminServer(create_app(node, node, Metrics("1", "n")), "256.0.0.1", 0)
-    with pytest.raises(AdminError, match=r"cannot listen on 256\.0\.0\.1 port 0"):
-        await server.start()
-
-
-async def test_signals_stay_the_daemons(node: Node) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    server = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
-    await server.start()
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    await server.stop()
-
-
-async def test_stopping_does_not_wait_for_a_client_that_stays_connected(node: Node) -> None:
-    server = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
-    await server.start()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
-    assert b"200 OK" in await reader.readline()
-    async with asyncio.timeout(5):
-        await server.stop()
-    writer.close()
-    with pytest.raises(OSError, match="Connect call failed"):
-        await asyncio.open_connection("127.0.0.1", server.port)
