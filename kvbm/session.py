@@ -49,6 +49,7 @@ from kvbm.protocol import (
     unpack_slots,
 )
 from kvbm.receipts import Receipt, Receipts
+from kvbm.removals import Removals
 from kvbm.tenants import Tenant, Tenants, UnknownTenantError
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Chunk, Key
@@ -346,13 +347,11 @@ class Sessions:
         self,
         manager: BlockManager,
         tenants: Tenants | None = None,
-        receipts: Receipts | None = None,
+        removals: Removals | None = None,
     ) -> None:
         self._manager = manager
         self._tenants = Tenants() if tenants is None else tenants
-        if receipts is None:
-            receipts = Receipts([tier.name for tier in manager.tiers])
-        self.receipts = receipts
+        self.receipts = Receipts([tier.name for tier in manager.tiers], removals)
         self._numbers = itertools.count(1)
         self._forming: dict[str, Session] = {}  # engine -> its session that is not ending
         self._of: dict[int, Session] = {}  # id(member) -> session

@@ -37,7 +37,6 @@ from kvbm.patrol import Patrol
 from kvbm.peers.contents import Contents
 from kvbm.peers.network import PeerNetwork, PeerStatus
 from kvbm.protocol import Hello, Pace
-from kvbm.receipts import Receipts
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
 from runtime.events import EventPlane, create_event_plane
@@ -101,15 +100,14 @@ class Node:
         self.handover = Handover(
             notifier, settings.dram, self.manager, catalogue, self.metrics, inheritance
         )
-        lower = [tier.name for tier in self.manager.tiers]
-        self.members = Sessions(self.manager, tenants, Receipts(lower, catalogue.removals))
+        self.members = Sessions(self.manager, tenants, catalogue.removals)
         self.patrols = self._make_patrols(settings.ssd, catalogue)
         self.operations = self._make_operations(catalogue)
         self.speeds = Rates(self.tiers)
         self._started = time.time()
         self.reports: dict[TierName, RecoveryReport] = {}
-        self.problems: dict[str, str] = {"socket": "not listening yet"}
-        self.problems |= {tier.name.value: "not open yet" for tier in self.all_tiers}
+        self.problems = {tier.name.value: "not open yet" for tier in self.all_tiers}
+        self.problems["socket"] = "not listening yet"
 
     @property
     def all_tiers(self) -> list[Tier]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 from kvbm.daemon import __main__ as program
 from kvbm.daemon import node
-from kvbm.daemon.settings import DaemonSettings
 from kvbm.offload import LaneSettings
-from kvbm.tenants import Tenants
-from storage_tiers.base import LoadItem, LoadOutcome, Tier, TierListener, TierName
+from storage_tiers.base import LoadItem, LoadOutcome, Tier, TierName
 from storage_tiers.throttled import Throttled
 
 _make_lower_tiers = node.make_lower_tiers
@@ -41,13 +40,11 @@ class SlowWhile(Throttled):
             await super()._delay(moved_bytes)
 
 
-def make_slow_tiers(
-    settings: DaemonSettings, listener: TierListener, tenants: Tenants
-) -> list[tuple[Tier, LaneSettings]]:
+def make_slow_tiers(*arguments: Any) -> list[tuple[Tier, LaneSettings]]:
     file = Path(sys.argv[0])
     return [
         (SlowWhile(tier, file) if tier.name is TierName.SSD else tier, lane)
-        for tier, lane in _make_lower_tiers(settings, listener, tenants)
+        for tier, lane in _make_lower_tiers(*arguments)
     ]
 
 

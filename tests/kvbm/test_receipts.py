@@ -20,7 +20,7 @@ from kvbm.protocol import (
     Pace,
     Unmatch,
 )
-from kvbm.receipts import Receipt, Receipts
+from kvbm.receipts import Receipt
 from kvbm.removals import Removals
 from kvbm.session import TICKETS_MAX, Sessions
 from storage_tiers.base import Key, RemovalReason, TierName
@@ -36,9 +36,8 @@ class Desk:
 
     def __init__(self, node: Node, removals: Removals | None = None) -> None:
         self.node = node
-        tiers = [tier.name for tier in node.manager.tiers]
-        self.receipts = Receipts(tiers, removals)
-        self.sessions = Sessions(node.manager, receipts=self.receipts)
+        self.sessions = Sessions(node.manager, removals=removals)
+        self.receipts = self.sessions.receipts
         self.engine: Engine = join_engine(self.sessions)
 
     def ask(self, number: int, *keys: list[Key], name: str = "r", window: int = 0) -> Receipt:
