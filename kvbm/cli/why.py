@@ -13,11 +13,17 @@ from kvbm.cli.client import AdminClient, Json
 from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
 from kvbm.cli.output import age, console, moment, print_json, size, table
 
-_TIERS: Final = {"G2": "host memory", "G3": "the SSD", "G4": "S3"}
+_TIERS: Final = {
+    "G2": "host memory",
+    "G3": "the SSD",
+    "G4": "S3",
+    "peer": "another node's host memory",
+}
 _REMOVED: Final = {
     "capacity": "were evicted from {} to make room",
     "age": "were deleted from {} because of their age",
     "corrupt": "were taken out of {} because they were damaged",
+    "quota": "were removed from {} because their tenant had used up its quota",
     "requested": "were removed from {} on request",
 }
 _LATE: Final = {
