@@ -9,11 +9,13 @@ are cached. What O_DIRECT cannot take as it lies (an unaligned end) goes through
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -263,11 +265,28 @@ def _resolve(future: asyncio.Future[MoveOutcome], outcome: MoveOutcome) -> None:
         future.set_result(outcome)
 
 
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """NIXL imports it only to ask for CUDA's version, which it finds otherwise as well.
+
+    It would cost the daemon seconds at its start and 200 MB.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 def new_agent(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
     """An agent without plugins, and the exceptions its calls raise."""
     try:
-        from nixl import _bindings
-        from nixl._api import nixl_agent, nixl_agent_config
+        with _without_torch():
+            from nixl import _bindings
+            from nixl._api import nixl_agent, nixl_agent_config
     except (ImportError, OSError) as error:
         raise NixlUnavailableError(f"NIXL does not import: {error}") from error
     logging.getLogger("nixl").setLevel(logging.WARNING)  # it reports to stdout otherwise

@@ -203,8 +203,6 @@ def main(arguments: Sequence[str]) -> int:
     """Descriptors of the arena and of the socket, as the daemon gives them; or nothing, to see
     whether NIXL and the plugin load: if not, the reason goes to standard output.
     """
-    # NIXL imports it to describe tensors, of which there are none here: 10 s and 200 MB.
-    sys.modules["torch"] = None  # type: ignore[assignment]
     if not arguments:
         return _check()
     # An orphan that hangs in UCX would hold all of host memory.
