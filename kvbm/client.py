@@ -40,9 +40,11 @@ from kvbm.protocol import (
     Pace,
     Ready,
     Share,
+    SlotRow,
     Unmatch,
     Welcome,
     pack_slots,
+    unpack_rows,
     unpack_slots,
 )
 from storage_tiers.arena import Slot
@@ -70,7 +72,12 @@ class Lookup:
     asked_at: float
     answered: bool = False
     tokens: int = 0  # of the prefix that is worth loading, once answered
-    slots: dict[int, tuple[Slot, int]] = field(default_factory=dict)  # index -> (slot, source)
+    rows: dict[int, SlotRow] = field(default_factory=dict)  # by index, of what is HERE
+
+    def slot(self, index: int) -> tuple[Slot, int] | None:
+        """Where a chunk is and the tier it came from; None if it is not HERE."""
+        row = self.rows.get(index)
+        return None if row is None else (Slot(*row[2:]), row[1])
 
 
 @dataclass(slots=True)
@@ -280,7 +287,7 @@ class SchedulerClient:
         for lookup in self._lookups.values():
             lookup.answered = True
             lookup.states = bytearray(len(lookup.keys))
-            lookup.slots.clear()
+            lookup.rows.clear()
         self._lookups.clear()
 
     def _become_ready(self, message: Ready) -> None:
@@ -303,17 +310,15 @@ class SchedulerClient:
         lookup.answered = True
         lookup.states[:] = message.states
         lookup.tokens = message.tokens
-        lookup.slots = {
-            index: (slot, source) for index, source, slot in unpack_slots(message.slots)
-        }
+        lookup.rows = {row[0]: row for row in unpack_rows(message.slots)}
 
     def _arrived(self, message: Arrived) -> None:
         lookup = self._lookups.get(message.ticket)
         if lookup is None:
             return
-        for index, source, slot in unpack_slots(message.slots):
-            lookup.states[index] = HERE
-            lookup.slots[index] = (slot, source)
+        for row in unpack_rows(message.slots):
+            lookup.states[row[0]] = HERE
+            lookup.rows[row[0]] = row
         for index in message.failed:
             if lookup.states[index] == COMING:
                 lookup.states[index] = MISS

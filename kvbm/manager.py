@@ -116,8 +116,12 @@ class BlockManager:
         onboard_bytes_max: int = BYTES_IN_FLIGHT,
         quarantine: Quarantine | None = None,
         governor_mode: Mode = "auto",
+        later: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
-        """`lower`: fastest first; without lane settings a tier is only read from."""
+        """`lower`: fastest first; without lane settings a tier is only read from.
+
+        `later` has work done a little later that must not hold up what engines wait for.
+        """
         self.dram = dram
         self.tiers: list[Tier] = [tier for tier, _ in lower]
         self._events = events
@@ -136,6 +140,7 @@ class BlockManager:
         )
         self.governor = Governor(self.tiers, self.onboarder, meter, governor_mode)
         self._waiting: dict[Key, list[Ticket]] = {}
+        self._later = later
         self._lent_bytes = 0  # leased to engines; what is being onboarded has its own bound
 
     # -- lookups -------------------------------------------------------------------------
@@ -177,14 +182,17 @@ class BlockManager:
 
     def note_use(self, ticket: Ticket) -> None:
         """Tell the tiers what a request uses; once, after it was answered, for it takes a while."""
-        for keys in ticket.used:
+        used, ticket.used = ticket.used, []
+        self._later(lambda: self._tell_uses(used))
+
+    def _tell_uses(self, used: Sequence[Sequence[Key]]) -> None:
+        for keys in used:
             deepest_first = keys[::-1]
             self.dram.touch(deepest_first)
             for tier in self.tiers:
                 absent = tier.touch(deepest_first)
                 if absent:
                     self.offloader.offer_again(tier, absent[::-1])
-        ticket.used.clear()
 
     def close(self, ticket: Ticket) -> None:
         """End a ticket: its claims and what is still coming for it alone. Idempotent."""

@@ -292,9 +292,19 @@ def pack_slots(slots: Iterable[tuple[int, int, Slot]]) -> bytes:
     return np.array(records, dtype=SLOT_RECORD).tobytes()
 
 
+SlotRow = tuple[int, int, int, int, int]
+"""Of `SLOT_RECORD`: index, source, then what makes a Slot."""
+
+
 def unpack_slots(packed: bytes) -> list[tuple[int, int, Slot]]:
     """The inverse of `pack_slots`. Raises FrameError on a size that is no whole record count."""
+    return [(i, source, Slot(o, n, g)) for i, source, o, n, g in unpack_rows(packed)]
+
+
+def unpack_rows(packed: bytes) -> list[SlotRow]:
+    """The same, without making slots of them yet: half the time."""
     if len(packed) % SLOT_RECORD.itemsize:
         raise FrameError(f"{len(packed)} bytes are no list of slot records")
     records: npt.NDArray[np.void] = np.frombuffer(packed, dtype=SLOT_RECORD)
-    return [(i, source, Slot(o, n, g)) for i, source, o, n, g in records.tolist()]
+    rows: list[SlotRow] = records.tolist()
+    return rows

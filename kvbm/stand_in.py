@@ -29,7 +29,7 @@ from kvbm.protocol import (
     State,
     Welcome,
 )
-from storage_tiers.arena import Arena
+from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Key, StoreItem
 
 WAIT_S = 20.0
@@ -128,7 +128,7 @@ class StandIn:
             if state != HERE or self._arena is None:
                 found.append(None)
                 continue
-            slot, _ = lookup.slots[index]
+            slot = Slot(*lookup.rows[index][2:])
             found.append(take(index, self._arena.view(slot.offset, slot.length)))
             assert self._arena.generation(slot.offset) == slot.generation, "it is claimed"
         loaded = TOKENS_PER_CHUNK * sum(data is not None for data in found)

@@ -288,7 +288,7 @@ class KvbmManager(OffloadingManager):
         place = request.places.get(key)
         if place is None or request.lookup is None:
             return None
-        return request.lookup.slots.get(place)
+        return request.lookup.slot(place)
 
     # -- store ---------------------------------------------------------------------------
 

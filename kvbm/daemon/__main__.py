@@ -26,6 +26,7 @@ from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import CACHE, Installation, unit_text
 from kvbm.peers.owner import PeerSocketError
 from runtime import telemetry
+from runtime.allocator import map_large_blocks
 from runtime.settings import Loaded, SettingsError, parse_assignments
 from storage_tiers.arena import ArenaError
 from storage_tiers.base import TierError
@@ -53,6 +54,7 @@ def serve(config: Config = None, assignments: Assignments = None) -> None:
     """Serve the engines of this node until SIGTERM or SIGINT."""
     loaded = _load(config, assignments)
     settings = loaded.value
+    map_large_blocks()
     telemetry.configure(settings.log.format, settings.log.level, sys.stderr, os.environ)
     for name in loaded.ignored:
         _log.warning("unknown_variable", name=name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from kvbm.daemon.handover import Handover, inherit
 from kvbm.daemon.metrics import Metrics
@@ -46,6 +47,8 @@ from storage_tiers.base import Key, RecoveryReport, SupportsScrub, Tier, TierNam
 from storage_tiers.dram import DramTier
 
 PROGRAM = "kvbm-daemon"
+AFTER_ANSWERS_S = 0.01
+"""An engine that asks for several requests in a row gets its answers first."""
 _DRAINING = "draining: engines are lent no slots to store into, until `kvbm resume` or a restart"
 
 
@@ -96,6 +99,7 @@ class Node:
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
             governor_mode=settings.governor.mode,
+            later=_after_answers,
         )
         self.handover = Handover(
             notifier, settings.dram, self.manager, catalogue, self.metrics, inheritance
@@ -297,6 +301,10 @@ class Node:
 
     def scrub_status(self, tier: TierName) -> ScrubStatus | None:
         return self.operations.scrub_status(tier)
+
+
+def _after_answers(work: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_later(AFTER_ANSWERS_S, work)
 
 
 def _without_credentials(urls: Sequence[str]) -> str:

@@ -89,14 +89,14 @@ class FakeClient:
             lookup.states[:] = bytes(states)
             for place, state in enumerate(states):
                 if state == HERE:
-                    lookup.slots[place] = (self._new_slot(0), source)
+                    lookup.rows[place] = (place, source, *self._new_slot(0))
 
         self._heard.append(apply)
 
     def arrive(self, lookup: Lookup, place: int, source: int = 3) -> None:
         def apply() -> None:
             lookup.states[place] = HERE
-            lookup.slots[place] = (self._new_slot(0), source)
+            lookup.rows[place] = (place, source, *self._new_slot(0))
 
         self._heard.append(apply)
 
@@ -177,7 +177,7 @@ class FakeClient:
         for lookup in self._open.values():
             lookup.answered = True
             lookup.states = bytearray(len(lookup.keys))
-            lookup.slots.clear()
+            lookup.rows.clear()
         self._open.clear()
 
     def _new_slot(self, group: int) -> Slot:

@@ -108,7 +108,7 @@ def damage_in_host_memory(engine: StandIn, key: Key) -> None:
     lookup = engine.client.look_up([MatchGroup(TOKENS_PER_CHUNK, 0, key)], [key])
     assert lookup is not None and engine._arena is not None
     engine.wait(lambda: lookup.answered, "the daemon answers")
-    slot, _ = lookup.slots[0]
+    slot, _ = lookup.slot(0) or pytest.fail("the chunk is not here")
     engine._arena.view(slot.offset, slot.length)[100] ^= 1
     engine.client.forget(lookup)
     engine.client.pump()

@@ -281,7 +281,7 @@ def test_bytes_damaged_in_the_owners_memory_are_never_given_to_an_engine(
         assert lookup is not None and engine._arena is not None
         engine.wait(lambda: lookup.answered, "the slots are known")
         assert lookup.states[3] == HERE
-        slot, _ = lookup.slots[3]
+        slot, _ = lookup.slot(3) or pytest.fail("the chunk is not here")
         engine._arena.view(slot.offset, slot.length)[CHUNK // 2] ^= 1
         engine.client.forget(lookup)
         engine.client.pump()

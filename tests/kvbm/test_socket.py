@@ -534,7 +534,7 @@ async def test_without_the_daemon_every_lookup_is_a_miss_until_it_is_back(
             assert client.take_slots(0, 1)
         await asyncio.to_thread(stand_in.wait, lambda: not client.ready, "the end is noticed")
         assert not client.holds(lookup)
-        assert list(lookup.states) == [0] * 3 and not lookup.slots
+        assert list(lookup.states) == [0] * 3 and not lookup.rows
         assert client.look_up(groups, keys) is None
         assert client.take_slots(0, 1) == []
         client.commit([])
