@@ -16,11 +16,10 @@ import structlog
 
 from kvbm.complaints import Complaints
 from kvbm.meter import Meter
+from kvbm.passes import Passes, ScrubPass
 from kvbm.quarantine import Quarantine
-from kvbm.scrub import ScrubPass
 from storage_tiers.base import Corrupt, Failed, Loaded, SupportsScrub, TierName
 
-IDLE_S: Final = 1.0
 GIVE_WAY_S_MAX: Final = 1.0  # for one chunk: a pass goes on under load too
 QUIET_POLL_S: Final = 0.01
 CATCH_UP_S: Final = 0.25  # of a delay that may be made up for
@@ -28,8 +27,8 @@ CATCH_UP_S: Final = 0.25  # of a delay that may be made up for
 _log = structlog.get_logger("kvbm.patrol")
 
 
-class Patrol:
-    """Call from the tier's event loop; `run` until cancelled."""
+class Patrol(Passes):
+    """Reads back what a lower tier keeps."""
 
     def __init__(
         self,
@@ -41,50 +40,18 @@ class Patrol:
         bytes_per_s: float,
     ) -> None:
         """`bytes_per_s`: read at most, by a steady pass and one asked for each."""
+        super().__init__(pass_s)
         self._tier = tier
         self._meter = meter
         self._quarantine = quarantine
-        self._pass_s = pass_s
         self._bytes_per_s = bytes_per_s
         self._complaints = Complaints(_log)
-        self._asked = asyncio.Event()
-        self.passes = 0
-        self.latest: ScrubPass | None = None  # of those asked for
-
-    async def run(self) -> None:
-        """Passes of about `pass_s` seconds each, none if that is 0; and those asked for."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._steadily())
-            group.create_task(self._serve())
-
-    def ask(self) -> ScrubPass:
-        """Begin a pass as fast as the bound allows; the one under way if there is one."""
-        if self.latest is None or self.latest.ended.is_set():
-            self.latest = ScrubPass()
-            self._asked.set()
-        return self.latest
 
     @property
     def tier(self) -> TierName:
         return self._tier.name
 
     # -- below ---------------------------------------------------------------------------
-
-    async def _steadily(self) -> None:
-        while self._pass_s > 0:
-            run = ScrubPass()
-            await self._pass_over(run, self._pass_s)
-            if run.total:
-                self.passes += 1
-            else:
-                await asyncio.sleep(min(IDLE_S, self._pass_s))
-
-    async def _serve(self) -> None:
-        while True:
-            await self._asked.wait()
-            self._asked.clear()
-            assert self.latest is not None, "set before it is asked for"
-            await self._pass_over(self.latest, 0.0)
 
     async def _pass_over(self, run: ScrubPass, pass_s: float) -> None:
         began = due = time.monotonic()
@@ -102,7 +69,6 @@ class Patrol:
             run.checked += 1
             run.seconds = time.monotonic() - began
             due += length / self._bytes_per_s
-        run.ended.set()
         if run.total:
             _log.info(
                 "scrubbed",

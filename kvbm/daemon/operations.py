@@ -24,9 +24,10 @@ from kvbm.daemon.view import (
     ScrubStatus,
 )
 from kvbm.offload import Offloader
+from kvbm.passes import ScrubPass
 from kvbm.patrol import Patrol
 from kvbm.quarantine import Quarantine
-from kvbm.scrub import Scrubber, ScrubPass
+from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
 from storage_tiers.base import Key, SupportsScrub, Tier, TierName
 
