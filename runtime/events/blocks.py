@@ -70,7 +70,7 @@ def decode_batch(payload: bytes) -> BlockBatch:
     """Raises BatchError."""
     try:
         return _decoder.decode(payload)
-    except msgspec.DecodeError as error:  # ValidationError is one
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BatchError(str(error)) from error
 
 

@@ -121,7 +121,14 @@ async def test_the_ring_holds_recent_keys_only() -> None:
     blocks.flush()
 
 
-@pytest.mark.parametrize("payload", [b"", b"\xc1", b"\x90", msgspec.msgpack.encode([1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        *(b"", b"\xc1", b"\x90", msgspec.msgpack.encode([1, 2, 3, 4])),
+        pytest.param(b"\x94\x01\x00\xa1\xff\x90", id="a node that is no UTF-8"),
+        pytest.param(b"\x91" * 100_000, id="nested too deep"),
+    ],
+)
 def test_a_broken_payload_is_one_error(payload: bytes) -> None:
     with pytest.raises(BatchError):
         decode_batch(payload)
