@@ -308,3 +308,20 @@ def test_sigint_is_a_clean_end_too(make_daemon: MakeDaemon) -> None:
     os.kill(daemon.process.pid, signal.SIGINT)
     wait_until(lambda: not daemon.process.running, WAIT_S, "it ended")
     assert daemon.process.stop() == 0
+
+
+def test_short_sequences_of_many_requests_share_objects(
+    make_daemon: MakeDaemon, s3: EmbeddedS3
+) -> None:
+    """Requests to S3 cost money: under load an object has 8 MiB or more, however short prompts."""
+    length, sequences = 512 << 10, [4, 9, 2, 7, 12, 1, 5, 8] * 6
+    section = {**s3_section(s3, prefix="shared"), "object_bytes": "16MiB", "linger": "1s"}
+    daemon = make_daemon(s3=section, dram="384MiB", ssd=None)
+    daemon.start()
+    with StandIn(daemon.socket, length, lease_chunks=64) as engine:
+        for number, count in enumerate(sequences):
+            engine.store(make_items(f"short {number}", count, length))
+        kept(daemon, "G4", sum(sequences))
+        report = next(tier for tier in daemon.tiers() if tier["tier"] == "G4")
+    average = report["stored_bytes"] / report["requests"]["put"]
+    assert average >= 8 << 20, f"{report['requests']} for {report['stored_bytes']} bytes"
