@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.workloads import Request, synthetic
 from storage_tiers import survival, value
-from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitValue
+from storage_tiers.admission import Admission, AdmitSeenTwice, AdmitValue
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
 from storage_tiers.value import ValuePolicy
@@ -46,6 +46,15 @@ CONSTANTS = (
     (survival, "OBSERVATIONS_KEPT"),
     (value, "RANKED_PER"),
 )
+
+
+class AdmitAll:
+    """Everything is stored."""
+
+    def admits(
+        self, key: int, now_s: float, *, parent: int, cost_s: float, size_bytes: int, full: bool
+    ) -> bool:
+        return True
 
 
 def fingerprint(number: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -217,33 +217,32 @@ FromClient = Hello | Match | Unmatch | Outcome | Lease | Commit | GiveBack | Loa
 FromDaemon = Welcome | Refused | Ready | Share | Matched | Arrived | Leased | Fence
 
 _encoder = msgspec.msgpack.Encoder()
-_from_client = msgspec.msgpack.Decoder(FromClient)
-_from_daemon = msgspec.msgpack.Decoder(FromDaemon)
+_from_client: msgspec.msgpack.Decoder[FromClient] = msgspec.msgpack.Decoder(FromClient)
+_from_daemon: msgspec.msgpack.Decoder[FromDaemon] = msgspec.msgpack.Decoder(FromDaemon)
 
-
-_DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+M = TypeVar("M")
 
 
 class FrameError(Exception):
     """The peer sent what is no frame of this protocol."""
 
 
+def decode(decoder: msgspec.msgpack.Decoder[M], body: bytes) -> M:
+    """One message of those the decoder knows. Raises FrameError."""
+    try:
+        return decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"malformed message: {error}") from error
+
+
 def decode_from_client(body: bytes) -> FromClient:
     """Raises FrameError."""
-    try:
-        message: FromClient = _from_client.decode(body)
-    except _DECODE_ERRORS as error:
-        raise FrameError(f"malformed message: {error}") from error
-    return message
+    return decode(_from_client, body)
 
 
 def decode_from_daemon(body: bytes) -> FromDaemon:
     """Raises FrameError."""
-    try:
-        message: FromDaemon = _from_daemon.decode(body)
-    except _DECODE_ERRORS as error:
-        raise FrameError(f"malformed message: {error}") from error
-    return message
+    return decode(_from_daemon, body)
 
 
 def encode(message: Message) -> bytes:

@@ -53,6 +53,7 @@ from kvbm.removals import Removals
 from kvbm.tenants import Tenant, Tenants, UnknownTenantError
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Chunk, Key
+from storage_tiers.chunk_index import CHUNK_BYTES_MAX
 
 TICKETS_MAX = 65536
 """Open requests per engine; beyond it a match is answered with misses."""
@@ -428,6 +429,11 @@ def _check(hello: Hello, capacity_bytes: int) -> None:
         sizes = hello.group_bytes
         if not 0 < len(sizes) <= GROUPS_MAX or any(size <= 0 for size in sizes):
             raise Refusal("a worker must name the bytes per chunk of each cache group")
+        if max(sizes) * (1 if hello.replicated else hello.world_size) > CHUNK_BYTES_MAX:
+            raise Refusal(
+                f"chunks of {max(sizes)} bytes on each rank exceed {CHUNK_BYTES_MAX} in all: "
+                "lower the connector's blocks_per_chunk"
+            )
         if max(sizes) > capacity_bytes:
             raise Refusal(
                 f"its chunks of {max(sizes)} bytes do not fit {capacity_bytes} bytes of host "

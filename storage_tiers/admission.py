@@ -13,22 +13,16 @@ SLOTS_MIN: Final = 256
 
 
 class Admission(Protocol):
-    """The seam. `key` as in `EvictionPolicy`; `parent` is a record of the tier's policy or -1."""
+    """The seam; a tier without one stores everything.
+
+    `key` as in `EvictionPolicy`; `parent` is a record of the tier's policy or -1.
+    """
 
     def admits(
         self, key: int, now_s: float, *, parent: int, cost_s: float, size_bytes: int, full: bool
     ) -> bool:
         """Whether to store this chunk; `full` says that another would have to go for it."""
         ...
-
-
-class AdmitAll:
-    """Everything is stored."""
-
-    def admits(
-        self, key: int, now_s: float, *, parent: int, cost_s: float, size_bytes: int, full: bool
-    ) -> bool:
-        return True
 
 
 class AdmitSeenTwice:

@@ -27,6 +27,8 @@ from storage_tiers.policy import EvictionPolicy
 
 PLACE_UNIT: Final = 4096
 """Places are multiples of this many bytes, so that 32 bits reach 16 TiB."""
+CHUNK_BYTES_MAX: Final = (1 << 32) - 1
+"""What a row has room for."""
 DEPTH_DOUBLES: Final = 1024
 """Position at which computing a chunk costs twice as much as at the start of its sequence.
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from storage_tiers.admission import Admission, AdmitAll
+from storage_tiers.admission import Admission
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import (
     Chunk,
@@ -63,7 +63,7 @@ class DramTier:
         self._listener = listener
         self._slots = SlabAllocator(arena.capacity_bytes)
         self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free)
-        self._admission: Admission = AdmitAll() if admission is None else admission
+        self._admission = admission
         self._quotas = quotas or {}
         self._leased: dict[int, Slot] = {}  # slot offset -> slot reserved, not committed
         self._evictions: Counter[str] = Counter()
@@ -235,7 +235,8 @@ class DramTier:
 
     def refusal(self, chunk: Chunk) -> str | None:
         """A tenant beyond its quota gives up chunks of its own, as far as they can go."""
-        if not self._index.admits(self._admission, chunk, full=False):
+        admission = self._admission
+        if admission is not None and not self._index.admits(admission, chunk, full=False):
             return "admission"
         while not within_quota(self._index, self._quotas, chunk):
             victim = find_own_victim(self._index, chunk)

@@ -2,9 +2,9 @@
 
 A page of a new arena is made and cleared by whoever touches it first: about half a millisecond a
 MiB, and for a chunk from the SSD that is the one thread that submits I/O, so that the disk waits
-too. After a start every chunk is such a first one. So a thread of the lowest
-priority goes through the arena and has the kernel make its pages, in slices short enough that
-nobody waits for one. Contents stay as they are; pages that are there cost next to nothing.
+too. After a start every chunk is such a first one. So a thread of the lowest priority goes through
+the arena and has the kernel make its pages, in slices short enough that nobody waits for one.
+Contents stay as they are; pages that are there cost next to nothing.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from storage_tiers.admission import Admission, AdmitAll
+from storage_tiers.admission import Admission
 from storage_tiers.base import (
     Chunk,
     Corrupt,
@@ -118,7 +118,7 @@ class S3Tier:
             timeout_s=timeout_s,
         )
         self._storing: dict[Key, asyncio.Future[bool]] = {}  # keys of PUTs under way
-        self._admission: Admission = AdmitAll() if admission is None else admission
+        self._admission = admission
         self._quotas = quotas or {}
         self._put_budget = Budget() if put_budget is None else put_budget
         self._puts = asyncio.Semaphore(_PUTS_MAX)
@@ -205,6 +205,8 @@ class S3Tier:
         quota = self._quotas.get(tag)
         if quota is not None and self._index.tenant_bytes[tag] >= quota:
             return "quota"  # age makes room again, whose objects these are
+        if self._admission is None:
+            return None
         admitted = self._admission.admits(
             fingerprint(chunk.key),
             self._clock(),

@@ -59,6 +59,7 @@ class SlabAllocator:
         self.used_bytes = 0  # slots handed out, rounding included
         count = capacity_bytes // self.granule_bytes
         self._taken = bytearray(count)  # 1: granule is in a slab
+        self._free_granules = count  # so that a full range is known without a look at all of it
         self._slab_starts = array("i", [_NO_SLAB]) * count  # granule -> its slab's first granule
         self._slabs: dict[int, _Slab] = {}  # first granule -> slab
         self._open: dict[int, dict[int, _Slab]] = {}  # slot size -> start -> slab with free slots
@@ -175,6 +176,7 @@ class SlabAllocator:
             assert _FREE not in slab.owners[: slab.first_free]
             assert bool(free) == (slab.start in self._open.get(slab.slot_bytes, {}))
             used_bytes += slab.used * slab.slot_bytes
+        assert self._free_granules == self._taken.count(0)
         assert covered == self._taken and starts == self._slab_starts
         assert self.used_bytes == used_bytes <= self.capacity_bytes
 
@@ -197,6 +199,8 @@ class SlabAllocator:
 
     def _find_run(self, length: int) -> int | None:
         count = length // self.granule_bytes
+        if count > self._free_granules:
+            return None
         free_run = bytes(count)
         at = self._taken.find(free_run)
         while at >= 0:
@@ -210,6 +214,7 @@ class SlabAllocator:
         length = self._slab_length(slot_bytes)
         first, count = start // self.granule_bytes, length // self.granule_bytes
         self._taken[first : first + count] = b"\x01" * count
+        self._free_granules -= count
         self._slab_starts[first : first + count] = array("i", [first]) * count
         slab = _Slab(start, length, slot_bytes, array("i", [_FREE]) * (length // slot_bytes))
         self._slabs[first] = slab
@@ -219,6 +224,7 @@ class SlabAllocator:
     def _drop_slab(self, slab: _Slab) -> None:
         first, count = slab.start // self.granule_bytes, slab.length // self.granule_bytes
         self._taken[first : first + count] = bytes(count)
+        self._free_granules += count
         self._slab_starts[first : first + count] = array("i", [_NO_SLAB]) * count
         del self._slabs[first]
         self._open.get(slab.slot_bytes, {}).pop(slab.start, None)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from storage_tiers.admission import Admission, AdmitAll
+from storage_tiers.admission import Admission
 from storage_tiers.base import (
     Chunk,
     Corrupt,
@@ -95,7 +95,7 @@ class SsdTier:
         self._make_mover = partial(make_mover, kind=mover)
         self._clock = clock
         self._index = ChunkIndex(LruPolicy() if policy is None else policy, self._free, now_s=clock)
-        self._admission: Admission = AdmitAll() if admission is None else admission
+        self._admission = admission
         self._quotas = quotas or {}
         self._pending = array("q", [0]) * 256  # bytes being written, by tenant
         self._write_budget = Budget() if write_budget is None else write_budget
@@ -167,6 +167,8 @@ class SsdTier:
             return None
         if self._write_budget.left <= 0:
             return "budget"
+        if self._admission is None:
+            return None
         full = not self._directory.slots.has_room(chunk.length)
         return None if self._index.admits(self._admission, chunk, full=full) else "admission"
 

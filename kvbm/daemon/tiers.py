@@ -16,7 +16,7 @@ from kvbm.daemon.settings import (
 )
 from kvbm.offload import LaneSettings
 from kvbm.tenants import Tenant, Tenants
-from storage_tiers.admission import Admission, AdmitAll, AdmitSeenTwice, AdmitValue
+from storage_tiers.admission import Admission, AdmitSeenTwice, AdmitValue
 from storage_tiers.base import Tier, TierListener, TierName
 from storage_tiers.budget import Budget
 from storage_tiers.eviction import Quotas
@@ -38,12 +38,12 @@ def make_policy(name: Eviction) -> EvictionPolicy:
     return _POLICIES[name]()
 
 
-def make_admission(name: str, policy: EvictionPolicy | None = None) -> Admission:
-    """`policy` is the one that values chunks, for value admission."""
+def make_admission(name: str, policy: EvictionPolicy | None = None) -> Admission | None:
+    """None: everything is stored. `policy` is the one that values chunks, for value admission."""
     if name == "value":
         assert isinstance(policy, ValuePolicy), "the settings see to it"
         return AdmitValue(policy)
-    return AdmitSeenTwice(OFFERS_REMEMBERED) if name == "seen-twice" else AdmitAll()
+    return AdmitSeenTwice(OFFERS_REMEMBERED) if name == "seen-twice" else None
 
 
 def make_tenants(settings: DaemonSettings) -> Tenants:

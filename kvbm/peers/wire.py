@@ -23,7 +23,15 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvbm.protocol import POSITIONS_MAX, FrameError, FrameReader, Message, encode, split_keys
+from kvbm.protocol import (
+    POSITIONS_MAX,
+    FrameError,
+    FrameReader,
+    Message,
+    decode,
+    encode,
+    split_keys,
+)
 from storage_tiers.base import KEY_BYTES, Chunk, Key
 from storage_tiers.ucx_process import RemoteArena
 
@@ -155,27 +163,18 @@ class Pulled(Message, frozen=True):
 FromOwner = Challenge | Welcome | Refused | Serves | Have | Gone | Claimed | Pulled
 FromReader = Hello | Claim | Release | Damaged | Pull
 
-_from_owner = msgspec.msgpack.Decoder(FromOwner)
-_from_reader = msgspec.msgpack.Decoder(FromReader)
-_DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_from_owner: msgspec.msgpack.Decoder[FromOwner] = msgspec.msgpack.Decoder(FromOwner)
+_from_reader: msgspec.msgpack.Decoder[FromReader] = msgspec.msgpack.Decoder(FromReader)
 
 
 def decode_from_owner(body: bytes) -> FromOwner:
     """Raises FrameError."""
-    try:
-        message: FromOwner = _from_owner.decode(body)
-    except _DECODE_ERRORS as error:
-        raise FrameError(f"malformed message: {error}") from error
-    return message
+    return decode(_from_owner, body)
 
 
 def decode_from_reader(body: bytes) -> FromReader:
     """Raises FrameError."""
-    try:
-        message: FromReader = _from_reader.decode(body)
-    except _DECODE_ERRORS as error:
-        raise FrameError(f"malformed message: {error}") from error
-    return message
+    return decode(_from_reader, body)
 
 
 def pack_have(chunks: Sequence[Chunk]) -> Have:

@@ -70,6 +70,8 @@ def engine(sessions: Sessions) -> Engine:
         (make_hello(rank=-1), "rank -1"),
         (make_hello(group_bytes=[]), "bytes per chunk"),
         (make_hello(group_bytes=[0]), "bytes per chunk"),
+        (make_hello(group_bytes=[1 << 32]), "lower the connector's blocks_per_chunk"),
+        (make_hello(group_bytes=[1 << 31], world_size=2), "lower the connector's blocks_per_chunk"),
         (make_hello(group_bytes=[4096, -4096]), "bytes per chunk"),
         (make_hello(group_bytes=[4096] * (GROUPS_MAX + 1)), "bytes per chunk"),
     ],

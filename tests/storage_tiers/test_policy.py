@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.policy import bound, fingerprint, replay, replay_admitted
+from benchmarks.policy import AdmitAll, bound, fingerprint, replay, replay_admitted
 from benchmarks.workloads import synthetic
-from storage_tiers.admission import AdmitAll, AdmitSeenTwice, AdmitValue, Ghosts
+from storage_tiers.admission import AdmitSeenTwice, AdmitValue, Ghosts
 from storage_tiers.leaves import NONE
 from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
 from storage_tiers.value import ValuePolicy

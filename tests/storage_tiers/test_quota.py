@@ -9,9 +9,7 @@ import pytest
 
 from storage_tiers.arena import Arena
 from storage_tiers.base import (
-    Chunk,
     Full,
-    Key,
     Known,
     RemovalReason,
     SilentListener,
@@ -103,4 +101,3 @@ async def test_a_quota_holds_over_a_restart(tmp_path: Path) -> None:
 def test_the_tag_is_the_key_s_last_byte(tag: int) -> None:
     key = make_key("a", tag)
     assert tenant_of(key) == tag and key[:-1] == make_key("a")[:-1]
-    assert Chunk(Key(key), 1, 0, None, 0).key == key
