@@ -27,6 +27,7 @@ from vllm.v1.kv_offload.base import (
     TransferResult,
 )
 
+from connectors.vllm.cores import leave_the_models_core
 from connectors.vllm.transfer import ArenaSlots
 from kvbm.link import Link
 from kvbm.protocol import Fence, Fenced, FromDaemon, Hello, Welcome
@@ -183,6 +184,7 @@ class KvbmWorker(OffloadingWorker):
             self._changed.notify_all()
 
     def _run(self) -> None:
+        leave_the_models_core()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._stopping)
