@@ -1,0 +1,148 @@
+"""What compiled kernels need and numba does not offer: loads, stores, prefetch, wide products.
+
+Kernels work on memory that Python owns and name it by address, because unboxing a dozen arrays
+would cost a call more than the work it does. Whoever passes an address guarantees that the memory
+outlives the call. Importing this module imports numba, so it is imported only by kernels.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+HUGE_BYTES: Final = 2 << 20
+"""From this size on memory is mapped by itself: it goes back at once, and may use huge pages."""
+
+READ_U32: Final = types.Array(types.uint32, 1, "C", readonly=True)
+READ_U64: Final = types.Array(types.uint64, 1, "C", readonly=True)
+WORDS: Final = types.Array(types.int64, 1, "C")
+
+
+def kernel(signature: Any, *, keep: bool = True) -> Callable[[Any], Any]:
+    """Compile for one signature now; the result is kept on disk where there is a place for it."""
+
+    def compiled(function: Any) -> Any:
+        try:
+            return njit(signature, nogil=True, cache=keep)(function)
+        except RuntimeError as error:
+            # numba found no folder it may write to: an install that is read-only, without a home.
+            if not keep or "cannot cache" not in str(error):
+                raise
+            return njit(signature, nogil=True)(function)
+
+    return compiled
+
+
+def inlined(function: Any) -> Any:
+    """A part of kernels, compiled into each of them."""
+    return njit(nogil=True)(function)
+
+
+def zeros(count: int, dtype: Any) -> NDArray[Any]:
+    size_bytes = count * np.dtype(dtype).itemsize
+    if size_bytes < HUGE_BYTES:
+        return np.zeros(count, dtype=dtype)
+    mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them: small pages do as well
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, dtype=dtype)
+
+
+def address(array: NDArray[Any]) -> int:
+    return int(array.ctypes.data)
+
+
+def _pointer(builder: Any, base: Any, index: Any, bits: int) -> Any:
+    kind = ir.IntType(bits).as_pointer()
+    return builder.gep(builder.inttoptr(base, kind), [index])
+
+
+def _loading(bits: int) -> Any:
+    def load(typing: Any, base: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value = builder.load(_pointer(builder, args[0], args[1], bits))
+            return value if bits == 64 else builder.zext(value, ir.IntType(64))
+
+        kind = types.uint64 if bits == 64 else types.int64
+        return kind(types.int64, types.int64), generate
+
+    return intrinsic(load)
+
+
+def _storing(bits: int) -> Any:
+    def store(typing: Any, base: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            stored = args[2] if bits == 64 else builder.trunc(args[2], ir.IntType(bits))
+            builder.store(stored, _pointer(builder, args[0], args[1], bits))
+            return context.get_dummy_value()
+
+        kind = types.uint64 if bits == 64 else types.int64
+        return types.void(types.int64, types.int64, kind), generate
+
+    return intrinsic(store)
+
+
+load64: Final = _loading(64)
+"""The n-th uint64 from an address."""
+load32: Final = _loading(32)
+"""The n-th uint32 from an address, as int64."""
+store64: Final = _storing(64)
+store32: Final = _storing(32)
+
+
+@intrinsic
+def prefetch(typing: Any, place: Any) -> Any:
+    """Ask for the cache line at an address; never faults."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        pointer = builder.inttoptr(args[0], byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [pointer, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def fold_product(typing: Any, a: Any, b: Any) -> Any:
+    """Both halves of the 128-bit product, xored."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide, word = ir.IntType(128), ir.IntType(64)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        high = builder.trunc(builder.lshr(product, wide(64)), word)
+        return builder.xor(builder.trunc(product, word), high)
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+@intrinsic
+def swapped(typing: Any, value: Any) -> Any:
+    """The bytes of a word in reverse."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bswap(args[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def trailing_zeros(typing: Any, value: Any) -> Any:
+    """Of a word that is not 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.IntType(1)(1))
+
+    return types.int64(types.uint64), generate
