@@ -104,7 +104,12 @@ def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
     yield _handover_finding(node["handover"])
     process = node["process"]
     plane, error = process["events_plane"], process["events_error"]
-    if plane != "nats":
+    if plane == "zmq" and error is None:
+        yield ok("events", "block events are published over ZMQ, and all peers are connected")
+    elif plane == "zmq":
+        remedy = "mend events.zmq_bind or events.zmq_peers, or start the peer"
+        yield warning("events", f"the event plane over ZMQ: {error}", remedy)
+    elif plane != "nats":
         yield ok("events", f"no block events are published (events.plane: {plane})")
     elif error is None:
         yield ok("events", f"connected to NATS at {process['events_url']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from runtime.events.base import EventPlane, Message, PlaneStatus, Subscription
+from runtime.events.base import EventPlane, Message, PlaneStatus, Subscription, SupportsPeers
 from runtime.events.settings import EventPlaneSettings
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Message",
     "PlaneStatus",
     "Subscription",
+    "SupportsPeers",
     "create_event_plane",
 ]
 
@@ -24,6 +25,10 @@ def create_event_plane(settings: EventPlaneSettings, name: str) -> EventPlane:
             from runtime.events.nats import NatsPlane
 
             return NatsPlane(settings, name)
+        case "zmq":
+            from runtime.events.zmq import ZmqPlane
+
+            return ZmqPlane(settings, name)
         case "memory":
             from runtime.events.memory import MemoryPlane
 

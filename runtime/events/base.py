@@ -33,6 +33,8 @@ class PlaneStatus:
     dropped_total: int
     queued: int
     queue_limit: int
+    missed_total: int = 0  # known, by their numbers, to have been lost on their way here
+    malformed_total: int = 0  # what came and was no message
 
 
 class EventPlane(Protocol):
@@ -55,6 +57,23 @@ class EventPlane(Protocol):
         ...
 
     def status(self) -> PlaneStatus: ...
+
+
+class SupportsPeers(Protocol):
+    """A plane without a broker: each program listens to the others' own addresses."""
+
+    @property
+    def address(self) -> str | None:
+        """Where this one publishes, once it is known; with the wildcard host if bound to one."""
+        ...
+
+    def add_peer(self, address: str) -> None:
+        """Listen to a publisher from now on, also if it comes later. Idempotent."""
+        ...
+
+    def remove_peer(self, address: str) -> None:
+        """Listen no more. Idempotent."""
+        ...
 
 
 class Subscription:

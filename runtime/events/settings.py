@@ -12,10 +12,10 @@ from runtime.units import Duration, Secret, Size
 
 
 class EventPlaneSettings(Section):
-    plane: Literal["nats", "memory", "none"] = Field(
+    plane: Literal["nats", "zmq", "memory", "none"] = Field(
         default="none",
-        description="How events leave the process: `nats` for a fleet, `memory` within one "
-        "process (tests), `none` for a node alone.",
+        description="How events leave the process: `nats` for a fleet, `zmq` for one without a "
+        "broker, `memory` within one process (tests), `none` for a node alone.",
     )
     namespace: str = Field(
         default="default",
@@ -33,6 +33,21 @@ class EventPlaneSettings(Section):
     nats_credentials: Path | None = Field(
         default=None,
         description="NATS credentials file (JWT and key), instead of user and password.",
+    )
+    zmq_bind: str = Field(
+        default="tcp://127.0.0.1:0",
+        description="Where this program's events are published with `zmq`; port 0 is any free one.",
+    )
+    zmq_peers: list[str] = Field(
+        default=[],
+        description="Addresses of the publishers to listen to with `zmq`, as `tcp://HOST:PORT`.",
+    )
+    zmq_high_water_messages: int = Field(
+        default=100_000,
+        ge=1,
+        le=10_000_000,
+        description="Messages that may wait for one slow listener, and from one publisher, with "
+        "`zmq`; more are dropped, and counted by the listener.",
     )
     queue_messages: int = Field(
         default=4096,
@@ -69,6 +84,9 @@ class EventPlaneSettings(Section):
         for url in self.nats_urls:
             if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
                 raise ValueError(f"nats_url: {url!r} is no NATS URL; accepted: nats://HOST:PORT")
+        for address in [self.zmq_bind, *self.zmq_peers]:
+            if not address.startswith(("tcp://", "ipc://")):
+                raise ValueError(f"{address!r} is no ZMQ address; accepted: tcp://HOST:PORT")
         return self
 
     @property

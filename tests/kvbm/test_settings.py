@@ -72,7 +72,7 @@ def test_credentials_are_secrets() -> None:
         ({"lease__fraction": 1.5}, "lease.fraction (from override): 1.5 is not accepted"),
         ({"socket": "/" + "x" * 200}, "longer than 107 bytes"),
         ({"admin__port": 70000}, "70000 is not accepted; should be less than or equal to 65535"),
-        ({"events__plane": "kafka"}, "accepted: 'nats', 'memory' or 'none'"),
+        ({"events__plane": "kafka"}, "accepted: 'nats', 'zmq', 'memory' or 'none'"),
         ({"events__nats_url": "localhost"}, "is no NATS URL; accepted: nats://HOST:PORT"),
         ({"events__nats_user": "u"}, "nats_user and nats_password go together"),
         ({"node": "a.b"}, "node (from override)"),

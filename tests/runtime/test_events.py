@@ -1,4 +1,4 @@
-"""The event planes: one set of behaviours for memory and NATS, and NATS's failures for real."""
+"""The event plane over NATS: what can go wrong, with a real server."""
 
 from __future__ import annotations
 
@@ -6,39 +6,16 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
 
 from runtime.embedded import EmbeddedNats
-from runtime.events import EventPlane, EventPlaneSettings, Subscription, create_event_plane
-from runtime.events.base import matches
+from runtime.events import create_event_plane
 from runtime.server_process import free_ports
-
-WAIT_S = 15.0
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
-async def take(subscription: Subscription, count: int) -> list[bytes]:
-    async with asyncio.timeout(WAIT_S):
-        return [(await anext(subscription)).payload for _ in range(count)]
-
-
-def settings_for(server: EmbeddedNats, **other: int) -> EventPlaneSettings:
-    return EventPlaneSettings(
-        plane="nats",
-        nats_url=f"nats://127.0.0.1:{server.port}",
-        nats_user=server.user,
-        nats_password=SecretStr(server.password),
-        **other,  # type: ignore[arg-type]
-    )
+from tests.runtime.planes import WAIT_S, nats_settings, take, until
 
 
 @pytest.fixture
@@ -49,102 +26,11 @@ def server(tmp_path: Path) -> Iterator[EmbeddedNats]:
     server.stop()
 
 
-@pytest.fixture(params=["memory", "nats"])
-async def plane(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EventPlane]:
-    if request.param == "memory":
-        plane = create_event_plane(EventPlaneSettings(plane="memory"), "test")
-        await plane.start()
-        yield plane
-        await plane.close()
-        return
-    with EmbeddedNats(tmp_path) as server:
-        plane = create_event_plane(settings_for(server), "test")
-        await plane.start()
-        yield plane
-        await plane.close()
-
-
-# -- every plane --------------------------------------------------------------------------
-
-
-async def test_messages_reach_matching_subscriptions_in_order(plane: EventPlane) -> None:
-    with_star, exact = plane.subscribe("kvbm.*.x"), plane.subscribe("kvbm.a.x")
-    await asyncio.wait_for(with_star.active.wait(), WAIT_S)
-    await asyncio.wait_for(exact.active.wait(), WAIT_S)
-    for number in range(1000):
-        assert plane.publish("kvbm.a.x", b"%d" % number)
-    plane.publish("kvbm.b.x", b"b")
-    assert await take(exact, 1000) == [b"%d" % number for number in range(1000)]
-    assert (await take(with_star, 1001))[-1] == b"b"
-    await until(lambda: plane.status().published_total == 1001)
-    assert plane.status().dropped_total == 0
-
-
-async def test_a_slow_subscriber_loses_the_oldest_and_knows_how_many(plane: EventPlane) -> None:
-    slow = plane.subscribe("s", limit=10)
-    other = plane.subscribe("s")
-    await asyncio.wait_for(slow.active.wait(), WAIT_S)
-    await asyncio.wait_for(other.active.wait(), WAIT_S)
-    for number in range(100):
-        plane.publish("s", b"%d" % number)
-    await take(other, 100)
-    await until(lambda: slow.dropped_total == 90)
-    assert await take(slow, 10) == [b"%d" % number for number in range(90, 100)]
-
-
-async def test_a_closed_subscription_ends_and_gets_nothing_more(plane: EventPlane) -> None:
-    async with plane.subscribe("s") as subscription:
-        await asyncio.wait_for(subscription.active.wait(), WAIT_S)
-        plane.publish("s", b"1")
-        assert await take(subscription, 1) == [b"1"]
-    plane.publish("s", b"2")
-    assert [message async for message in subscription] == []
-
-
-async def test_closing_the_plane_ends_its_subscriptions(plane: EventPlane) -> None:
-    subscription = plane.subscribe("s")
-    await plane.close()
-    await plane.close()
-    async with asyncio.timeout(WAIT_S):
-        assert [message async for message in subscription] == []
-
-
-async def test_no_plane_takes_everything_and_delivers_nothing() -> None:
-    plane = create_event_plane(EventPlaneSettings(plane="none"), "test")
-    await plane.start()
-    subscription = plane.subscribe("s")
-    assert plane.publish("s", b"x")
-    await plane.close()
-    assert subscription.dropped_total == 0
-
-
-@pytest.mark.parametrize(
-    ("pattern", "subject", "expected"),
-    [
-        ("a.b", "a.b", True),
-        ("a.b", "a.c", False),
-        ("a.b", "a.b.c", False),
-        ("a.b.c", "a.b", False),
-        ("a.*", "a.b", True),
-        ("*.b", "a.b", True),
-        ("a.*", "a.b.c", False),
-        ("a.>", "a.b.c", True),
-        ("a.>", "a", False),
-        (">", "a", True),
-    ],
-)
-def test_subjects_match_as_in_nats(pattern: str, subject: str, expected: bool) -> None:
-    assert matches(pattern, subject) is expected
-
-
-# -- NATS: what can go wrong --------------------------------------------------------------
-
-
 async def test_a_restart_of_the_server_loses_nothing_while_the_queue_has_room(
     server: EmbeddedNats,
 ) -> None:
     server.start()
-    plane = create_event_plane(settings_for(server), "test")
+    plane = create_event_plane(nats_settings(server), "test")
     await plane.start()
     subscription = plane.subscribe("s")
     await asyncio.wait_for(subscription.active.wait(), WAIT_S)
@@ -169,7 +55,7 @@ async def test_a_restart_of_the_server_loses_nothing_while_the_queue_has_room(
 async def test_without_a_server_publishing_is_quick_bounded_and_counted(
     server: EmbeddedNats,
 ) -> None:
-    plane = create_event_plane(settings_for(server, queue_messages=100), "test")
+    plane = create_event_plane(nats_settings(server, queue_messages=100), "test")
     begin_s = time.perf_counter()
     await plane.start()
     taken = [plane.publish("s", b"x") for _ in range(10_000)]
@@ -186,7 +72,7 @@ async def test_without_a_server_publishing_is_quick_bounded_and_counted(
 
 
 async def test_bytes_are_bounded_too(server: EmbeddedNats) -> None:
-    plane = create_event_plane(settings_for(server, queue_bytes=1000), "test")
+    plane = create_event_plane(nats_settings(server, queue_bytes=1000), "test")
     await plane.start()
     assert [plane.publish("s", b"x" * 400) for _ in range(4)] == [True, True, False, False]
     await plane.close()
@@ -194,7 +80,7 @@ async def test_bytes_are_bounded_too(server: EmbeddedNats) -> None:
 
 async def test_a_message_over_the_servers_limit_is_dropped_alone(server: EmbeddedNats) -> None:
     server.start()
-    plane = create_event_plane(settings_for(server), "test")
+    plane = create_event_plane(nats_settings(server), "test")
     await plane.start()
     subscription = plane.subscribe("s")
     await asyncio.wait_for(subscription.active.wait(), WAIT_S)
@@ -207,7 +93,7 @@ async def test_a_message_over_the_servers_limit_is_dropped_alone(server: Embedde
 
 async def test_a_wrong_password_is_told_and_ends_nothing(server: EmbeddedNats) -> None:
     server.start()
-    settings = settings_for(server).model_copy(update={"nats_password": SecretStr("wrong")})
+    settings = nats_settings(server).model_copy(update={"nats_password": SecretStr("wrong")})
     plane = create_event_plane(settings, "test")
     await plane.start()
     await until(lambda: "authorization" in str(plane.status().error).lower())
@@ -219,7 +105,7 @@ async def test_a_server_that_hangs_delays_neither_publisher_nor_close(
     server: EmbeddedNats,
 ) -> None:
     server.start()
-    plane = create_event_plane(settings_for(server), "test")
+    plane = create_event_plane(nats_settings(server), "test")
     await plane.start()
     await until(lambda: plane.status().connected)
     assert server.pid is not None
@@ -236,8 +122,8 @@ async def test_a_server_that_hangs_delays_neither_publisher_nor_close(
 
 async def test_what_is_queued_is_sent_before_closing(server: EmbeddedNats) -> None:
     server.start()
-    listener = create_event_plane(settings_for(server), "listener")
-    plane = create_event_plane(settings_for(server), "test")
+    listener = create_event_plane(nats_settings(server), "listener")
+    plane = create_event_plane(nats_settings(server), "test")
     await listener.start()
     await plane.start()
     subscription = listener.subscribe("s")
