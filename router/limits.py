@@ -1,0 +1,43 @@
+"""When a worker is too busy to be sent more, and when all are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from router.workers import Bools, Workers
+
+
+@dataclass(frozen=True, slots=True)
+class BusyLimits:
+    """None switches a limit off. A rank of an engine counts by itself: the others may still serve.
+
+    `blocks_fraction`: of a worker's KV blocks in use by running sequences. `prefill_tokens`, and
+    `prefill_fraction` of what the worker takes into one step: prompt tokens that are assigned to it
+    and not computed. A worker that has not said its sizes is never busy by a fraction.
+    """
+
+    blocks_fraction: float | None = None
+    prefill_tokens: int | None = None
+    prefill_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.blocks_fraction is not None and not 0.0 < self.blocks_fraction <= 1.0:
+            raise ValueError(f"blocks_fraction is {self.blocks_fraction}; it must be in (0, 1]")
+        for name in ("prefill_tokens", "prefill_fraction"):
+            value = getattr(self, name)
+            if value is not None and not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be finite and not negative")
+
+    def busy(self, workers: Workers) -> Bools:
+        rows = slice(workers.rows)
+        busy: Bools = np.zeros(workers.rows, dtype=np.bool_)
+        if self.blocks_fraction is not None:
+            busy |= workers.blocks[rows] > self.blocks_fraction * workers.kv_blocks[rows]
+        waiting = workers.prefill_tokens[rows]
+        if self.prefill_tokens is not None:
+            busy |= waiting > self.prefill_tokens
+        if self.prefill_fraction is not None:
+            busy |= waiting > self.prefill_fraction * workers.batch_tokens_max[rows]
+        return busy

@@ -1,0 +1,263 @@
+"""The router of one model: where a prompt goes, and what is to be told of it until it ends.
+
+`decide` is the whole decision and changes nothing; `route` also lets a request wait for room, and
+counts it where it was sent. Whoever called `route` tells of the first token, of each block of
+output and of the end, whatever end it is: `Routed` is a context manager for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+
+from router.approximate import RouteMemory
+from router.cost import Request
+from router.covering import Covering
+from router.index import Hashes, Index, WorkerId
+from router.load import Active
+from router.queue import Urgency, WaitingLine
+from router.selector import AllBusy, Chosen, Decision, NoWorker, Selector, Wishes
+from router.workers import Bools, Worker, Workers
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt by its whole blocks: hashes of each block's tokens, and of each chain up to it."""
+
+    tokens: int
+    tokens_hashes: Hashes
+    sequence_hashes: Hashes
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    request: str  # unique among this router's
+    prompt: Prompt
+    wishes: Wishes = field(default_factory=Wishes)
+    urgency: Urgency = field(default_factory=Urgency)
+    expected_output_tokens: int = 0
+
+
+class Load(Protocol):
+    """`ActiveSequences`, or `ReplicatedLoad`."""
+
+    def begin(self, request: str, sequence: Active) -> bool: ...
+    def prefilled(self, request: str) -> bool: ...
+    def grow(self, request: str, blocks: int = 1) -> bool: ...
+    def end(self, request: str) -> bool: ...
+    def worker_added(self, worker: WorkerId) -> None: ...
+    def worker_removed(self, row: int) -> list[str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The request was sent nowhere."""
+
+    kind: Literal["no-worker", "busy", "queue-full", "deadline", "duplicate"]
+    why: str
+
+
+class Routed:
+    """A request on its worker. Leaving the context ends it."""
+
+    def __init__(self, router: Router, query: Query, chosen: Chosen) -> None:
+        self.worker = chosen.worker
+        self.chosen = chosen
+        self._router = router
+        self._request = query.request
+        self._room = -query.prompt.tokens % chosen.request.block_tokens
+
+    def first_token(self) -> None:
+        self._router.prefilled(self._request)
+
+    def output(self, tokens: int) -> None:
+        """So many more have come."""
+        block_tokens = self.chosen.request.block_tokens
+        if tokens > self._room:
+            blocks = -(-(tokens - self._room) // block_tokens)
+            self._room += blocks * block_tokens
+            self._router.grow(self._request, blocks)
+        self._room -= tokens
+
+    def end(self) -> None:
+        """Idempotent."""
+        self._router.end(self._request)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+class Router:
+    """All methods are called from one event loop.
+
+    `hold_above`: a request waits while every worker it may go to has more prompt tokens to compute
+    than this share of what it takes into one step. None: requests never wait.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        index: Index,
+        load: Load,
+        selector: Selector,
+        *,
+        block_tokens: int,
+        memory: RouteMemory | None = None,
+        line: WaitingLine[asyncio.Future[None]] | None = None,
+        hold_above: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._workers = workers
+        self._index = index
+        self._covering = Covering(workers)
+        self._load = load
+        self._selector = selector
+        self._block_tokens = block_tokens
+        self._memory = memory
+        self._line: WaitingLine[asyncio.Future[None]] = WaitingLine() if line is None else line
+        self._hold_above = hold_above
+        self._clock = clock
+
+    # -- workers -------------------------------------------------------------------------
+
+    def add_worker(self, worker: Worker) -> None:
+        """Raises WorkerError if it is there."""
+        self._workers.add(worker)
+        self._load.worker_added(worker.id)
+        self._advance()
+
+    def remove_worker(self, worker: WorkerId) -> Sequence[str]:
+        """The requests that were on it. Raises WorkerError."""
+        row = self._workers.remove(worker)
+        self._index.remove_worker(worker)
+        if self._memory is not None:
+            self._memory.forget_worker(worker)
+        ended = self._load.worker_removed(row)
+        self._advance()
+        return ended
+
+    # -- requests ------------------------------------------------------------------------
+
+    def decide(self, query: Query) -> Decision:
+        """Where the request would go now."""
+        prompt = query.prompt
+        covered = self._covering.of(self._index.find(prompt.tokens_hashes))
+        if self._memory is not None:
+            sent = self._covering.of(self._memory.find(prompt.tokens_hashes))
+            np.maximum(covered, sent, out=covered)
+        request = Request(prompt.tokens, self._block_tokens, covered, query.expected_output_tokens)
+        return self._selector.select(request, query.wishes)
+
+    def explain(self, query: Query) -> dict[str, Any]:
+        """The decision in words that JSON has; nothing is sent."""
+        match self.decide(query):
+            case Chosen() as chosen:
+                return chosen.explain()
+            case AllBusy(workers):
+                return {"worker": None, "reason": f"all of {workers} workers are busy"}
+            case NoWorker(why):
+                return {"worker": None, "reason": why}
+
+    async def route(self, query: Query, *, deadline_s: float) -> Routed | Rejected:
+        """Choose a worker, after waiting for room if need be, and count the request there."""
+        if self._must_wait(query.wishes) or self._line.first() is not None:
+            waited = await self._wait(query, deadline_s)
+            if waited is not None:
+                return waited
+        try:
+            return self._send(query)
+        finally:
+            self._advance()  # whoever waits next may have room as well
+
+    def prefilled(self, request: str) -> None:
+        self._load.prefilled(request)
+        self._advance()
+
+    def grow(self, request: str, blocks: int) -> None:
+        self._load.grow(request, blocks)
+
+    def end(self, request: str) -> None:
+        self._load.end(request)
+        self._advance()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._line)
+
+    # -- inside --------------------------------------------------------------------------
+
+    def _send(self, query: Query) -> Routed | Rejected:
+        match self.decide(query):
+            case NoWorker(why):
+                return Rejected("no-worker", why)
+            case AllBusy(workers):
+                return Rejected("busy", f"all of {workers} workers are over their limits")
+            case Chosen() as chosen:
+                if not self._load.begin(query.request, self.active_of(query, chosen)):
+                    return Rejected("duplicate", f"request {query.request!r} is running already")
+                if self._memory is not None:
+                    prompt = query.prompt
+                    self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
+                return Routed(self, query, chosen)
+
+    def active_of(self, query: Query, chosen: Chosen) -> Active:
+        """What the worker has to do for the request that no tier has done."""
+        prompt, found = query.prompt, int(chosen.request.covered[-1, chosen.row])
+        new_tokens = max(prompt.tokens - found * self._block_tokens, 1)
+        if chosen.costs is not None and "compute" in chosen.costs.terms:
+            terms = chosen.costs.terms
+            prefill_s = float(terms["compute"][chosen.row] + terms["load"][chosen.row])
+        else:
+            prefill_s = new_tokens * self._workers.at(chosen.row).speed.prefill_s_per_token
+        hashes = prompt.sequence_hashes.tolist()
+        return Active(
+            chosen.row, hashes, chosen.request.blocks - len(hashes), float(new_tokens), prefill_s
+        )
+
+    async def _wait(self, query: Query, deadline_s: float) -> Rejected | None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        number = self._line.put(turn, query.urgency, tokens=query.prompt.tokens, now=self._clock())
+        if number is None:
+            return Rejected("queue-full", f"{self._line.limit} requests wait already")
+        self._advance()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await turn
+        except TimeoutError:
+            return Rejected("deadline", f"no worker had room within {deadline_s:g} s")
+        except asyncio.CancelledError:
+            self._advance()  # it may have been its turn already
+            raise
+        finally:
+            self._line.take(number)
+        return None
+
+    def _must_wait(self, wishes: Wishes) -> bool:
+        if self._hold_above is None:
+            return False
+        rows = slice(self._workers.rows)
+        able: Bools = self._workers.mask(wishes.among)
+        room = self._hold_above * self._workers.batch_tokens_max[rows]
+        full = self._workers.prefill_tokens[rows] > room
+        return bool(able.any() and full[able].all())
+
+    def _advance(self) -> None:
+        """The turn of whoever is first, if there is room; `route` then looks for the next."""
+        turn = self._line.first()
+        if turn is not None and not turn.done() and not self._must_wait(Wishes()):
+            self._line.pop()
+            turn.set_result(None)
