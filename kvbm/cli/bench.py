@@ -1,7 +1,9 @@
-"""`kvbm bench`: how fast tiers are on this machine, beside what the machine could do at best."""
+"""`kvbm bench`: tiers on this machine beside its limits, and traces replayed on mock engines."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,3 +51,14 @@ def tiers(
 
     for line in lines(rows):
         console().print(line, soft_wrap=True)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def replay(context: typer.Context) -> None:
+    """Replay a trace in virtual time, routing policies side by side; `--help` lists options."""
+    # The mock engine stands above this package, so it is started and not imported.
+    done = subprocess.run([sys.executable, "-m", "mocker", *context.args], check=False)
+    raise typer.Exit(done.returncode)

@@ -1,0 +1,1 @@
+"""An engine without a model, and replay of traces in virtual time."""
