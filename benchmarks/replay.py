@@ -20,6 +20,8 @@ from mocker.compare import POLICIES, Scene, replay, table
 from mocker.plot import plot
 from mocker.trace import faster, read_trace
 
+ROUTED = ("kv-blocks", "kv")
+
 
 def rows(ttfts: dict[str, dict[str, float]]) -> list[Row]:
     made: list[Row] = []
@@ -57,7 +59,10 @@ def main() -> None:
     before = time.process_time()
     results = {policy: replay(scene, entries, policy) for policy in POLICIES}
     figures = {policy: result.figures() for policy, result in results.items()}
+    for policy in ROUTED:
+        figures[f"{policy}*"] = replay(scene, entries, policy, events=False).figures()
     print(table(figures))
+    print("* without block events: by load alone")
     print(f"{len(entries)} requests a policy, {time.process_time() - before:.0f} s of CPU in all")
     given.plot.parent.mkdir(exist_ok=True)
     ttfts = {name: [one["ttft_s"] for one in some.requests()] for name, some in results.items()}

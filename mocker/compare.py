@@ -59,8 +59,13 @@ class Scene:
         )
 
 
-def replay(scene: Scene, entries: Sequence[TraceEntry], policy: str) -> ReplayResult:
-    """One policy's run. Raises ValueError for a name that is none."""
+def replay(
+    scene: Scene, entries: Sequence[TraceEntry], policy: str, *, events: bool = True
+) -> ReplayResult:
+    """One policy's run; without `events` a router knows of load alone, and of no block.
+
+    Raises ValueError for a policy that is none.
+    """
     fleet = scene.fleet()
     chosen: Policy
     if policy in SIMPLE:
@@ -71,7 +76,7 @@ def replay(scene: Scene, entries: Sequence[TraceEntry], policy: str) -> ReplayRe
     else:
         raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
     arrivals = requests(entries, scene.block_tokens)
-    return Replay(fleet, chosen, arrivals, listen=policy not in SIMPLE).run()
+    return Replay(fleet, chosen, arrivals, listen=events and policy not in SIMPLE).run()
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:

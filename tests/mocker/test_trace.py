@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mocker.content import Chain, TokenContent, TraceContent
-from runtime.hashing import SEED
 from mocker.timing import PS_PER_MS
 from mocker.trace import TraceError, between, faster, parse_trace, read_trace, requests
+from runtime.hashing import SEED
 
 
 def line(**other: Any) -> str:
