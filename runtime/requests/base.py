@@ -75,6 +75,7 @@ class Canary:
 class EndpointStatus:
     in_flight: int
     unhealthy: str | None  # why its canary failed
+    probed: bool = False  # a canary has ended, well or not
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class Dispatcher:
             address=address,
             draining=self._draining,
             endpoints={
-                name: EndpointStatus(endpoint.in_flight, endpoint.unhealthy)
+                name: EndpointStatus(endpoint.in_flight, endpoint.unhealthy, endpoint.asked_s > 0)
                 for name, endpoint in self._endpoints.items()
             },
             connections=connections,
