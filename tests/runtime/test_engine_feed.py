@@ -31,6 +31,7 @@ from runtime.server_process import free_ports
 from tests.runtime.planes import until
 
 WAIT_S = 20.0
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="tested with vLLM's own publisher"
@@ -41,9 +42,10 @@ class Engines:
     """A process that has imported vLLM and forks engines with its publisher class."""
 
     def __init__(self) -> None:
-        program = Path(__file__).with_name("engine_publisher.py")
+        # As a module: beside the script this folder's `requests` would hide the library.
         self._process = subprocess.Popen(
-            [sys.executable, str(program)],
+            [sys.executable, "-m", "tests.runtime.engine_publisher"],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -56,7 +56,12 @@ class KubeServer:
             )
         ]
         config = uvicorn.Config(
-            Starlette(routes=routes), host="127.0.0.1", port=self.port, log_level="error", ws="none"
+            Starlette(routes=routes),
+            host="127.0.0.1",
+            port=self.port,
+            log_config=None,  # logging is the whole process's, and other tests look at it
+            access_log=False,
+            ws="none",
         )
         self._server = uvicorn.Server(config)
         self._task = asyncio.create_task(self._server.serve())
