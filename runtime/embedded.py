@@ -12,7 +12,7 @@ import http.client
 import json
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,10 @@ from runtime.server_process import (
     ServerProcess,
     find_program,
     free_ports,
+    launch_on_free_ports,
 )
 from runtime.sigv4 import signed_headers
 
-START_ATTEMPTS: Final = 3
 NATS_READY_TIMEOUT_S: Final = 10.0
 S3_READY_TIMEOUT_S: Final = 60.0
 _PROBE_TIMEOUT_S: Final = 5.0
@@ -80,7 +80,7 @@ class EmbeddedNats:
             process.start(self._greets, NATS_READY_TIMEOUT_S)
             self._process = process
 
-        _attempt(attempt, 1 if self._pinned else START_ATTEMPTS)
+        launch_on_free_ports(attempt, is_pinned=bool(self._pinned))
 
     def stop(self) -> None:
         """End the server. Idempotent."""
@@ -173,7 +173,7 @@ class EmbeddedS3:
             process.start(self._stores, S3_READY_TIMEOUT_S)
             self._process = process
 
-        _attempt(attempt, START_ATTEMPTS)
+        launch_on_free_ports(attempt)
         for bucket in self._buckets:
             self._create(bucket)
 
@@ -271,18 +271,6 @@ class EmbeddedS3:
             return response.status
         finally:
             connection.close()
-
-
-def _attempt(action: Callable[[], None], attempts: int) -> None:
-    """Again with other ports: between choosing a port and listening, another may have taken it."""
-    for left in reversed(range(attempts)):
-        try:
-            action()
-        except ServerError:
-            if not left:
-                raise
-        else:
-            return
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -14,9 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from runtime.server_process import LOOPBACK, ServerError, ServerProcess, find_program, free_ports
+from runtime.server_process import (
+    LOOPBACK,
+    ServerProcess,
+    find_program,
+    free_ports,
+    launch_on_free_ports,
+)
 
-START_ATTEMPTS: Final = 3
 READY_TIMEOUT_S: Final = 20.0
 _PROBE_TIMEOUT_S: Final = 2.0
 
@@ -41,15 +46,7 @@ class EmbeddedEtcd:
     def start(self) -> None:
         """Return when it answers; raises ServerError. May be called again after `stop`."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        attempts = 1 if self._pinned else START_ATTEMPTS
-        for left in reversed(range(attempts)):
-            try:
-                self._launch()
-            except ServerError:
-                if not left:
-                    raise
-            else:
-                return
+        launch_on_free_ports(self._launch, is_pinned=bool(self._pinned))
 
     def stop(self) -> None:
         """End the server. Idempotent."""

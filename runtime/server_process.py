@@ -22,6 +22,7 @@ from typing import Final
 
 LOOPBACK: Final = "127.0.0.1"
 STOP_TIMEOUT_S: Final = 10.0
+LAUNCH_ATTEMPTS: Final = 3
 _POLL_S: Final = 0.02
 _LOG_TAIL_BYTES: Final = 2000
 # Below the range from which the kernel gives ports to outgoing connections.
@@ -138,3 +139,18 @@ def free_ports(count: int) -> list[int]:
                 continue
             ports.append(port)
     return ports
+
+
+def launch_on_free_ports(launch: Callable[[], None], *, is_pinned: bool = False) -> None:
+    """Again with other ports: between choosing a port and listening, another may have taken it.
+
+    `is_pinned`: the port is given, and trying once is enough. Raises `launch`'s ServerError.
+    """
+    for left in reversed(range(1 if is_pinned else LAUNCH_ATTEMPTS)):
+        try:
+            launch()
+        except ServerError:
+            if not left:
+                raise
+        else:
+            return
