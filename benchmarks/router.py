@@ -1,7 +1,7 @@
-"""What a routing decision takes, from tokens to worker, and what telling the router of it takes.
+"""What a routing decision takes, from tokens to worker.
 
-A fleet of 64 workers, each holding the beginnings of many prompts of 8,192 tokens in one of four
-tiers, and running a few sequences. Each decision gets another prompt, as tokens: its blocks are
+A fleet of 64 workers that hold the beginnings of prompts of 8,192 tokens in four tiers, and run a
+few sequences. Each decision gets another prompt, as tokens: its blocks are
 hashed, looked up and costed for all workers. Against: the same decision with nothing to find, which
 stops at the first block.
 

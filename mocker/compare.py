@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final, cast
 
 from mocker.engine import EngineSettings
 from mocker.policies import Policy, policy_named
@@ -71,8 +71,7 @@ def replay(
     if policy in SIMPLE:
         chosen = policy_named(policy, random.Random(scene.seed).randrange(1 << 32))
     elif policy in POLICIES:
-        name: PolicyName = next(one for one in get_args(PolicyName) if one == policy)
-        chosen = RouterPolicy(fleet, name, scene.seed)
+        chosen = RouterPolicy(fleet, cast("PolicyName", policy), scene.seed)
     else:
         raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
     arrivals = requests(entries, scene.block_tokens)

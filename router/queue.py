@@ -59,6 +59,11 @@ class WaitingLine(Generic[T]):
         self._drop_taken()
         return self._items[self._heap[0][2]] if self._heap else None
 
+    def foremost(self, count: int) -> list[tuple[int, T]]:
+        """The most urgent with their numbers, in order. Costs a pass over the line."""
+        there = (entry for entry in self._heap if entry[2] in self._items)
+        return [(n, self._items[n]) for _, _, n in heapq.nsmallest(count, there)]
+
     def pop(self) -> T | None:
         self._drop_taken()
         return self._items.pop(heapq.heappop(self._heap)[2]) if self._heap else None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self
 
 import numpy as np
 
@@ -23,7 +23,9 @@ from router.index import Hashes, Index, WorkerId
 from router.load import Active
 from router.queue import Urgency, WaitingLine
 from router.selector import AllBusy, Chosen, Decision, NoWorker, Selector, Wishes
-from router.workers import Bools, Worker, Workers
+from router.workers import Worker, Workers
+
+PASSED_OVER_MAX: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,14 @@ class Rejected:
 
     kind: Literal["no-worker", "busy", "queue-full", "deadline", "duplicate"]
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request in the line; `turn` is set when a worker it may go to has room."""
+
+    turn: asyncio.Future[None]
+    wishes: Wishes
 
 
 class Routed:
@@ -117,7 +127,7 @@ class Router:
         *,
         block_tokens: int,
         memory: RouteMemory | None = None,
-        line: WaitingLine[asyncio.Future[None]] | None = None,
+        line: WaitingLine[Waiting] | None = None,
         hold_above: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -128,7 +138,7 @@ class Router:
         self._selector = selector
         self._block_tokens = block_tokens
         self._memory = memory
-        self._line: WaitingLine[asyncio.Future[None]] = WaitingLine() if line is None else line
+        self._line: WaitingLine[Waiting] = WaitingLine() if line is None else line
         self._hold_above = hold_above
         self._clock = clock
 
@@ -174,7 +184,8 @@ class Router:
 
     async def route(self, query: Query, *, deadline_s: float) -> Routed | Rejected:
         """Choose a worker, after waiting for room if need be, and count the request there."""
-        if self._must_wait(query.wishes) or self._line.first() is not None:
+        # Those that wait and have room got their turn when it came free: nobody is overtaken.
+        if self._must_wait(query.wishes):
             waited = await self._wait(query, deadline_s)
             if waited is not None:
                 return waited
@@ -230,7 +241,9 @@ class Router:
 
     async def _wait(self, query: Query, deadline_s: float) -> Rejected | None:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        number = self._line.put(turn, query.urgency, tokens=query.prompt.tokens, now=self._clock())
+        waiting = Waiting(turn, query.wishes)
+        tokens = query.prompt.tokens
+        number = self._line.put(waiting, query.urgency, tokens=tokens, now=self._clock())
         if number is None:
             return Rejected("queue-full", f"{self._line.limit} requests wait already")
         self._advance()
@@ -249,15 +262,25 @@ class Router:
     def _must_wait(self, wishes: Wishes) -> bool:
         if self._hold_above is None:
             return False
+        able = self._selector.able(wishes)
+        if isinstance(able, NoWorker):
+            return False  # which it is told at once
         rows = slice(self._workers.rows)
-        able: Bools = self._workers.mask(wishes.among)
         room = self._hold_above * self._workers.batch_tokens_max[rows]
         full = self._workers.prefill_tokens[rows] > room
-        return bool(able.any() and full[able].all())
+        return bool(full[able].all())
 
     def _advance(self) -> None:
-        """The turn of whoever is first, if there is room; `route` then looks for the next."""
-        turn = self._line.first()
-        if turn is not None and not turn.done() and not self._must_wait(Wishes()):
-            self._line.pop()
-            turn.set_result(None)
+        """The turn of the first that has room; `route` then looks for the next.
+
+        Of those whose own workers are full only a few are passed over, so that a long line costs
+        little; while no worker has room none is looked at.
+        """
+        if not len(self._line) or self._must_wait(Wishes()):
+            return
+        for number, waiting in self._line.foremost(PASSED_OVER_MAX):
+            if not self._must_wait(waiting.wishes):
+                self._line.take(number)
+                if not waiting.turn.done():
+                    waiting.turn.set_result(None)
+                return

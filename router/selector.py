@@ -54,14 +54,13 @@ class AllBusy:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """`workers` of the decision are named by row, as they were when it was made."""
+    """`names`: the candidates by row, as they were when the decision was made."""
 
     row: int
     worker: WorkerId
     policy: PolicyName
     reason: Reason
     request: Request
-    eligible: Bools
     names: tuple[tuple[int, WorkerId], ...]
     costs: Costs | None
 
@@ -129,7 +128,7 @@ class Selector:
         """`request.covered` has a column for each of the workers' rows."""
         assert request.covered.shape == (len(Tier), self._workers.rows)
         wishes = wishes or Wishes()
-        able = self._able(wishes)
+        able = self.able(wishes)
         if isinstance(able, NoWorker):
             return able
         eligible = able & ~self.limits.busy(self._workers)
@@ -141,9 +140,10 @@ class Selector:
         row, reason = self._choose(costs, eligible, wishes)
         names = tuple((r, self._workers.at(r).id) for r in np.flatnonzero(eligible).tolist())
         worker = self._workers.at(row).id
-        return Chosen(row, worker, self.policy, reason, request, eligible, names, costs)
+        return Chosen(row, worker, self.policy, reason, request, names, costs)
 
-    def _able(self, wishes: Wishes) -> Bools | NoWorker:
+    def able(self, wishes: Wishes) -> Bools | NoWorker:
+        """Rows that may serve the request, however busy they are; at least one."""
         able = self._workers.mask(wishes.among)
         if not able.any():
             return NoWorker("no worker is registered" if wishes.among is None else "none of those")

@@ -84,3 +84,4 @@ def test_any_line_is_a_sorted_list(steps: list[tuple], order: Order) -> None:  #
             model = [entry for entry in model if entry not in found]
         assert len(line) == len(model)
         assert line.first() == (model[0][1] if model else None)
+        assert line.foremost(3) == [(key[2], item) for key, item in model[:3]]

@@ -167,6 +167,25 @@ async def test_whoever_waits_hears_that_no_worker_is_left() -> None:
     assert isinstance(rejected, Rejected) and rejected.kind == "no-worker"
 
 
+async def test_a_request_waits_for_the_workers_it_may_go_to_and_no_others() -> None:
+    fleet = Fleet(2, hold_above=0.5)
+    only_first = Wishes(among=frozenset([WorkerId(1)]))
+    big = await fleet.sent(query("big", prompt(600), wishes=only_first))
+    asked = query("a", prompt(10), wishes=only_first)
+    waiting = asyncio.create_task(fleet.router.route(asked, deadline_s=5))
+    await asyncio.sleep(0.01)
+    with await fleet.sent(query("b", prompt(10), wishes=Wishes(among=frozenset([WorkerId(2)])))):
+        pass  # it comes and goes on the other worker, which has room
+    assert fleet.router.waiting == 1 and not waiting.done()
+    big.first_token()
+    async with asyncio.timeout(5):
+        routed = await waiting
+    assert isinstance(routed, Routed) and routed.worker == WorkerId(1)
+    routed.end()
+    big.end()
+    assert fleet.at_rest()
+
+
 async def test_one_name_runs_once() -> None:
     fleet = Fleet()
     with await fleet.sent(query("a", prompt(10))):
