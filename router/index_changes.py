@@ -172,10 +172,13 @@ def _lacks(S, lane, name, sequence):  # type: ignore[no-untyped-def]
     """What there is no room of, in the worst case, to store one more block."""
     if not t.has_set_room(S):
         return NEEDS_SETS
-    if S[t.LIVE] + S[t.ALIASES_LIVE] >= S[t.CAPACITY]:
+    room = S[t.CAPACITY] - S[t.LIVE] - S[t.ALIASES_LIVE]
+    if room < 2:
         record = t.find_record(S, t.BY_SEQUENCE, S[t.SEQUENCES], sequence)
-        if record < 0 or _named(S, lane, name) != record:
+        if room < 1 and (record < 0 or _named(S, lane, name) != record):
             return FULL  # only what needs neither a record nor an alias is still taken
+        if record < 0 and t.find_record(S, t.BY_NAME, S[t.NAMES], name) >= 0:
+            return FULL  # a new block by another's name needs both
     if S[t.LIVE] >= S[t.LIVE_MAX]:
         return NEEDS_RECORDS
     if S[t.ALIASES_LIVE] >= S[t.ALIASES_MAX]:

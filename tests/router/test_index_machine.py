@@ -186,7 +186,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert outcome is Outcome.CAPACITY
             state = self.index._memory.state
             used = state[index_tables.LIVE] + state[index_tables.ALIASES_LIVE]
-            assert used >= self.capacity
+            assert used >= self.capacity - 1  # a new block by another's name takes two
         else:
             assert outcome is Outcome.DONE
         for n, name in enumerate(names[:stored]):
@@ -202,4 +202,4 @@ class FullIndexMachine(IndexMachine):
 TestIndex = IndexMachine.TestCase
 TestIndex.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestFullIndex = FullIndexMachine.TestCase
-TestFullIndex.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestFullIndex.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
