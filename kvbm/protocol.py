@@ -24,7 +24,7 @@ import numpy.typing as npt
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Key, TierName
 
-VERSION: Final = 3
+VERSION: Final = 4
 FRAME_BYTES_MAX: Final = 16 << 20
 KEYS_PER_MATCH_MAX: Final = 1 << 17
 POSITIONS_MAX: Final = 1 << 31
@@ -64,6 +64,19 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 # -- client to daemon ---------------------------------------------------------------------
 
 
+class Routing(msgspec.Struct, frozen=True, array_like=True):
+    """What routers are told of an engine, and where its own KV events are heard."""
+
+    worker_id: int  # its instance in discovery, 1 to 2^64 - 1
+    dp_rank: int
+    namespace: bytes  # that its keys are made with
+    block_tokens: int  # in one of its own blocks: what notes and events count in
+    group: int  # the cache group whose chunks carry notes
+    events: str = ""  # of its ZMQ publisher, for this rank; none: it has none
+    replay: str = ""
+    topic: str = ""
+
+
 class Hello(Message, frozen=True):
     version: int
     role: str  # "scheduler" or "worker"
@@ -74,6 +87,7 @@ class Hello(Message, frozen=True):
     group_bytes: list[int]  # worker: its stripe's bytes per chunk, by cache group
     replicated: bool  # every rank holds the same bytes: one stripe serves all
     pid: int
+    routing: Routing | None = None  # of a scheduler
 
 
 class MatchGroup(Message, frozen=True):
@@ -145,6 +159,7 @@ class Commit(Message, frozen=True):
     parents: bytes  # all zeros: none
     positions: list[int]
     slots: bytes
+    notes: list[bytes] = []  # see `kvbm.note`; empty, or one entry a chunk, empty if it has none
 
 
 class GiveBack(Message, frozen=True):

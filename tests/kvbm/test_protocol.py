@@ -29,6 +29,7 @@ from kvbm.protocol import (
     MatchGroup,
     Message,
     Pace,
+    Routing,
     State,
     decode_from_client,
     decode_from_daemon,
@@ -58,6 +59,9 @@ OF_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "list[int]": st.lists(INTEGERS, max_size=5),
     "list[list[int]]": st.lists(st.lists(INTEGERS, max_size=3), max_size=3),
     "dict[str, str]": st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+    "list[bytes]": st.lists(st.binary(max_size=48), max_size=3),
+    "Routing | None": st.none()
+    | st.builds(Routing, INTEGERS, INTEGERS, st.binary(max_size=32), INTEGERS, INTEGERS),
     "list[MatchGroup]": st.lists(
         st.builds(MatchGroup, INTEGERS, INTEGERS, st.binary(max_size=48)), max_size=3
     ),
