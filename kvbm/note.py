@@ -11,14 +11,16 @@ block's tokens.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from runtime.hashing import Hashes, sequence_hashes
+from storage_tiers.base import Key
 
 VERSION: Final = 1
 BLOCKS_MAX: Final = 4096  # in one chunk
@@ -63,6 +65,35 @@ class Note:
             raise NoteError(f"a note of {len(note)} bytes with {count} blocks")
         hashes: NDArray[np.uint64] = np.frombuffer(note, "<u8", offset=_HEAD.size)
         return cls(domain, parent if has_parent else None, hashes.astype(np.uint64, copy=False))
+
+
+class NoteBook(Protocol):
+    """Notes of the chunks that this node keeps in any tier. On the daemon's event loop.
+
+    It hears of residencies as a `kvbm.manager.BlockEvents` does, and forgets the notes of chunks
+    that are in no tier any more.
+    """
+
+    def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        """One note a key, empty where there is none; what is no note is skipped.
+
+        Called just before `stored` tells that the keys are in a tier, or later, for keys that are
+        in one: a tier found their notes only then. A key's note never changes.
+        """
+        ...
+
+    def note_of(self, key: Key) -> bytes:
+        """As it was learnt; empty if there is none."""
+        ...
+
+
+def is_note(note: bytes) -> bool:
+    """Whether `Note.decode` takes these bytes. Costs no copy."""
+    if len(note) < _HEAD.size:
+        return False
+    version, _, count, _, _, _ = _HEAD.unpack_from(note)
+    whole: bool = version == VERSION and len(note) == _HEAD.size + 8 * count
+    return whole and 0 < count <= BLOCKS_MAX
 
 
 def domain_of(namespace: bytes, salt: bytes, tag: int) -> int:

@@ -17,6 +17,7 @@ from typing import Protocol
 import structlog
 
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
+from kvbm.note import is_note
 from kvbm.protocol import (
     GROUPS_MAX,
     KEYS_PER_MATCH_MAX,
@@ -302,13 +303,16 @@ class Session:
             raise FrameError("a commit of another tenant's keys")
         if not all(0 <= position < POSITIONS_MAX for position in message.positions):
             raise FrameError("a commit with a position out of range")
+        notes = message.notes or [b""] * count
+        if len(notes) != count or not all(is_note(note) for note in notes if note):
+            raise FrameError("a commit with notes that are none, or not one for each chunk")
         slots = self._take_leased(message.slots)
         filled: list[tuple[Slot, Chunk]] = []
-        for slot, key, parent, position in zip(
-            slots, keys, parents, message.positions, strict=True
+        for slot, key, parent, position, note in zip(
+            slots, keys, parents, message.positions, notes, strict=True
         ):
             before = None if parent == _NO_PARENT else Key(parent)
-            filled.append((slot, Chunk(key, slot.length, 0, before, position)))
+            filled.append((slot, Chunk(key, slot.length, 0, before, position, note)))
         self._manager.commit(filled)
 
     def _loaded(self, message: Loaded) -> None:

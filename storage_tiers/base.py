@@ -48,6 +48,7 @@ class Chunk:
     checksum: int  # storage_tiers.codec.checksum of the payload
     parent: Key | None  # the chunk before it in its sequence and group
     position: int  # its index in that sequence, 0 for the first
+    note: bytes = field(default=b"", compare=False)  # kept beside its bytes, whatever it means
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,13 @@ class TierListener(Protocol):
     Called on the event loop, between awaits of the tier; must not block or raise.
     """
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None: ...
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
+        """`notes`: of each key, empty where there is none; or none at all."""
+        ...
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        """Notes of keys that are in the tier, found after it told of them."""
+        ...
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None: ...
 
@@ -136,7 +143,10 @@ class TierListener(Protocol):
 class SilentListener:
     """A listener for callers that need none."""
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
+        pass
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
         pass
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
@@ -186,7 +196,7 @@ class Tier(Protocol):
         ...
 
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
-        """The chunk of each key that is here, in order.
+        """The chunk of each key that is here, in order, without its note.
 
         Another node's chunk is known by key and length alone, in S3 until it was loaded once and
         in a peer's memory always: checksum and position are then 0 and the parent None.
@@ -204,7 +214,8 @@ class Tier(Protocol):
     async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
         """Read each item into its buffer, verified; one outcome per item.
 
-        A cancelled `load` must not write to the buffers after it has raised.
+        `Loaded.chunk` has its note if the tier had it at hand. A cancelled `load` must not write
+        to the buffers after it has raised.
         """
         ...
 

@@ -41,9 +41,15 @@ class RecordingListener:
 
     came: list[Key] = field(default_factory=list)
     went: list[tuple[Key, RemovalReason]] = field(default_factory=list)
+    notes: dict[Key, bytes] = field(default_factory=dict)
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
         self.came.extend(keys)
+        if notes:
+            self.noted(tier, keys, notes)
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        self.notes.update((key, note) for key, note in zip(keys, notes, strict=True) if note)
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         self.went.extend((key, reason) for key in keys)

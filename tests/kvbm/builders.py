@@ -10,6 +10,7 @@ from typing import Any
 
 from kvbm.manager import Arrivals, BlockManager, Catalogue, Ticket, Wanted
 from kvbm.meter import CountingMeter
+from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
 from kvbm.protocol import unpack_slots
 from storage_tiers.arena import Arena, Slot
@@ -97,6 +98,7 @@ class Node:
     memories: list[MemoryTier]  # what lies in each lower tier, whatever it is wrapped in
     manager: BlockManager
     events: RecordingEvents
+    notes: NoteDict
     meter: CountingMeter
 
     @contextlib.asynccontextmanager
@@ -186,7 +188,8 @@ def make_node(
 ) -> Node:
     """A node with G3 and G4 in memory, each in its wrap if one is given."""
     events, meter = RecordingEvents(), CountingMeter()
-    catalogue = Catalogue(events)
+    notes = NoteDict(events)
+    catalogue = Catalogue(notes, notes)
     arena = Arena.create(dram_bytes)
     dram = DramTier(arena, catalogue)
     memories = [
@@ -200,13 +203,14 @@ def make_node(
     manager = BlockManager(
         dram,
         [(tier, settings or LaneSettings()) for tier in tiers],
-        events,
+        notes,
         meter,
+        notes=notes,
         lease_bytes_max=lease_bytes_max,
         onboard_bytes_max=onboard_bytes_max,
         quarantine=catalogue.quarantine,
     )
-    return Node(arena, dram, memories, manager, events, meter)
+    return Node(arena, dram, memories, manager, events, notes, meter)
 
 
 def chunks_of(

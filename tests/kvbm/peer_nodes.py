@@ -27,8 +27,11 @@ class _Listener:
         self.contents = contents
         self.corrupt: list[tuple[TierName, Key]] = []
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
         raise AssertionError("no tier here finds anything by itself")
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        raise AssertionError("no tier here finds notes by itself")
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         if tier is TierName.DRAM:

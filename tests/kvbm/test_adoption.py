@@ -16,6 +16,7 @@ from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_s
 from kvbm.daemon.systemd import Notifier
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import CountingMeter
+from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Chunk, StoreItem, TierName
@@ -41,7 +42,8 @@ class NodeMemory:
 
     def __init__(self, left: dict[str, int] | None = None, *, lower: bool = False) -> None:
         self.events, self.meter = RecordingEvents(), CountingMeter()
-        catalogue = Catalogue(self.events)
+        self.notes = NoteDict(self.events)
+        catalogue = Catalogue(self.notes, self.notes)
         found = inherit(left or {}, NOBODY, SETTINGS)
         self.arena = Arena.create(CAPACITY) if found is None else found.arena
         self.is_heir = found is not None
@@ -50,8 +52,9 @@ class NodeMemory:
         manager = BlockManager(
             self.dram,
             [(self.below, LaneSettings())] if lower else [],
-            self.events,
+            self.notes,
             self.meter,
+            notes=self.notes,
             lease_bytes_max=1,
         )
         self.manager = manager
@@ -259,7 +262,7 @@ def test_whether_it_will_be_kept_is_known(
     memory: MakeMemory, environ: dict[str, str], settings: DramSettings, reason: str | None
 ) -> None:
     notifier, node = Notifier.from_environ(environ), memory()
-    catalogue = Catalogue(node.events)
+    catalogue = Catalogue(node.notes, node.notes)
     status = Handover(notifier, settings, node.manager, catalogue, node.meter, None).status()
     assert status.available == (reason is None)
     assert (status.reason or "") == "" if reason is None else reason in (status.reason or "")
