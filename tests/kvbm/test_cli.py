@@ -186,12 +186,14 @@ def test_what_routers_are_told_of_a_chunk_is_shown(
     ]
     engine.store(items)
     first, second = (item.chunk.key.hex() for item in items)
-    wait_until(
-        lambda: not kvbm("chunks", second, "--url", daemon.url).status, WAIT_S, "it is there"
-    )
-    told = kvbm("chunks", first, "--url", daemon.url).out
+    wait_until(lambda: shown(kvbm, daemon, second), WAIT_S, "the daemon has it")
+    told = shown(kvbm, daemon, first)
     assert "2 blocks from the beginning, in domain 0000000000000007" in told
-    assert "1 blocks after 00000000000000ab" in kvbm("chunks", second, "--url", daemon.url).out
+    assert "1 blocks after 00000000000000ab" in shown(kvbm, daemon, second)
+
+
+def shown(kvbm: Kvbm, daemon: Daemon, key: str) -> str:
+    return kvbm("chunks", key, "--url", daemon.url).out
 
 
 @pytest.mark.parametrize(
