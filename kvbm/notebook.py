@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.note import NOTE_BYTES_MAX, VERSION, Note
-from runtime.ledger import KEYS_AT_ONCE_MAX, KEY_WORDS, Group, Keys, Ledger, Run
+from runtime.ledger import KEY_WORDS, KEYS_AT_ONCE_MAX, Group, Keys, Ledger, Run
 from storage_tiers.base import Key, TierName
 
 SLACK: Final = 1 << 16

@@ -158,7 +158,8 @@ class Ledger:
         """Those of the rows that have the bit and are known."""
         metas = self._rows[rows * k.ROW_WORDS + 4]
         known = metas & np.uint64(0xFFFF) != 0
-        return rows[known & (metas >> np.uint64(16 + bit) & np.uint64(1) != 0)]
+        found: Numbers = rows[known & (metas >> np.uint64(16 + bit) & np.uint64(1) != 0)]
+        return found
 
     def stored(self, rows: Numbers) -> list[Run]:
         """What those rows are: neighbours that follow each other as one run."""

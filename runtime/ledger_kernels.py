@@ -364,10 +364,8 @@ def join(state, count, rows, chained, most, names, tokens, runs):  # type: ignor
         hashes = _hashes(state, row, blocks)
         for block in range(blocks):
             hash_ = load64(hashes, block)
-            if block:
-                name = of_two_words(name, hash_, 16, _SEED)
-            else:
-                name = _chained(parent, meta, hash_)
+            follows = of_two_words(name, hash_, 16, _SEED)
+            name = follows if block else _chained(parent, meta, hash_)
             store64(names, written, name)
             store64(tokens, written, hash_)
             written += 1

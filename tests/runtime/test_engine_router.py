@@ -11,6 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime import ledger
 from runtime.events.engine_router import EngineRouter
 from runtime.events.engine_wire import (
     AllBlocksCleared,
@@ -22,7 +23,6 @@ from runtime.events.engine_wire import (
     number_of,
 )
 from runtime.events.envelope import WireError
-from runtime import ledger
 from runtime.events.router_event import Cleared, KvCacheEventData, Removed, Stored
 from runtime.hashing import block_hashes, media_hash, sequence_hashes
 

@@ -167,7 +167,7 @@ def test_it_grows_and_uses_again_what_was_given_back() -> None:
             ledger.clear(1, keys[at : at + ledger_module.KEYS_AT_ONCE_MAX])
             ledger.trim()
         assert len(ledger) == 0
-        assert not list(ledger.groups(3, 100))[0]
+        assert not next(ledger.groups(3, 100))
 
 
 def test_runs_end_at_a_bound_and_where_blocks_do_not_follow() -> None:
