@@ -22,6 +22,8 @@ Key = NewType("Key", bytes)
 """16 bytes: 15 that say what the chunk is (`kvbm.fingerprint.key_of`), then its tenant's tag."""
 
 KEY_BYTES = 16
+NOTE_BYTES_MAX = 64 << 10
+"""Of what is kept with a chunk besides its bytes; a longer one may be left out by any tier."""
 
 
 def tenant_of(key: Key) -> int:
