@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
@@ -26,19 +25,13 @@ from runtime.requests import RequestContext
 BLOCKS_AT_ONCE: Final = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class CatchUpStatus:
-    replays_total: int
-    snapshots_total: int
-
-
 class CatchUpHandler:
     def __init__(self, stream: Stream, tiers: TierAnnouncer, engines: EngineFollowers) -> None:
         self._stream = stream
         self._tiers = tiers
         self._engines = engines
-        self._replays_total = 0
-        self._snapshots_total = 0
+        self.replays_total = 0
+        self.snapshots_total = 0
 
     async def answer(self, payload: bytes, context: RequestContext) -> AsyncIterator[bytes]:
         """Raises WireError on what is no question."""
@@ -48,12 +41,12 @@ class CatchUpHandler:
         if question.publisher == stream.publisher:
             missing = stream.replay(question.first)
         if missing is not None:
-            self._replays_total += 1
+            self.replays_total += 1
             yield encode_catch_up(Begins(stream.publisher, "replay", stream.next))
             for envelope in missing:
                 yield envelope
             return
-        self._snapshots_total += 1
+        self.snapshots_total += 1
         parts: list[Callable[[int], Iterator[list[Rows]]]] = [self._tiers.rows]
         parts += [follower.rows for follower in self._engines.all]
         yield encode_catch_up(Begins(stream.publisher, "snapshot", stream.next))
@@ -61,6 +54,3 @@ class CatchUpHandler:
             for rows in step:
                 yield encode_catch_up(rows)
             await asyncio.sleep(0)
-
-    def status(self) -> CatchUpStatus:
-        return CatchUpStatus(self._replays_total, self._snapshots_total)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
+from kvbm.announce.status import EngineStatus
 from kvbm.announce.stream import Stream
 from kvbm.protocol import Routing
-from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptions, EngineFeedStatus
-from runtime.events.engine_router import EngineRouter, EngineRouterStatus
+from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptions
+from runtime.events.engine_router import EngineRouter
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import KvCacheEventData, StorageTier
 
@@ -26,17 +26,6 @@ ENGINES_MAX: Final = 1024
 BATCHES_AT_ONCE: Final = 16  # then others have their turn
 
 _log = structlog.get_logger("kvbm.announce")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """One data-parallel rank of an engine."""
-
-    worker_id: int
-    dp_rank: int
-    endpoint: str
-    feed: EngineFeedStatus
-    blocks: EngineRouterStatus
 
 
 class EngineFollower:
@@ -51,8 +40,7 @@ class EngineFollower:
 
     async def start(self) -> None:
         await self._feed.start()
-        worker = f"{self.routing.worker_id:x}.{self.routing.dp_rank}"
-        self._task = asyncio.create_task(self._run(), name=f"engine-events {worker}")
+        self._task = asyncio.create_task(self._run(), name="engine-events")
 
     async def stop(self) -> None:
         """Nothing is known of it any more."""
@@ -79,12 +67,19 @@ class EngineFollower:
             ]
 
     def status(self) -> EngineStatus:
+        feed, router = self._feed.status(), self._router.status()
         return EngineStatus(
-            self.routing.worker_id,
-            self.routing.dp_rank,
-            self.routing.events,
-            self._feed.status(),
-            self._router.status(),
+            worker=f"{self.routing.worker_id:x}.{self.routing.dp_rank}",
+            endpoint=self.routing.events,
+            connected=feed.connected,
+            error=feed.error,
+            blocks=router.blocks,
+            batches_total=feed.batches_total,
+            lost_total=feed.lost_total,
+            restarts_total=feed.restarts_total,
+            skipped_total=router.skipped_total,
+            refused_total=router.refused_total,
+            orphaned_total=router.orphaned_total + router.full_total,
         )
 
     async def _run(self) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Final, Literal
 
+from kvbm.announce.status import StreamStatus
 from runtime.events import EventPlane
 from runtime.events.envelope import Envelope, encode_envelope
 from runtime.events.node_stream import TOPIC, blocks_subject
@@ -23,17 +23,6 @@ Domain = Literal["worker", "cache_owner"]
 
 WORKERS_MAX: Final = 1 << 16
 """Of so many, counts of events are kept at a time; those of others begin at 0 anew."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamStatus:
-    publisher: int
-    next: int  # the number of the next event
-    dropped_total: int  # by the plane, because its queue was full
-    skipped_total: int  # changes too large to tell
-    ring_events: int
-    ring_bytes: int
-    ring_bytes_max: int
 
 
 class Stream:
@@ -97,8 +86,8 @@ class Stream:
 
     def status(self) -> StreamStatus:
         return StreamStatus(
-            publisher=self.publisher,
-            next=self.next,
+            publisher=f"{self.publisher:x}",
+            next_sequence=self.next,
             dropped_total=self._dropped_total,
             skipped_total=self._skipped_total,
             ring_events=len(self._ring),

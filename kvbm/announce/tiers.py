@@ -14,9 +14,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
+from kvbm.announce.status import TiersStatus
 from kvbm.announce.stream import Stream
 from kvbm.manager import BlockEvents
 from kvbm.note import owner_of
@@ -40,15 +40,6 @@ STORAGE_TIER: Final = {
     TierName.SSD: StorageTier.DISK,
     TierName.S3: StorageTier.EXTERNAL,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class TiersStatus:
-    waiting: int  # chunks whose changes are not told yet
-    unannounced: int  # chunks kept without a note: routers do not hear of them
-    refused_total: int  # notes that were none
-    blocks: dict[TierName, int]
-    used_bytes: int  # by the notebook
 
 
 class TierAnnouncer:
@@ -128,10 +119,10 @@ class TierAnnouncer:
 
     def status(self) -> TiersStatus:
         return TiersStatus(
-            waiting=self._waiting_chunks,
-            unannounced=self.notebook.bare,
+            blocks={tier.value: self.notebook.blocks(tier) for tier in STORAGE_TIER},
+            waiting_chunks=self._waiting_chunks,
+            unannounced_chunks=self.notebook.bare,
             refused_total=self.notebook.refused_total,
-            blocks={tier: self.notebook.blocks(tier) for tier in STORAGE_TIER},
             used_bytes=self.notebook.used_bytes,
         )
 
