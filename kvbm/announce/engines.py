@@ -17,7 +17,7 @@ import structlog
 from kvbm.announce.status import EngineStatus
 from kvbm.announce.stream import Stream
 from kvbm.protocol import Routing
-from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptions
+from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptions, FeedItem
 from runtime.events.engine_router import EngineRouter
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import KvCacheEventData, StorageTier
@@ -82,14 +82,18 @@ class EngineFollower:
             orphaned_total=router.orphaned_total + router.full_total,
         )
 
+    def take(self, item: FeedItem) -> None:
+        """Tell what the engine told, or that it is not known any more what it holds."""
+        if isinstance(item, EngineEvents):
+            for data in self._router.translate(item.batch):
+                self._publish(data)
+        else:
+            self._publish(self._router.cleared())
+
     async def _run(self) -> None:
         taken = 0
         async for item in self._feed:
-            if isinstance(item, EngineEvents):
-                for data in self._router.translate(item.batch):
-                    self._publish(data)
-            else:
-                self._publish(self._router.cleared())
+            self.take(item)
             taken += 1
             if taken % BATCHES_AT_ONCE == 0:
                 await asyncio.sleep(0)
