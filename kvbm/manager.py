@@ -133,7 +133,7 @@ class BlockManager:
         self.dram = dram
         self.tiers: list[Tier] = [tier for tier, _ in lower]
         self._events = events
-        self._notes = notes
+        self.notes = notes
         self._meter = meter
         self.lease_bytes_max = lease_bytes_max
         self.quarantine = Quarantine() if quarantine is None else quarantine
@@ -351,7 +351,7 @@ class BlockManager:
             self._events.stored(tier.name, [chunk.key for chunk in kept])
 
     def _learn(self, chunks: Sequence[Chunk]) -> None:
-        self._notes.learn([chunk.key for chunk in chunks], [chunk.note for chunk in chunks])
+        self.notes.learn([chunk.key for chunk in chunks], [chunk.note for chunk in chunks])
 
     def check_integrity(self) -> None:
         """Assert that claims, tickets and waiters agree. Cost: linear in tickets and residents."""

@@ -47,11 +47,8 @@ class Note:
         return sequence_hashes(np.concatenate([head, self.tokens_hashes]))[1:]
 
     def encode(self) -> bytes:
-        count = len(self.tokens_hashes)
-        assert 0 < count <= BLOCKS_MAX
-        has_parent = self.parent is not None
-        head = _HEAD.pack(VERSION, has_parent, count, 0, self.domain, self.parent or 0)
-        return head + self.tokens_hashes.astype("<u8", copy=False).tobytes()
+        hashes = self.tokens_hashes.astype("<u8", copy=False).tobytes()
+        return pack_note(self.domain, self.parent, hashes)
 
     @classmethod
     def decode(cls, note: bytes) -> Self:
@@ -65,6 +62,13 @@ class Note:
             raise NoteError(f"a note of {len(note)} bytes with {count} blocks")
         hashes: NDArray[np.uint64] = np.frombuffer(note, "<u8", offset=_HEAD.size)
         return cls(domain, parent if has_parent else None, hashes.astype(np.uint64, copy=False))
+
+
+def pack_note(domain: int, parent: int | None, tokens_hashes: bytes) -> bytes:
+    """`Note.encode` of hashes that are little-endian bytes already."""
+    count = len(tokens_hashes) // 8
+    assert 0 < count <= BLOCKS_MAX
+    return _HEAD.pack(VERSION, parent is not None, count, 0, domain, parent or 0) + tokens_hashes
 
 
 class NoteBook(Protocol):

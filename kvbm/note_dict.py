@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvbm.manager import BlockEvents
 from kvbm.note import is_note
@@ -19,6 +19,9 @@ class NoteDict:
 
     def __len__(self) -> int:
         return len(self._notes)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._notes)
 
     def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
         self._notes.update((k, note) for k, note in zip(keys, notes, strict=True) if is_note(note))

@@ -20,13 +20,18 @@ import structlog
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
 from kvbm.note import domain_of, is_note
 from kvbm.protocol import (
+    BLOCK_TOKENS_MAX,
+    DP_RANKS_MAX,
+    ENDPOINT_CHARS_MAX,
     GROUPS_MAX,
     KEYS_PER_MATCH_MAX,
+    NAMESPACE_BYTES_MAX,
     POSITIONS_MAX,
     RANKS_MAX,
     REQUEST_CHARS_MAX,
     SLOT_RECORD,
     VERSION,
+    WORKER_ID_MAX,
     Arrived,
     Commit,
     Fence,
@@ -457,6 +462,21 @@ class Sessions:
             session.set_share(budget_bytes // len(ready))
 
 
+def _unsound(routing: Routing) -> str | None:
+    texts = (routing.events, routing.replay, routing.topic)
+    if not 0 < routing.worker_id <= WORKER_ID_MAX:
+        return f"worker id {routing.worker_id}"
+    if not 0 <= routing.dp_rank < DP_RANKS_MAX:
+        return f"data-parallel rank {routing.dp_rank}"
+    if not 0 < routing.block_tokens <= BLOCK_TOKENS_MAX:
+        return f"{routing.block_tokens} tokens in a block"
+    if not 0 <= routing.group < GROUPS_MAX or len(routing.namespace) > NAMESPACE_BYTES_MAX:
+        return "the cache group or the namespace"
+    if any(len(text) > ENDPOINT_CHARS_MAX for text in texts):
+        return "where its events are heard"
+    return None
+
+
 def _check(hello: Hello, capacity_bytes: int) -> None:
     if hello.version != VERSION:
         raise Refusal(f"protocol {hello.version} is not the daemon's {VERSION}: upgrade both sides")
@@ -464,14 +484,8 @@ def _check(hello: Hello, capacity_bytes: int) -> None:
         raise Refusal(f"unknown role {hello.role!r}")
     if not 0 < hello.world_size <= RANKS_MAX:
         raise Refusal(f"world size {hello.world_size} is out of range")
-    routing = hello.routing
-    if routing is not None and not (
-        0 < routing.worker_id < 1 << 64
-        and 0 <= routing.dp_rank < 1 << 32
-        and routing.block_tokens > 0
-        and routing.group >= 0
-    ):
-        raise Refusal("what it tells routers of itself is out of range")
+    if hello.routing is not None and (why := _unsound(hello.routing)) is not None:
+        raise Refusal(f"what it says for routers is out of range: {why}")
     if hello.role == "worker":
         sizes = hello.group_bytes
         if not 0 < len(sizes) <= GROUPS_MAX or any(size <= 0 for size in sizes):

@@ -181,6 +181,7 @@ class Node:
             settings.peers,
             self.dram,
             contents,
+            self.notes,
             self.metrics,
             listener=catalogue,
             check=self.scrubber.check,

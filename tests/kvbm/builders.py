@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvbm.manager import Arrivals, BlockManager, Catalogue, Ticket, Wanted
@@ -128,6 +128,8 @@ class Node:
         self.manager.check_integrity()
         for memory in self.memories:
             memory.check_integrity()
+        there = {key for _, key in self.residencies()}
+        assert all(key in there for key in self.notes)
 
     def fill(self, slots: Sequence[Slot], items: Sequence[StoreItem]) -> list[tuple[Slot, Chunk]]:
         """Write the chunks as an engine does; what to commit for them."""
@@ -135,7 +137,7 @@ class Node:
         for slot, item in zip(slots, items, strict=True):
             self.dram.view(slot)[:] = item.data
             chunk = item.chunk
-            filled.append((slot, Chunk(chunk.key, chunk.length, 0, chunk.parent, chunk.position)))
+            filled.append((slot, replace(chunk, checksum=0)))
         return filled
 
     def commit(self, items: Sequence[StoreItem]) -> None:
