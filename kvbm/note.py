@@ -92,6 +92,16 @@ class NoteBook(Protocol):
         ...
 
 
+class NoNotes:
+    """Nobody is told of what this node keeps: it keeps no notes."""
+
+    def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        pass
+
+    def note_of(self, key: Key) -> bytes:
+        return b""
+
+
 def is_note(note: bytes) -> bool:
     """Whether `Note.decode` takes these bytes. Costs no copy."""
     if len(note) < _HEAD.size:
@@ -99,6 +109,12 @@ def is_note(note: bytes) -> bool:
     version, _, count, _, _, _ = _HEAD.unpack_from(note)
     whole: bool = version == VERSION and len(note) == _HEAD.size + 8 * count
     return whole and 0 < count <= BLOCKS_MAX
+
+
+def domain_in(note: bytes) -> int:
+    """Of what `is_note`."""
+    domain: int = _HEAD.unpack_from(note)[4]
+    return domain
 
 
 @lru_cache(maxsize=64)
