@@ -22,7 +22,6 @@ from runtime.requests.errors import (
 from runtime.requests.http import MEDIA_TYPE, REQUESTS, STOPS, STREAM, TIMEOUT, to_wire
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.requests.stream import Call, ResponseStream
-from runtime.requests.tls import client_context
 from runtime.requests.wire import (
     HEADERS_MAX,
     ITEM_COST_BYTES,
@@ -34,6 +33,7 @@ from runtime.requests.wire import (
     Ping,
     encode,
 )
+from runtime.tls import client_context
 
 _NOT_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 _BUSY: Final = {429, 503}

@@ -19,8 +19,8 @@ from runtime.requests.errors import Outcome, PayloadTooLarge
 from runtime.requests.http import MEDIA_TYPE, REQUESTS, STOPS, STREAM, TIMEOUT, from_wire
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.requests.tcp import authority
-from runtime.requests.tls import server_context
 from runtime.requests.wire import ITEM_COST_BYTES, LENGTH_BYTES, End, Item, Ping, encode
+from runtime.tls import server_context
 
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 2

@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from runtime.requests import RequestPlaneSettings, create_request_plane
 from runtime.requests.errors import ConnectionLost
-from runtime.requests.settings import TlsSettings
+from runtime.tls import TlsSettings
 from tests.runtime.requests.handlers import WAIT_S, Handlers
 
 DAY = dt.timedelta(days=1)
