@@ -21,10 +21,10 @@ from kvbm.address import (
     ADMIN_TOKEN_VARIABLE,
     ADMIN_URL_VARIABLE,
     default_socket,
-    is_loopback,
 )
 from kvbm.peers.settings import PeerSettings
 from runtime.events.settings import EventPlaneSettings
+from runtime.hosts import is_loopback
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
 from runtime.units import Duration, Secret, Size, format_size

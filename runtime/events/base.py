@@ -68,6 +68,10 @@ class SupportsPeers(Protocol):
         """Where this one publishes, once it is known; with the wildcard host if bound to one."""
         ...
 
+    async def bound(self) -> str:
+        """`address`, as soon as it is known: it may be taken when the plane starts."""
+        ...
+
     def add_peer(self, address: str) -> None:
         """Listen to a publisher from now on, also if it comes later. Idempotent."""
         ...

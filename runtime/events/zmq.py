@@ -65,6 +65,7 @@ class ZmqPlane:
         self._listening: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._address: str | None = None
+        self._bound = asyncio.Event()
         self._error: str | None = "not bound yet"
         self._missed_total = 0  # of peers that are listed no more
         self._malformed_total = 0
@@ -97,6 +98,11 @@ class ZmqPlane:
 
     @property
     def address(self) -> str | None:
+        return self._address
+
+    async def bound(self) -> str:
+        await self._bound.wait()
+        assert self._address is not None
         return self._address
 
     def add_peer(self, address: str) -> None:
@@ -187,6 +193,7 @@ class ZmqPlane:
             else:
                 self._address = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
                 self._error = None
+                self._bound.set()
                 _log.info("event_plane_bound", program=self._name, address=self._address)
                 return
 
