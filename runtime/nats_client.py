@@ -19,6 +19,7 @@ from runtime.tls import TlsSettings, client_context
 from runtime.units import Secret
 
 CLOSE_TIMEOUT_S: Final = 2.0
+ABORT_TIMEOUT_S: Final = 0.1  # nothing was said; a failed TLS handshake ends in waiting
 _PING_INTERVAL_S: Final = 10
 
 
@@ -84,7 +85,7 @@ async def connect(
                 **options,
             )
     except BaseException as error:
-        await shut(client)
+        await shut(client, ABORT_TIMEOUT_S)
         if isinstance(error, NatsError | OSError | TimeoutError | ValueError):
             # "No servers available" says less than what the last of them answered.
             cause = causes[0] if causes else error
@@ -93,8 +94,8 @@ async def connect(
     return client
 
 
-async def shut(client: Client) -> None:
+async def shut(client: Client, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
     """Close, whatever state the client is in."""
     with contextlib.suppress(NatsError, OSError, TimeoutError, AttributeError):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await client.close()
