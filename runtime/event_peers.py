@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Self, assert_never
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ import msgspec
 import structlog
 
 from runtime.discovery.base import Deleted, Discovery, Event, Put, Synced, Watch
-from runtime.events.base import SupportsPeers
+from runtime.events.base import EventPlane, SupportsPeers
 from runtime.events.settings import EventPlaneSettings
 from runtime.hosts import is_loopback, without_wildcard
 from runtime.instances import new_instance_id
@@ -154,6 +155,27 @@ class EventPeers:
         if before is None or before in self._heard.values() or before in self._settings.zmq_peers:
             return
         self._plane.remove_peer(before)
+
+
+@contextlib.asynccontextmanager
+async def joined(
+    discovery: Discovery,
+    plane: EventPlane,
+    settings: EventPlaneSettings,
+    *,
+    publishes: bool = False,
+    listens: bool = False,
+) -> AsyncIterator[EventPeers | None]:
+    """Take part while in it; None on a plane whose programs need not know each other."""
+    if not isinstance(plane, SupportsPeers):
+        yield None
+        return
+    peers = EventPeers(discovery, plane, settings, publishes=publishes, listens=listens)
+    await peers.start()
+    try:
+        yield peers
+    finally:
+        await peers.close()
 
 
 def reachable(address: str, host: str | None = None) -> str:

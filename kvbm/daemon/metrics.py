@@ -74,6 +74,11 @@ SPECS: Final = (
     Spec("kvbm_events_dropped_total", "counter", "Block events not sent: the queue was full."),
     Spec("kvbm_events_connected", "gauge", "1 while the event plane can be reached."),
     Spec("kvbm_event_messages_dropped_total", "counter", "Messages that the event plane lost."),
+    Spec(
+        "kvbm_event_messages_unconfirmed_total",
+        "counter",
+        "Messages sent that JetStream did not confirm to keep.",
+    ),
 )
 DURATION: Final = "kvbm_transfer_duration_seconds"
 _DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
@@ -172,6 +177,7 @@ class _NodeCollector(Collector):
             "kvbm_events_dropped_total": {(): events.dropped_total},
             "kvbm_events_connected": {(): float(events.connected)},
             "kvbm_event_messages_dropped_total": {(): events.messages_dropped_total},
+            "kvbm_event_messages_unconfirmed_total": {(): events.messages_unconfirmed_total},
             "kvbm_queue_depth": {(queue.name,): queue.depth for queue in view.queues()},
             "kvbm_queue_limit": {(queue.name,): queue.limit for queue in view.queues()},
             "kvbm_receipts": {(): view.receipts().kept},

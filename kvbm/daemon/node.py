@@ -214,6 +214,7 @@ class Node:
             dropped_total=blocks.dropped_total,
             connected=plane.connected,
             messages_dropped_total=plane.dropped_total,
+            messages_unconfirmed_total=plane.unconfirmed_total,
         )
 
     def status(self) -> NodeStatus:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, runtime_checkable
 
 SUBSCRIPTION_MESSAGES: Final = 4096
 
@@ -60,6 +60,7 @@ class EventPlane(Protocol):
     def status(self) -> PlaneStatus: ...
 
 
+@runtime_checkable
 class SupportsPeers(Protocol):
     """A plane without a broker: each program listens to the others' own addresses."""
 
@@ -85,6 +86,7 @@ class HistoryUnavailable(Exception):
     """What was published cannot be read again, or not to its end; the message says why."""
 
 
+@runtime_checkable
 class SupportsHistory(Protocol):
     """A plane that keeps some of what is published, for those who were away."""
 

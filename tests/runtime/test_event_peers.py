@@ -14,8 +14,9 @@ import msgspec
 import pytest
 
 from runtime.discovery import Discovery, DiscoverySettings, create_discovery
-from runtime.event_peers import EventChannel, EventPeers, reachable
+from runtime.event_peers import EventChannel, EventPeers, joined, reachable
 from runtime.events import EventPlaneSettings, Subscription
+from runtime.events.memory import MemoryPlane
 from runtime.events.zmq import ZmqPlane
 from runtime.hosts import is_loopback, own_address, without_wildcard
 from runtime.names import EVENT_CHANNELS
@@ -166,6 +167,22 @@ async def test_a_publisher_that_closes_goes_at_once(
     await listener.peers.close()
     await listener.peers.close()
     await until_listed(discovery, 0)
+
+
+async def test_taking_part_ends_with_its_block_and_is_nothing_where_a_broker_is(
+    discovery: Discovery,
+) -> None:
+    settings = zmq_settings()
+    plane = ZmqPlane(settings, "test")
+    await plane.start()
+    async with joined(discovery, plane, settings, publishes=True) as peers:
+        assert peers is not None
+        await until_listed(discovery, 1)
+    await until_listed(discovery, 0)
+    await plane.close()
+    async with joined(discovery, MemoryPlane(), settings, publishes=True) as none:
+        assert none is None
+    assert await discovery.list(PREFIX) == {}
 
 
 async def until_listed(discovery: Discovery, count: int) -> None:
