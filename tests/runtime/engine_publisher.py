@@ -1,8 +1,8 @@
 """vLLM's own event publisher in processes of their own, told line by line what to publish.
 
 Run as a program: forks a process for each engine it hears of, and answers each JSON command with a
-line. Commands: start, publish, kinds, kill; the last is a `kill -9`, to an engine's listeners its
-crash.
+line. Commands: start, publish, events, kinds, kill; the last is a `kill -9`, to its listeners the
+crash of an engine.
 
 Of vLLM only the publisher's own module and the two small ones it uses are run: importing all of
 vLLM takes PyTorch's compiler along, a minute on a busy machine, for nothing that is used here.
@@ -61,6 +61,25 @@ def stored(number: int, blocks: int) -> Any:
     )
 
 
+def event_of(kind: str, hashes: Any = (), parent: int | None = None, tokens: Any = ()) -> Any:
+    """Of blocks of 16 tokens."""
+    match kind:
+        case "stored":
+            return vllm_events.BlockStored(
+                block_hashes=list(hashes),
+                parent_block_hash=parent,
+                token_ids=list(tokens),
+                block_size=16,
+                lora_id=None,
+                medium="GPU",
+                lora_name=None,
+                group_idx=0,
+            )
+        case "removed":
+            return vllm_events.BlockRemoved(block_hashes=list(hashes), medium="GPU", group_idx=0)
+    return vllm_events.AllBlocksCleared()
+
+
 def serve(commands: Connection) -> None:
     """One engine."""
     publishers: dict[int, Any] = {}
@@ -76,6 +95,9 @@ def serve(commands: Connection) -> None:
                     publishers[rank].publish(
                         vllm_events.KVEventBatch(ts=float(number), events=[event])
                     )
+            case "events":
+                events = [event_of(*fields) for fields in command["events"]]
+                publishers[rank].publish(vllm_events.KVEventBatch(ts=1.0, events=events))
             case "kinds":
                 removed = vllm_events.BlockRemoved(
                     block_hashes=[b"\x01" * 32, 5], medium="CPU", group_idx=1
