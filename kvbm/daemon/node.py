@@ -154,7 +154,8 @@ class Node:
             return None
         from kvbm.announce.announcer import Announcer  # compiles, which takes a while
 
-        return Announcer(self.plane, settings.events, settings.node, self.blocks)
+        listens = settings.peers is not None  # to what they keep
+        return Announcer(self.plane, settings.events, settings.node, self.blocks, listens=listens)
 
     async def announce(self) -> None:
         """Run the announcer, until it is cancelled; there is one."""
