@@ -88,9 +88,7 @@ SPECS: Final = (
     Spec("kvbm_stream_ring_bytes", "gauge", "Recent events kept for routers."),
     Spec("kvbm_stream_waiting_chunks", "gauge", "Chunks whose changes are not told yet."),
     Spec("kvbm_announced_blocks", "gauge", "Engines' blocks that routers know of.", ("tier",)),
-    Spec(
-        "kvbm_unannounced_chunks", "gauge", "Chunks without a note: routers know nothing of them."
-    ),
+    Spec("kvbm_unannounced_chunks", "gauge", "Chunks without a note: not told to routers."),
     Spec("kvbm_notebook_bytes", "gauge", "Memory that notes of chunks take."),
     Spec("kvbm_engines_heard", "gauge", "Engines whose own events come."),
     Spec("kvbm_engine_blocks", "gauge", "Blocks an engine holds itself (G1).", ("worker",)),
@@ -228,7 +226,7 @@ class _NodeCollector(Collector):
 
 def _of_stream(found: AnnouncerStatus) -> Samples:
     stream, tiers, engines = found.stream, found.tiers, found.engines
-    announced = {(tier,): float(blocks) for tier, blocks in tiers.blocks.items()}
+    announced: dict[Labels, float] = {(tier,): blocks for tier, blocks in tiers.blocks.items()}
     announced[TierName.HBM.value,] = sum(engine.blocks for engine in engines)
     return {
         "kvbm_stream_events_total": {(): stream.next_sequence - stream.skipped_total},
