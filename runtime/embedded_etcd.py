@@ -24,6 +24,7 @@ from runtime.server_process import (
 from runtime.tls import TlsSettings, client_context
 
 READY_TIMEOUT_S: Final = 20.0
+STOP_TIMEOUT_S: Final = 1.0  # it would wait for watchers; what it answered for is on the disk
 _PROBE_TIMEOUT_S: Final = 2.0
 
 
@@ -55,7 +56,7 @@ class EmbeddedEtcd:
     def stop(self) -> None:
         """End the server. Idempotent."""
         if self._process is not None:
-            self._process.stop()
+            self._process.stop(STOP_TIMEOUT_S)
             self._process = None
 
     def __enter__(self) -> Self:

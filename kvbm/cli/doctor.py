@@ -116,8 +116,9 @@ def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
     else:
         yield problem(
             "events",
-            f"NATS at {process['events_url']} cannot be reached: {error}",
-            "start NATS or mend events.nats_url and its credentials; nothing else waits for it",
+            f"the event plane over NATS at {process['events_url']}: {error}",
+            "start NATS, or mend events.nats_url, its credentials, its TLS files or JetStream; "
+            "nothing else waits for it",
         )
 
 
