@@ -27,6 +27,7 @@ from runtime.server_process import (
     launch_on_free_ports,
 )
 from runtime.sigv4 import signed_headers
+from runtime.tls import TlsSettings
 
 NATS_READY_TIMEOUT_S: Final = 10.0
 S3_READY_TIMEOUT_S: Final = 60.0
@@ -44,6 +45,7 @@ class EmbeddedNats:
         *,
         port: int | None = None,
         jetstream: bool = False,
+        tls: TlsSettings | None = None,
         log_directory: Path | None = None,
     ) -> None:
         """`port` pins the port, which then must be free; by default any free one is taken."""
@@ -51,6 +53,7 @@ class EmbeddedNats:
         self._log_directory = (log_directory or directory).absolute()
         self._pinned = port
         self._jetstream = jetstream
+        self._tls = tls
         self._process: ServerProcess | None = None
         self._name = f"kvbm-{secrets.token_hex(8)}"  # tells it from another that has the port
         self.port = port or 0  # 0 until started
@@ -59,7 +62,7 @@ class EmbeddedNats:
 
     @property
     def url(self) -> str:
-        return f"nats://{LOOPBACK}:{self.port}"
+        return f"{'nats' if self._tls is None else 'tls'}://{LOOPBACK}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -109,6 +112,15 @@ class EmbeddedNats:
         if self._jetstream:
             store = json.dumps(str(self._directory / "jetstream"))
             lines.append(f"jetstream {{ store_dir: {store} }}")
+        if self._tls is not None:
+            files = {
+                "cert_file": self._tls.certificate,
+                "key_file": self._tls.key,
+                "ca_file": self._tls.authority,
+            }
+            given = [f"{name}: {json.dumps(str(file))}" for name, file in files.items() if file]
+            given += ["verify: true"] if self._tls.mutual else []
+            lines.append(f"tls {{ {', '.join(given)} }}")
         return "\n".join(lines) + "\n"
 
     def _greets(self) -> bool:

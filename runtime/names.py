@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 SCHEME: Final = "dyn://"
 INSTANCES: Final = "v1/instances/"
 CARDS: Final = "v1/mdc/"  # model cards
+EVENT_CHANNELS: Final = "v1/event_channels/"
 INSTANCE_ID_MAX: Final = (1 << 64) - 1
 PART_CHARACTERS_MAX: Final = 63
 

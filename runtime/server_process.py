@@ -73,14 +73,14 @@ class ServerProcess:
             self.stop()
             raise
 
-    def stop(self) -> None:
+    def stop(self, gently_s: float = STOP_TIMEOUT_S) -> None:
         """End it, gently first. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
         process.terminate()
         try:
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(gently_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -154,7 +154,8 @@ class Node:
             return None
         from kvbm.announce.announcer import Announcer  # compiles, which takes a while
 
-        return Announcer(self.plane, settings.events, settings.node, self.blocks)
+        listens = settings.peers is not None  # to what they keep
+        return Announcer(self.plane, settings.events, settings.node, self.blocks, listens=listens)
 
     def _make_notes(self) -> tuple[NoteBook, BlockEvents]:
         """What keeps notes, and is told of residencies for it."""
@@ -270,6 +271,7 @@ class Node:
             dropped_total=blocks.dropped_total,
             connected=plane.connected,
             messages_dropped_total=plane.dropped_total,
+            messages_unconfirmed_total=plane.unconfirmed_total,
         )
 
     def stream(self) -> AnnouncerStatus | None:

@@ -21,12 +21,12 @@ from kvbm.address import (
     ADMIN_TOKEN_VARIABLE,
     ADMIN_URL_VARIABLE,
     default_socket,
-    is_loopback,
 )
 from kvbm.peers.settings import PeerSettings
 from runtime.discovery.settings import DiscoverySettings
 from runtime.events.node_stream import COMPONENT, ENDPOINT
 from runtime.events.settings import EventPlaneSettings
+from runtime.hosts import is_loopback
 from runtime.names import EndpointName
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load

@@ -48,6 +48,7 @@ class EventsStatus:
     dropped_total: int = 0
     connected: bool = False
     messages_dropped_total: int = 0  # taken, and then lost because the plane was away
+    messages_unconfirmed_total: int = 0  # sent, but not known to be kept (`nats_durable`)
 
 
 @dataclass(frozen=True, slots=True)

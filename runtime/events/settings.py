@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from runtime.settings import Section
+from runtime.tls import TlsSettings
 from runtime.units import Duration, Secret, Size
 
 
@@ -34,6 +35,23 @@ class EventPlaneSettings(Section):
         default=None,
         description="NATS credentials file (JWT and key), instead of user and password.",
     )
+    nats_durable: bool = Field(
+        default=False,
+        description="Block events are kept in a stream of JetStream too, so that a router that was "
+        "away for long reads what it missed. The server must have JetStream enabled.",
+    )
+    nats_durable_age: Duration = Field(
+        default=3600.0, ge=1.0, description="How long the stream keeps block events."
+    )
+    nats_durable_bytes: Size = Field(
+        default=1 << 30, ge=1 << 20, description="How much the stream keeps at most."
+    )
+    nats_durable_replicas: int = Field(
+        default=1, ge=1, le=5, description="On how many servers of a cluster the stream is kept."
+    )
+    tls: TlsSettings | None = Field(
+        default=None, description="TLS to the NATS server; without it the URL decides."
+    )
     zmq_bind: str = Field(
         default="tcp://127.0.0.1:0",
         description="Where this program's events are published with `zmq`; port 0 is any free one.",
@@ -41,6 +59,11 @@ class EventPlaneSettings(Section):
     zmq_peers: list[str] = Field(
         default=[],
         description="Addresses of the publishers to listen to with `zmq`, as `tcp://HOST:PORT`.",
+    )
+    zmq_advertise_host: str | None = Field(
+        default=None,
+        description="The host others reach this program's events by with `zmq`; by default that of "
+        "`zmq_bind`, or this machine's address where that is a wildcard.",
     )
     zmq_high_water_messages: int = Field(
         default=100_000,
@@ -87,6 +110,8 @@ class EventPlaneSettings(Section):
             raise ValueError("nats_user and nats_password go together: give both or neither")
         if self.nats_credentials is not None and self.nats_user is not None:
             raise ValueError("give nats_credentials or nats_user with nats_password, not both")
+        if self.nats_durable and self.plane != "nats":
+            raise ValueError(f"nats_durable needs plane nats; it is {self.plane}")
         for url in self.nats_urls:
             if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
                 raise ValueError(f"nats_url: {url!r} is no NATS URL; accepted: nats://HOST:PORT")
