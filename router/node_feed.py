@@ -194,7 +194,8 @@ class NodeFeed:
             due = self._due()
             if due > now:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), due - now)
+                    async with asyncio.timeout(due - now):
+                        await self._wake.wait()
                 continue
             async with self._turns:
                 await self._ask()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from router.node_feed import NodeState
 from router.speeds import Speeds
 from router.workers import Workers
 from runtime.component import Runtime
+from runtime.discovery.base import DiscoveryUnavailable
 from runtime.discovery.leased import LeasedDiscovery
 from runtime.discovery.memory import MemoryStore
 from runtime.embedded import EmbeddedNats
@@ -110,6 +111,23 @@ class World:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    @contextmanager
+    def discovery_away(self) -> Iterator[None]:
+        """Nothing is told, renewed or written; what there was is there again at the end."""
+
+        async def away(*_: object) -> Any:
+            raise DiscoveryUnavailable("away")
+
+        calls = ("grant", "renew", "put", "delete", "list")
+        before = {name: getattr(self.store, name) for name in calls}
+        for name in calls:
+            setattr(self.store, name, away)
+        try:
+            yield
+        finally:
+            for name, call in before.items():
+                setattr(self.store, name, call)
 
     async def plane(self, **other: Any) -> EventPlane:
         if self.kind == "memory":
