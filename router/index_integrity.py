@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router import index_changes as changes
+from router import index_build as build
 from router import index_tables as t
 from router.index_memory import IndexMemory
 
@@ -28,13 +28,14 @@ def check(memory: IndexMemory, workers: tuple[WorkerId | None, ...]) -> None:
     assert (which > 0).all(), "a record without holders is free"
     _check_sets(memory, which, workers)
     _check_aliases(memory, which, live, used)
-    named = int((held & np.uint32(t.UNNAMED) == 0).sum())
+    named = int((held & np.uint32(t.NAMED) != 0).sum())
+    assert named == state[t.NAMED_LIVE], "records with names of their own"
     entries = (len(live), named, int(state[t.SETS_LIVE]), len(used), len(used))
     for table, count in enumerate(entries):
         filled = memory.tables[table] != 0
         assert int(filled.sum()) == count, f"entries of table {table}"
-        assert changes.check_table(state, table), f"an entry of table {table} is lost"
-    assert changes.check_names(state), "a worker's name for two blocks"
+        assert build.check_table(state, table), f"an entry of table {table} is lost"
+    assert build.check_names(state), "a worker's name for two blocks"
 
 
 def _bits(memory: IndexMemory) -> NDArray[Any]:
@@ -68,7 +69,7 @@ def _check_sets(
     assert (counted.astype(np.int64) == blocks).all(), "blocks by worker"
     if blocks[:, 1:].any():
         assert memory.state[t.LOWER], "lower tiers are not looked at"
-    assert changes.check_hashes(memory.state), "hashes of sets"
+    assert build.check_hashes(memory.state), "hashes of sets"
 
 
 def _check_aliases(
@@ -84,7 +85,3 @@ def _check_aliases(
     assert (members & np.uint64(1) == 1).all(), "an alias that its set does not know"
     known = _bits(memory)[which, t.ALIAS_LAYER].sum() if len(live) else 0
     assert int(known) == len(used), "as many aliases as sets know"
-    unnamed = np.flatnonzero(memory.holders[live] & np.uint32(t.UNNAMED))
-    bits = _bits(memory)[which[unnamed]]
-    held = bits[:, : t.ALIAS_LAYER].any(axis=1)
-    assert (held == (bits[:, t.ALIAS_LAYER] == 1)).all(), "nobody has the name of an unnamed one"

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from router import index_changes as changes
+from router import index_build as build
 from router import index_tables as t
 from runtime.native import address, zeros
 
@@ -37,6 +37,7 @@ class IndexMemory:
         self.state: NDArray[np.int64] = np.zeros(t.WORD_COUNT, dtype=np.int64)
         self.state[t.CAPACITY] = capacity
         self.state[t.LANE_WORDS] = 1
+        self.state[t.AT_LANE] = -1
         self.tables: list[U32] = [zeros(1, np.uint32) for _ in range(t.TABLE_COUNT)]
         self.sequences: U64 = zeros(0, np.uint64)
         self.names: U64 = zeros(0, np.uint64)
@@ -48,6 +49,7 @@ class IndexMemory:
         self.alias_records: U32 = zeros(0, np.uint32)
         self.alias_lanes: U32 = zeros(0, np.uint32)
         self.lane_blocks: U64 = zeros(WORD_LANES * t.ALIAS_LAYER, np.uint64)
+        self.lane_numbers: U32 = np.arange(WORD_LANES, dtype=np.uint32)
         self._publish()
         self.resize_aliases(ALIASES_MIN)
         self.resize_sets(SETS_MIN)
@@ -68,12 +70,12 @@ class IndexMemory:
 
     def make_room(self, lacking: int) -> None:
         """After a kernel stopped for this reason."""
-        if lacking == changes.NEEDS_RECORDS:
+        if lacking == t.NEEDS_RECORDS:
             self.resize_records(_grown(len(self.sequences)))
-        elif lacking == changes.NEEDS_SETS:
+        elif lacking == t.NEEDS_SETS:
             self.resize_sets(_grown(len(self.references)))
         else:
-            assert lacking == changes.NEEDS_ALIASES
+            assert lacking == t.NEEDS_ALIASES
             self.resize_aliases(_grown(len(self.alias_names)))
 
     def give_back(self) -> None:
@@ -119,8 +121,8 @@ class IndexMemory:
         if count < len(self.references):
             moved = np.zeros(len(used), dtype=np.uint32)
             moved[kept] = np.arange(len(kept), dtype=np.uint32)
-            unnamed = self.holders & np.uint32(t.UNNAMED)
-            self.holders[:] = moved[self.holders & np.uint32(t.SET_MASK)] | unnamed
+            named = self.holders & np.uint32(t.NAMED)
+            self.holders[:] = moved[self.holders & np.uint32(t.SET_MASK)] | named
             targets = np.arange(len(kept))
         else:
             targets = kept
@@ -171,7 +173,7 @@ class IndexMemory:
         self.resize_records(len(self.sequences))
         for table in (t.BY_SEQUENCE, t.BY_NAME, t.BY_ALIAS, t.BY_OWNER):
             self.tables[table][:] = 0
-            if not changes.build_table(self.state, table, True):
+            if not build.build_table(self.state, table, True):
                 return False
         return True
 
@@ -189,6 +191,7 @@ class IndexMemory:
         blocks = zeros(words * WORD_LANES * t.ALIAS_LAYER, np.uint64)
         blocks[: len(self.lane_blocks)] = self.lane_blocks
         self.rows, self.lane_blocks = rows, blocks
+        self.lane_numbers = np.arange(words * WORD_LANES, dtype=np.uint32)
         self.state[t.LANE_WORDS] = words
         self._publish()
 
@@ -208,9 +211,9 @@ class IndexMemory:
     def _build(self, *tables: int) -> None:
         for table in tables:
             if table in {t.BY_SEQUENCE, t.BY_NAME}:
-                changes.build_records(self.state, table)
+                build.build_records(self.state, table)
             else:
-                changes.build_table(self.state, table, False)
+                build.build_table(self.state, table, False)
 
     def _publish(self) -> None:
         """The addresses, after arrays have changed."""
@@ -225,6 +228,7 @@ class IndexMemory:
         state[t.ALIAS_RECORDS] = address(self.alias_records)
         state[t.ALIAS_LANES] = address(self.alias_lanes)
         state[t.LANE_BLOCKS] = address(self.lane_blocks)
+        state[t.LANE_NUMBERS] = address(self.lane_numbers)
         for table, entries in enumerate(self.tables):
             state[t.TABLES + 3 * table] = address(entries)
 

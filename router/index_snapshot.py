@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from router import index_changes as changes
+from router import index_build as build
 from router import index_tables as t
 from router.index_integrity import check
 from router.index_memory import IndexMemory
@@ -23,7 +23,7 @@ from router.index_memory import IndexMemory
 if TYPE_CHECKING:
     from router.index import WorkerId
 
-VERSION: Final = 1
+VERSION: Final = 2
 _MAGIC: Final = b"KVIX"
 _HEAD: Final = struct.Struct("<4sHxxIxxxxQ")
 _ARRAYS: Final = (
@@ -53,11 +53,11 @@ def pack(memory: IndexMemory, workers: tuple[WorkerId | None, ...]) -> bytes:
     set_numbers = np.zeros(len(memory.references), dtype=np.uint32)
     set_numbers[sets] = np.arange(1, len(sets) + 1, dtype=np.uint32)
     held = memory.holders[live]
-    unnamed = held & np.uint32(t.UNNAMED)
+    named = held & np.uint32(t.NAMED)
     parts: list[NDArray[Any]] = [
         memory.sequences[live],
-        np.where(unnamed, np.uint64(0), memory.names[live]),
-        set_numbers[held & np.uint32(t.SET_MASK)] | unnamed,
+        np.where(named, memory.names[live], np.uint64(0)),
+        set_numbers[held & np.uint32(t.SET_MASK)] | named,
         memory.rows.reshape(-1, memory.row_words)[sets],
         memory.alias_names[used],
         record_numbers[memory.alias_records[used]],
@@ -150,7 +150,7 @@ def _filled(header: _Header, parts: dict[str, NDArray[Any]], capacity: int) -> I
     memory.references[1 : sets + 1] = np.bincount(which, minlength=sets + 1)[1:]
     for name in ("alias_names", "alias_records", "alias_lanes"):
         getattr(memory, name)[:aliases] = parts[name]
-    changes.hash_sets(memory.state, sets)
+    build.hash_sets(memory.state, sets)
     hashes = memory.set_hashes[1 : sets + 1]
     assert hashes.all() and len(np.unique(hashes)) == sets, "sets that are equal or empty"
     memory.index_sets()
@@ -158,6 +158,7 @@ def _filled(header: _Header, parts: dict[str, NDArray[Any]], capacity: int) -> I
     for name in ("sequences", "names", "holders"):
         getattr(memory, name)[:records] = parts[name]
     memory.state[t.LIVE] = memory.state[t.CURSOR] = records
-    changes.count_blocks(memory.state)
+    memory.state[t.NAMED_LIVE] = int((parts["holders"] & np.uint32(t.NAMED) != 0).sum())
+    build.count_blocks(memory.state)
     assert memory.rebuild(), "equal blocks, names or aliases"
     return memory

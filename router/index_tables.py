@@ -1,8 +1,8 @@
 """The index's memory as its kernels see it, and the hash tables and holder sets in it.
 
 `S`, an array of words, holds counters and the addresses of everything else. *Records* are blocks:
-their sequence hash, the name (the engine's own hash) most holders use for it, and the set of who
-holds it. *Sets* of holders are kept once each, however many blocks have them: a bit for each lane
+their sequence hash, the name that is common among their holders where that is another (the
+engine's own hash), and the set of who holds it. *Sets* of holders are kept once each, however many blocks have them: a bit for each lane
 (worker) in each layer (tier). *Aliases* are names of single lanes that differ from the record's
 or that another record has taken.
 
@@ -28,8 +28,8 @@ RECORDS: Final = 0  # how many there may be in this memory
 LIVE: Final = 1
 CURSOR: Final = 2  # where to look for the next free record
 SEQUENCES: Final = 3  # address: uint64 by record
-NAMES: Final = 4  # address: uint64 by record
-HOLDERS: Final = 5  # address: uint32 by record: its set, and UNNAMED
+NAMES: Final = 4  # address: uint64 by record, of those that are NAMED
+HOLDERS: Final = 5  # address: uint32 by record: its set, and NAMED
 SETS: Final = 6
 SETS_LIVE: Final = 7
 SETS_FREE: Final = 8  # the first free set, or -1
@@ -51,10 +51,21 @@ MEMO_RESULT: Final = 23
 CAPACITY: Final = 24
 LIVE_MAX: Final = 25  # of these many records
 ALIASES_MAX: Final = 26
-STOPPED: Final = 27  # why the kernel stopped before the end
-CHAINED: Final = 28  # the sequence hash to go on from
-MISSING: Final = 29  # blocks that were to be removed and were not there
-TABLES: Final = 32  # for each: address, slots, bits of a number
+NAMED_LIVE: Final = 27  # records that are NAMED
+DYING: Final = 28  # lanes whose worker is gone, and that are in sets still
+LANE_NUMBERS: Final = 29  # address: uint32, 0, 1, 2, ...: a lane as an array of one lane
+STORED: Final = 30  # blocks, ever
+REMOVED: Final = 31
+MISSING: Final = 32  # blocks that were to be removed and were not there
+AT_EVENT: Final = 33  # where a kernel stopped: the event,
+AT_NAME: Final = 34  # its first name
+AT_TOKEN: Final = 35  # and token's hash,
+AT_LANE: Final = 36  # which of its lanes, or -1
+AT_BLOCK: Final = 37  # the block
+AT_CHAIN: Final = 38  # the sequence hash before it
+AT_WORST: Final = 39  # what came of the event for the lanes before
+AT_MISSING: Final = 40  # `MISSING` before the event
+TABLES: Final = 41  # for each: address, slots, bits of a number
 
 BY_SEQUENCE: Final = 0
 BY_NAME: Final = 1
@@ -64,8 +75,22 @@ BY_OWNER: Final = 4
 TABLE_COUNT: Final = 5
 WORD_COUNT: Final = TABLES + 3 * TABLE_COUNT
 
-UNNAMED: Final = 1 << 31  # the record's name is in no table; all its holders have aliases
-SET_MASK: Final = UNNAMED - 1
+# What came of an event.
+DONE: Final = 0
+NO_PARENT: Final = 1
+FULL: Final = 2
+NO_LANE: Final = 3
+BROKEN: Final = 4
+NOT_FOUND: Final = 5
+# What a kernel lacks to go on.
+NEEDS_RECORDS: Final = 8
+NEEDS_SETS: Final = 9
+NEEDS_ALIASES: Final = 10
+NEEDS_SWEEP: Final = 11
+CLEARING: Final = 12
+
+NAMED: Final = 1 << 31  # the record's common name is not its sequence hash
+SET_MASK: Final = NAMED - 1
 FREE_LANE: Final = (1 << 32) - 1
 SET_ROOM: Final = 10  # more new sets than one block's change can need
 
@@ -250,21 +275,24 @@ def has_set_room(S):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def changed_set(S, which, lane, layer):  # type: ignore[no-untyped-def]
-    """The set with one member turned over: an existing one, or a new one without references."""
-    change = lane * 8 + layer
-    if S[MEMO] == which and S[MEMO_CHANGE] == change:
-        return S[MEMO_RESULT]
-    h = load64(S[SET_HASHES], which) ^ member_hash(lane, layer)
+def _drafted(S, which):  # type: ignore[no-untyped-def]
+    """The row of the next free set, with the members of this one."""
+    draft, row = row_of(S, S[SETS_FREE]), row_of(S, which)
+    for n in range(LAYERS * S[LANE_WORDS]):
+        store64(draft, n, load64(row, n))
+    return draft
+
+
+@inlined
+def _settled(S, h):  # type: ignore[no-untyped-def]
+    """The set equal to the draft, whose hash this is; or the draft, a set without references."""
+    draft = row_of(S, S[SETS_FREE])
     words = LAYERS * S[LANE_WORDS]
-    turned, bit = layer * S[LANE_WORDS] + (lane >> 6), uint64(1) << uint64(lane & 63)
-    row = row_of(S, which)
     at = TABLES + 3 * BY_MEMBERS
     address, slots, bits = S[at], S[at + 1], S[at + 2]
     low = (1 << bits) - 1
     slot = home(h, slots)
-    result = -1
-    while result < 0:
+    while True:
         entry = load32(address, slot)
         if entry == 0:
             break
@@ -273,37 +301,54 @@ def changed_set(S, which, lane, layer):  # type: ignore[no-untyped-def]
             other = row_of(S, number)
             same = True
             for n in range(words):
-                expected = load64(row, n) ^ (bit if n == turned else uint64(0))
-                if load64(other, n) != expected:
+                if load64(other, n) != load64(draft, n):
                     same = False
                     break
             if same:
-                result = number
+                return number
         slot += 1
         if slot == slots:
             slot = 0
-    if result < 0:
-        result = S[SETS_FREE]
-        S[SETS_FREE] = int64(load64(S[SET_REFERENCES], result)) - 1
-        S[SETS_LIVE] += 1
-        other = row_of(S, result)
-        for n in range(words):
-            store64(other, n, load64(row, n))
-        store64(other, turned, load64(row, turned) ^ bit)
-        store64(S[SET_HASHES], result, h)
-        store64(S[SET_REFERENCES], result, uint64(0))
-        insert(S, BY_MEMBERS, h, result)
+    result = S[SETS_FREE]
+    S[SETS_FREE] = int64(load64(S[SET_REFERENCES], result)) - 1
+    S[SETS_LIVE] += 1
+    store64(S[SET_HASHES], result, h)
+    store64(S[SET_REFERENCES], result, uint64(0))
+    insert(S, BY_MEMBERS, h, result)
+    return result
+
+
+@inlined
+def changed_set(S, which, lane, layer):  # type: ignore[no-untyped-def]
+    """The set with one member turned over: an existing one, or a new one without references."""
+    change = lane * 8 + layer
+    if S[MEMO] == which and S[MEMO_CHANGE] == change:
+        return S[MEMO_RESULT]
+    draft = _drafted(S, which)
+    turned = layer * S[LANE_WORDS] + (lane >> 6)
+    store64(draft, turned, load64(draft, turned) ^ (uint64(1) << uint64(lane & 63)))
+    result = _settled(S, load64(S[SET_HASHES], which) ^ member_hash(lane, layer))
     S[MEMO], S[MEMO_CHANGE], S[MEMO_RESULT] = which, change, result
     return result
 
 
 @inlined
-def turn_over(S, record, lane, layer):  # type: ignore[no-untyped-def]
-    """Make a lane a holder in this layer, or end that it is one. The caller made sure of room."""
-    held = load32(S[HOLDERS], record)
-    which = held & SET_MASK
-    result = changed_set(S, which, lane, layer)
-    store32(S[HOLDERS], record, result | (held & UNNAMED))
+def set_with(S, which, lanes, lane_count, layer, joins):  # type: ignore[no-untyped-def]
+    """The set once all these lanes have joined the layer, or have left it."""
+    draft, h = _drafted(S, which), load64(S[SET_HASHES], which)
+    for n in range(lane_count):
+        lane = load32(lanes, n)
+        if is_member(S, which, lane, layer) != joins:
+            turned = layer * S[LANE_WORDS] + (lane >> 6)
+            store64(draft, turned, load64(draft, turned) ^ (uint64(1) << uint64(lane & 63)))
+            h ^= member_hash(lane, layer)
+    return _settled(S, h)
+
+
+@inlined
+def move(S, record, which, result):  # type: ignore[no-untyped-def]
+    """A record from one set to another; a set that nobody has is given up."""
+    store32(S[HOLDERS], record, result | (load32(S[HOLDERS], record) & NAMED))
     references = S[SET_REFERENCES]
     store64(references, result, load64(references, result) + uint64(1))
     left = load64(references, which) - uint64(1)
@@ -315,6 +360,14 @@ def turn_over(S, record, lane, layer):  # type: ignore[no-untyped-def]
         S[SETS_FREE] = which
         S[SETS_LIVE] -= 1
         S[MEMO] = -1
+
+
+@inlined
+def turn_over(S, record, lane, layer):  # type: ignore[no-untyped-def]
+    """Make a lane a holder in this layer, or end that it is one. The caller made sure of room."""
+    which = load32(S[HOLDERS], record) & SET_MASK
+    result = changed_set(S, which, lane, layer)
+    move(S, record, which, result)
     if layer < ALIAS_LAYER:
         at = lane * ALIAS_LAYER + layer
         one = uint64(1) if is_member(S, result, lane, layer) else uint64(0xFFFFFFFFFFFFFFFF)
