@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from router.feed import NodeFeeds
 from router.feed_settings import FeedSettings
+from router.holdings import STAGED
 from router.index import Index, Tier
 from router.node_feed import NodeState
 from router.speeds import Speeds
@@ -40,11 +41,13 @@ QUICK: dict[str, Any] = {
 TTL_S = 5.0
 
 
-def held_by(index: Index) -> Held:
+def held_by(index: Index, *, staged: bool = False) -> Held:
+    """What is held, or what is gathered beside it or was before."""
     found: Held = {}
     for worker in index.workers:
-        for tier in Tier if worker is not None else ():
-            assert worker is not None
+        if worker is None or (worker.dp_rank >= STAGED) is not staged:
+            continue
+        for tier in Tier:
             names = {int(name) for name in index.held(worker, tier)}
             assert len(names) == index.held_blocks(worker)[tier]
             if names:
@@ -83,6 +86,7 @@ class RouterUnderTest:
             await until(same)
         assert same(), self.feeds.status
         assert held_by(self.index) == truth_of(*nodes)
+        await until(lambda: not held_by(self.index, staged=True))
         self.index.check_integrity()
 
     def state(self, node: str) -> NodeState | None:
