@@ -16,8 +16,7 @@ from typing import Final
 import numpy as np
 
 from router.index import WORKERS_MAX, Hashes, Tier, WorkerId
-from router.index_writer import IndexWriter
-from router.worker_feed import TIER_OF
+from router.index_writer import TIER_OF, IndexWriter
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import Cleared, Removed, RouterEvent, Stored
 
@@ -102,11 +101,16 @@ class Holdings:
     async def forget(self) -> None:
         """Nothing is held any more."""
         gone = [*self.workers, *map(_owner, self.owners)]
-        self._fans.clear()
-        self.workers, self.owners = {WorkerId(*reader) for reader in self.readers}, set()
+        self.became(set(), set())
         for worker in gone:
             self._writer.settled().remove_worker(worker)
             await asyncio.sleep(0)
+
+    def became(self, workers: set[WorkerId], owners: set[int]) -> None:
+        """Of whom something is held now, besides those that read."""
+        self._fans.clear()
+        self.workers = workers | {WorkerId(*reader) for reader in self.readers}
+        self.owners = owners
 
     @asynccontextmanager
     async def stage(self) -> AsyncIterator[Staged]:
@@ -173,9 +177,7 @@ class Staged:
         self._workers |= holdings.workers | set(map(_owner, holdings.owners))
         for worker in self._workers:
             self._writer.settled().exchange(worker, _staged(worker))
-        holdings._fans.clear()  # of those that are gone too
-        holdings.owners = self._owners
-        holdings.workers = found | {WorkerId(*reader) for reader in holdings.readers}
+        holdings.became(found, self._owners)
 
     async def drop(self) -> None:
         """What is staged, which after `take_over` is what was held before."""

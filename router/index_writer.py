@@ -6,8 +6,18 @@ always that in which events came, whoever applies them.
 
 from __future__ import annotations
 
+from typing import Final
+
 from router.changes import Changes
-from router.index import Index
+from router.index import Index, Tier
+from runtime.events.router_event import StorageTier
+
+TIER_OF: Final = {
+    StorageTier.DEVICE: Tier.G1,
+    StorageTier.HOST_PINNED: Tier.G2,
+    StorageTier.DISK: Tier.G3,
+    StorageTier.EXTERNAL: Tier.G4,
+}
 
 
 class IndexWriter:

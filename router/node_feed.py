@@ -222,7 +222,7 @@ class NodeFeed:
         if self._gone_at is not None:
             return self._gone_at + settings.gone_for
         if self._failures:
-            pause = settings.backoff * 2 ** min(self._failures - 1, 30)
+            pause = settings.backoff * 2.0 ** min(self._failures - 1, 30)
             due = self._asked_at + min(pause, settings.backoff_max)
             if self._stale_at is not None:
                 due = min(due, self._stale_at + settings.stale_for)

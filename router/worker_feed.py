@@ -14,20 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from router.index import Tier, WorkerId
-from router.index_writer import IndexWriter
+from router.index import WorkerId
+from router.index_writer import TIER_OF, IndexWriter
 from runtime.events.envelope import Envelope, WireError
-from runtime.events.router_event import Cleared, Removed, RouterEvent, StorageTier, Stored
+from runtime.events.router_event import Cleared, Removed, RouterEvent, Stored
 from runtime.events.router_wire import decode_msgpack
 
 WORKERS_MAX: Final = 4096
-
-TIER_OF: Final = {
-    StorageTier.DEVICE: Tier.G1,
-    StorageTier.HOST_PINNED: Tier.G2,
-    StorageTier.DISK: Tier.G3,
-    StorageTier.EXTERNAL: Tier.G4,
-}
 
 
 @dataclass(frozen=True, slots=True)

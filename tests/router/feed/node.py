@@ -14,8 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from router.holdings import OWNER, TIER_OF
+from router.holdings import OWNER
 from router.index import Tier, WorkerId
+from router.index_writer import TIER_OF
 from runtime.component import Runtime, Serving
 from runtime.events import EventPlane
 from runtime.events.envelope import Envelope, encode_envelope

@@ -77,7 +77,8 @@ async def test_a_late_event_is_waited_for_and_not_asked_for(world: World) -> Non
     node, life = await lived(world)
     async with world.router(reorder=5.0, probe_interval=60.0) as router:
         await until(router.is_live)
-        questions, late = node.questions, []
+        questions = node.questions
+        late: list[bytes] = []
         node.send = late.append
         life.live(20)
         for data in [*late[1:], late[0]]:
@@ -378,7 +379,7 @@ async def test_a_worker_that_joins_an_owner_gets_its_blocks_and_loses_them_when_
             await node.relabel()
             life.live(20)
             expected = router.index.held_blocks
-            await until(lambda: held_by(router.index) == truth_of(node))  # noqa: B023
+            await until(lambda: held_by(router.index) == truth_of(node))
             assert sum(lower(router, joins)) == (
                 0 if owner is None else sum(node_lower(node, owner))
             )
@@ -392,7 +393,7 @@ def node_lower(node: FakeNode, owner: int) -> list[int]:
 
 
 async def test_all_of_an_engines_own_blocks_go_and_those_it_reads_stay(world: World) -> None:
-    node, life = await lived(world, 300)
+    node, _ = await lived(world, 300)
     async with world.router() as router:
         await until(router.is_live)
         node.cleared("worker", 0x11, 0)
