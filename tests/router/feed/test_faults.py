@@ -16,7 +16,7 @@ import pytest
 from router.index import Tier, WorkerId
 from router.node_feed import NodeState
 from tests.router.feed.node import FakeNode, Life
-from tests.router.feed.world import RouterUnderTest, World, held_by, truth_of
+from tests.router.feed.world import NAMESPACE, RouterUnderTest, World, held_by, truth_of
 from tests.runtime.planes import until
 
 OUTAGE_S = float(os.environ.get("KVBM_TEST_OUTAGE_S", "2"))
@@ -333,7 +333,7 @@ async def test_a_record_that_cannot_be_followed_is_counted(
     async with world.router() as router:
         await until(router.is_live)
         bad = await world.node("b", serve=False)
-        endpoint = bad._runtime.namespace("test").component("kvbm").endpoint("kv-events")
+        endpoint = bad._runtime.namespace(NAMESPACE).component("kvbm").endpoint("kv-events")
         await endpoint.serve(bad._answer, labels={"node": "b"} | labels)
         await until(lambda: router.feeds.status.refused_total > 0)
         await router.equals(node)

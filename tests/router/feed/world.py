@@ -27,7 +27,7 @@ from runtime.server_process import free_ports
 from tests.router.feed.node import FakeNode, Held
 from tests.runtime.planes import nats_settings, until
 
-NAMESPACE = "test"
+NAMESPACE = "default"
 QUICK: dict[str, Any] = {
     "reorder": 0.02,
     "backoff": 0.02,
@@ -97,12 +97,12 @@ class RouterUnderTest:
 class World:
     """`kind` of event plane: memory, nats or zmq; requests go over TCP."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, memory: MemoryPlane | None = None) -> None:
         self.kind = kind
         self.store = MemoryStore()
         self.nats: EmbeddedNats | None = None
         self._folder = folder
-        self._memory = MemoryPlane()
+        self._memory = memory or MemoryPlane()
         self._zmq_addresses: list[str] = []
         self._stack = AsyncExitStack()
 
