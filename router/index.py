@@ -15,10 +15,13 @@ on, counts the block when all before it are there and not sooner. Names of anoth
 test by a chance of 2^-64. A name that the engine gave to a block itself goes before.
 
 No event raises: what cannot be applied is an `Outcome`, counted. Memory is bounded by `capacity`,
-about 20 bytes a block however many workers hold it, as much again where its name is not its
-sequence hash, and as much again for each worker that calls it by a third. One thread at a time uses an index; a call holds no lock of the interpreter
-while it works. Making the first index of a process compiles its kernels: a second or so from the
-cache on disk, half a minute without.
+about 20 bytes a block however many workers hold it, 16 more where its holders' name for it is not
+its sequence hash, and about 36 for each worker that calls it by yet another. No call waits for a
+table to be built anew or for a cleared worker's blocks to be taken out one by one.
+
+One thread at a time uses an index; a call holds no lock of the interpreter while it works. Making
+the first index of a process compiles its kernels: a second or so from the cache on disk, half a
+minute without.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from router.index_memory import IndexMemory
 
 WORKERS_MAX: Final = 1024
+UPKEEP_BLOCKS: Final = 256
+UPKEEP_MAX: Final = 1 << 14
 _WORD: Final = (1 << 64) - 1
 
 Hashes = NDArray[np.uint64]
@@ -93,13 +98,16 @@ class Matches:
 class Index:
     """At most `capacity` distinct blocks, held by at most `workers_max` workers."""
 
+    _swept_at_once = UPKEEP_MAX  # records; tests take fewer
+    _upkeep_blocks = UPKEEP_BLOCKS
+
     def __init__(self, capacity: int, workers_max: int = WORKERS_MAX) -> None:
         # numba takes a while to import and more to compile: only who has an index pays for it.
         from router import index_apply, index_removal, index_search, index_store, index_tables
         from router.index_memory import IndexMemory
 
         self._store, self._remove = index_store.store, index_removal.remove
-        self._apply, self._drop_lane = index_apply.apply, index_removal.drop_lane
+        self._apply = index_apply.apply
         self._name_rows, self._store_rows = index_store.name_rows, index_store.store_rows
         self._find = index_search.find
         self._words = index_tables
@@ -112,7 +120,7 @@ class Index:
 
     def __len__(self) -> int:
         """Distinct blocks."""
-        return self._memory.live
+        return self._memory.held
 
     @property
     def workers(self) -> tuple[WorkerId | None, ...]:
@@ -165,7 +173,7 @@ class Index:
         while True:
             result = self._store(self._state, lane, level, known, name, names, tokens)
             if result < self._words.NEEDS_RECORDS:
-                return self._counted(result)
+                return self._counted(result, len(names))
             self._memory.make_room(result)
 
     def stored_rows(
@@ -186,7 +194,7 @@ class Index:
         while True:
             result = self._store_rows(self._state, lanes, int(tier), names)
             if result < self._words.NEEDS_RECORDS:
-                return self._counted(result)
+                return self._counted(result, len(names))
             self._memory.make_room(result)
 
     def removed(self, worker: WorkerId, tier: Tier, names: Hashes) -> Outcome:
@@ -197,13 +205,17 @@ class Index:
         while True:
             result = self._remove(self._state, lane, int(tier), names)
             if result < self._words.NEEDS_RECORDS:
-                self._memory.give_back()
-                return self._counted(result)
+                return self._counted(result, len(names))
             self._memory.make_room(result)
 
     def cleared(self, worker: WorkerId) -> Outcome:
-        """A worker holds nothing any more, in no tier. Costs a pass over all blocks."""
-        self._clear(worker)
+        """A worker holds nothing any more, in no tier. Its column in `Matches` is another now.
+
+        What its blocks took is given back a little at a time, by later calls that change the
+        index and by `upkeep`.
+        """
+        if self._bury(worker):
+            self._add_lanes((worker,))
         return self._counted(self._words.DONE)
 
     def apply(self, changes: Changes) -> NDArray[np.uint8]:
@@ -223,24 +235,31 @@ class Index:
         while (lacking := self._apply(state, heads, names, tokens, groups, lanes, outcomes)) != 0:
             if lacking == words.CLEARING:
                 for worker in changes.workers_of(int(state[words.AT_EVENT])):
-                    self._clear(worker)
+                    if self._bury(worker):
+                        self._add_lanes((worker,))
                 state[words.AT_EVENT] += 1
                 groups, lanes = self._lanes_of(changes)
             else:
                 self._memory.make_room(lacking)
-        self._memory.give_back()
         self._outcomes += np.bincount(outcomes, minlength=len(OUTCOMES))
+        if state[words.UPKEEP]:
+            self.upkeep(len(names))
         return outcomes
 
     def remove_worker(self, worker: WorkerId) -> Outcome:
-        """A worker is gone; its column is given to the next that comes."""
-        outcome = self.cleared(worker)
-        lane = self._lanes.pop(worker, None)
-        if lane is not None:
-            workers = list(self._workers)
-            workers[lane] = None
-            self._workers = tuple(workers)
-        return outcome
+        """A worker is gone, as if cleared; its column is given to another that comes, later."""
+        if not self._bury(worker) and worker in self._lanes:
+            self._leave(worker)
+        return self._counted(self._words.DONE)
+
+    def upkeep(self, blocks: int = 0) -> bool:
+        """Give back some of what cleared workers and removed blocks took; whether there is more.
+
+        Every call that changes the index does some, in proportion to its blocks; nothing is wrong
+        without. Bounded: well below a millisecond by itself.
+        """
+        self._memory.upkeep(min(self._upkeep_blocks + 8 * blocks, UPKEEP_MAX))
+        return bool(self._state[self._words.UPKEEP])
 
     def held(self, worker: WorkerId, tier: Tier) -> Hashes:
         """Sequence hashes of what a worker holds in a tier. Costs a pass over all blocks."""
@@ -263,6 +282,8 @@ class Index:
         """How far each worker holds the chain of blocks with these local hashes."""
         reach = np.zeros((len(Tier), len(self._workers)), dtype=np.int32)
         self._find(self._state, tokens, reach)
+        if self._memory.dying:
+            reach[:, list(self._memory.dying)] = 0
         return Matches(self._workers, reach)
 
     def snapshot(self) -> bytes:
@@ -296,16 +317,22 @@ class Index:
         self._lanes = {w: n for n, w in enumerate(workers) if w is not None}
         self._state = memory.state
 
-    def _clear(self, worker: WorkerId) -> None:
-        lane = self._lanes.get(worker)
-        if lane is not None:
-            self._state[self._words.REMOVED] += sum(self.held_blocks(worker))
-            start = 0
-            while (start := self._drop_lane(self._state, lane, start)) < len(
-                self._memory.sequences
-            ):
-                self._memory.make_room(self._words.NEEDS_SETS)
-            self._memory.give_back()
+    def _bury(self, worker: WorkerId) -> bool:
+        """Leave what a worker holds behind, with the lane it had; whether it held anything."""
+        held = sum(self.held_blocks(worker))
+        if held:
+            self._state[self._words.REMOVED] += held
+            self._memory.bury(self._leave(worker))
+            if len(self._memory.sequences) <= self._swept_at_once or self._memory.is_crowded:
+                self._memory.finish_sweeps()
+        return held > 0
+
+    def _leave(self, worker: WorkerId) -> int:
+        lane = self._lanes.pop(worker)
+        workers = list(self._workers)
+        workers[lane] = None
+        self._workers = tuple(workers)
+        return lane
 
     def _add_lanes(self, added: Sequence[WorkerId]) -> bool:
         """Give all of these a lane that have none, or, if there is no room, none of them."""
@@ -315,9 +342,11 @@ class Index:
         if len(self._lanes) + len(new) > self._workers_max:
             return False
         workers = list(self._workers)
+        dying = self._memory.dying
+        free = [n for n, worker in enumerate(workers) if worker is None and n not in dying]
         for worker in new:
-            if None in workers:
-                lane = workers.index(None)
+            if free:
+                lane = free.pop(0)
                 workers[lane] = worker
             else:
                 lane = len(workers)
@@ -337,6 +366,8 @@ class Index:
             lanes += known
         return np.array(groups, dtype=np.int64), np.array(lanes, dtype=np.uint32)
 
-    def _counted(self, result: int) -> Outcome:
+    def _counted(self, result: int, blocks: int = 0) -> Outcome:
         self._outcomes[result] += 1
+        if self._state[self._words.UPKEEP]:
+            self.upkeep(blocks)
         return OUTCOMES[result]

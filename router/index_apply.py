@@ -8,7 +8,7 @@ from numba import int64, types, uint64
 
 from router import index_tables as t
 from router.index_removal import remove_lanes
-from router.index_store import is_chain, store_lanes
+from router.index_store import is_evident, store_lanes
 from runtime.native import READ_U32, READ_U64, WORDS, kernel
 
 STORED: Final = 0
@@ -40,11 +40,8 @@ def apply(S, heads, names, tokens, groups, lanes, outcomes):  # type: ignore[no-
         if kind == STORED:
             there = hashed + 8 * S[t.AT_TOKEN]
             if whole:
-                has_parent, parent = heads[head + 4] != uint64(0), heads[head + 5]
-                known = is_chain(has_parent, parent, here, there, count)
-                result = store_lanes(
-                    S, at, lane_count, tier, known, has_parent, parent, here, there, count
-                )
+                chain = (heads[head + 4] != uint64(0), heads[head + 5], here, there, count)
+                result = store_lanes(S, at, lane_count, tier, is_evident(chain), chain)
             else:
                 result = t.NO_LANE
             if result < t.NEEDS_RECORDS:

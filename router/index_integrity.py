@@ -21,7 +21,7 @@ def check(memory: IndexMemory, workers: tuple[WorkerId | None, ...]) -> None:
     live = np.flatnonzero(memory.holders)
     held = memory.holders[live]
     which = held & np.uint32(t.SET_MASK)
-    used = np.flatnonzero(memory.alias_lanes != t.FREE_LANE)
+    used = np.flatnonzero(memory.alias_lanes)
     assert len(live) == state[t.LIVE] <= state[t.CAPACITY], "live records"
     assert len(used) == state[t.ALIASES_LIVE], "live aliases"
     assert len(live) + len(used) <= state[t.CAPACITY], "capacity"
@@ -32,10 +32,14 @@ def check(memory: IndexMemory, workers: tuple[WorkerId | None, ...]) -> None:
     assert named == state[t.NAMED_LIVE], "records with names of their own"
     entries = (len(live), named, int(state[t.SETS_LIVE]), len(used), len(used))
     for table, count in enumerate(entries):
-        filled = memory.tables[table] != 0
-        assert int(filled.sum()) == count, f"entries of table {table}"
+        filled = memory.table(table) != 0
+        assert int(filled.sum()) == count == state[_count_word(table)], f"entries of table {table}"
         assert build.check_table(state, table), f"an entry of table {table} is lost"
     assert build.check_names(state), "a worker's name for two blocks"
+
+
+def _count_word(table: int) -> int:
+    return t.TABLES + t.TABLE_WORDS * table + t.COUNT
 
 
 def _bits(memory: IndexMemory) -> NDArray[Any]:
@@ -57,6 +61,8 @@ def _check_sets(
     assert not references[~live].any(), "a set that is free"
     sets = np.flatnonzero(live)
     known = np.array([w is not None for w in workers], dtype=bool)
+    living = known.copy()
+    known[list(memory.dying)] = True
     blocks = np.zeros((memory.row_words // t.LAYERS * 64, t.ALIAS_LAYER), dtype=np.int64)
     bits = _bits(memory)[sets]
     assert not bits[:, :, len(known) :].any(), "members that are no workers"
@@ -65,8 +71,8 @@ def _check_sets(
     held = bits[:, : t.ALIAS_LAYER].any(axis=1)
     assert not (bits[:, t.ALIAS_LAYER] & ~held & 1).any(), "an alias of who holds nothing"
     blocks += np.einsum("slw,s->wl", bits[:, : t.ALIAS_LAYER].astype(np.int64), references[sets])
-    counted = memory.lane_blocks.reshape(-1, t.ALIAS_LAYER)
-    assert (counted.astype(np.int64) == blocks).all(), "blocks by worker"
+    counted = memory.lane_blocks.reshape(-1, t.ALIAS_LAYER)[: len(living)][living]
+    assert (counted.astype(np.int64) == blocks[: len(living)][living]).all(), "blocks by worker"
     if blocks[:, 1:].any():
         assert memory.state[t.LOWER], "lower tiers are not looked at"
     assert build.check_hashes(memory.state), "hashes of sets"
@@ -76,7 +82,7 @@ def _check_aliases(
     memory: IndexMemory, which: NDArray[Any], live: NDArray[Any], used: NDArray[Any]
 ) -> None:
     """Each alias's lane is in the alias layer of its record, and the other way round."""
-    records, lanes = memory.alias_records[used], memory.alias_lanes[used].astype(np.int64)
+    records, lanes = memory.alias_records[used], memory.alias_lanes[used].astype(np.int64) - 1
     assert (memory.holders[records] != 0).all(), "an alias of a free record"
     owned = memory.holders[records] & np.uint32(t.SET_MASK)
     words = int(memory.state[t.LANE_WORDS])

@@ -42,9 +42,9 @@ def called(S, lane, name):  # type: ignore[no-untyped-def]
             return record
     if S[t.NAMED_LIVE] < S[t.LIVE]:
         record = t.find_record(S, t.BY_SEQUENCE, S[t.SEQUENCES], name)
-        if record >= 0 and load32(S[t.HOLDERS], record) & t.NAMED == 0:
-            if calls(S, lane, record):
-                return record
+        named = record >= 0 and load32(S[t.HOLDERS], record) & t.NAMED != 0
+        if record >= 0 and not named and calls(S, lane, record):
+            return record
     return -1
 
 
@@ -63,13 +63,14 @@ def new_record(S, sequence):  # type: ignore[no-untyped-def]
     while True:
         if record >= end:
             record = 0
+            S[t.SLIDE] = -1
         if load32(holders, record) == 0:
             break
         record += 1
     S[t.CURSOR] = record + 1
     S[t.LIVE] += 1
     store64(S[t.SEQUENCES], record, sequence)
-    t.insert(S, t.BY_SEQUENCE, t.mixed(sequence), record)
+    t.insert(S, t.BY_SEQUENCE, t.mixed(S, sequence), record)
     return record
 
 
@@ -79,7 +80,7 @@ def make_common(S, record, name):  # type: ignore[no-untyped-def]
     S[t.NAMED_LIVE] += 1
     store64(S[t.NAMES], record, name)
     store32(S[t.HOLDERS], record, t.NAMED)
-    t.insert(S, t.BY_NAME, t.mixed(name), record)
+    t.insert(S, t.BY_NAME, t.mixed(S, name), record)
 
 
 @inlined
@@ -87,23 +88,41 @@ def free_record(S, record):  # type: ignore[no-untyped-def]
     """Nobody holds it any more."""
     if load32(S[t.HOLDERS], record) & t.NAMED != 0:
         S[t.NAMED_LIVE] -= 1
-        t.erase(S, t.BY_NAME, t.mixed(load64(S[t.NAMES], record)), record)
-    t.erase(S, t.BY_SEQUENCE, t.mixed(load64(S[t.SEQUENCES], record)), record)
+        t.erase(S, t.BY_NAME, t.mixed(S, load64(S[t.NAMES], record)), record)
+    t.erase(S, t.BY_SEQUENCE, t.mixed(S, load64(S[t.SEQUENCES], record)), record)
     store32(S[t.HOLDERS], record, 0)
     S[t.LIVE] -= 1
+    if S[t.LIVE] < S[t.SPARSE]:
+        S[t.UPKEEP] = 1
 
 
 @inlined
 def add_alias(S, record, lane, name):  # type: ignore[no-untyped-def]
     alias = S[t.ALIASES_FREE]
-    S[t.ALIASES_FREE] = load32(S[t.ALIAS_RECORDS], alias) - 1
+    if alias >= 0:
+        S[t.ALIASES_FREE] = load32(S[t.ALIAS_RECORDS], alias) - 1
+    else:
+        alias = S[t.ALIASES_END]
+        S[t.ALIASES_END] += 1
     S[t.ALIASES_LIVE] += 1
     store64(S[t.ALIAS_NAMES], alias, name)
     store32(S[t.ALIAS_RECORDS], alias, record)
-    store32(S[t.ALIAS_LANES], alias, lane)
-    t.insert(S, t.BY_ALIAS, t.of_lane(lane, name), alias)
-    t.insert(S, t.BY_OWNER, t.of_lane(lane, uint64(record)), alias)
+    store32(S[t.ALIAS_LANES], alias, lane + 1)
+    t.insert(S, t.BY_ALIAS, t.of_lane(S, lane, name), alias)
+    t.insert(S, t.BY_OWNER, t.of_lane(S, lane, uint64(record)), alias)
     t.turn_over(S, record, lane, t.ALIAS_LAYER)
+
+
+@inlined
+def erase_alias(S, record, lane):  # type: ignore[no-untyped-def]
+    """A lane's name for a record that has one; the record's set does not know yet."""
+    alias = t.find_alias(S, t.BY_OWNER, lane, uint64(record))
+    t.erase(S, t.BY_ALIAS, t.of_lane(S, lane, load64(S[t.ALIAS_NAMES], alias)), alias)
+    t.erase(S, t.BY_OWNER, t.of_lane(S, lane, uint64(record)), alias)
+    store32(S[t.ALIAS_LANES], alias, 0)
+    store32(S[t.ALIAS_RECORDS], alias, S[t.ALIASES_FREE] + 1)
+    S[t.ALIASES_FREE] = alias
+    S[t.ALIASES_LIVE] -= 1
 
 
 @inlined
@@ -111,13 +130,7 @@ def end_alias(S, record, lane):  # type: ignore[no-untyped-def]
     """Of a lane that holds the record, if it has one."""
     which = load32(S[t.HOLDERS], record) & t.SET_MASK
     if t.is_member(S, which, lane, t.ALIAS_LAYER):
-        alias = t.find_alias(S, t.BY_OWNER, lane, uint64(record))
-        t.erase(S, t.BY_ALIAS, t.of_lane(lane, load64(S[t.ALIAS_NAMES], alias)), alias)
-        t.erase(S, t.BY_OWNER, t.of_lane(lane, uint64(record)), alias)
-        store32(S[t.ALIAS_LANES], alias, t.FREE_LANE)
-        store32(S[t.ALIAS_RECORDS], alias, S[t.ALIASES_FREE] + 1)
-        S[t.ALIASES_FREE] = alias
-        S[t.ALIASES_LIVE] -= 1
+        erase_alias(S, record, lane)
         t.turn_over(S, record, lane, t.ALIAS_LAYER)
 
 

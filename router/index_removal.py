@@ -1,4 +1,4 @@
-"""Kernels that take blocks away: removed by name, or everything of workers that were cleared.
+"""Kernels that take blocks away, by name.
 
 They stop where they lack room for sets, and go on when called again, as those that store do.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import int64
 
 from router import index_tables as t
-from router.index_names import called, drop, end_alias, free_record, is_pure
+from router.index_names import called, end_alias, free_record, is_pure
 from router.index_share import share
 from router.index_store import begin
 from runtime.native import READ_U64, WORDS, inlined, kernel, load32, load64
@@ -32,8 +32,8 @@ def _remove_lane(S, lane, tier, names, count):  # type: ignore[no-untyped-def]
             S[t.AT_BLOCK] = n
             return t.NEEDS_SETS
         if n + 8 < count:
-            t.warm(S, t.BY_NAME, t.mixed(load64(names, n + 8)))
-            t.warm(S, t.BY_SEQUENCE, t.mixed(load64(names, n + 8)))
+            t.warm(S, t.BY_NAME, t.mixed(S, load64(names, n + 8)))
+            t.warm(S, t.BY_SEQUENCE, t.mixed(S, load64(names, n + 8)))
         record = called(S, lane, load64(names, n))
         if record < 0 or not t.is_member(S, load32(S[t.HOLDERS], record) & t.SET_MASK, lane, tier):
             S[t.MISSING] += 1
@@ -69,15 +69,3 @@ def remove(S, lane, tier, names):  # type: ignore[no-untyped-def]
     """One event of one lane."""
     lanes = S[t.LANE_NUMBERS] + 4 * lane
     return remove_lanes(S, lanes, 1, tier, int64(names.ctypes.data), len(names))
-
-
-@kernel(int64(WORDS, int64, int64))
-def drop_lane(S, lane, start):  # type: ignore[no-untyped-def]
-    """Everything of one lane, from record `start` on; returns how far it got."""
-    for record in range(start, S[t.RECORDS]):
-        which = load32(S[t.HOLDERS], record) & t.SET_MASK
-        if which != 0 and t.holds(S, which, lane):
-            if not t.has_set_room(S):
-                return record
-            drop(S, record, lane)
-    return S[t.RECORDS]

@@ -26,8 +26,9 @@ _AHEAD: Final = 32  # blocks whose places are asked for before they are worked o
 
 
 @inlined
-def is_chain(has_parent, parent, names, tokens, count):  # type: ignore[no-untyped-def]
+def is_evident(chain):  # type: ignore[no-untyped-def]
     """Whether names are the sequence hashes that follow from the parent taken for one."""
+    has_parent, parent, names, tokens, count = chain
     if count == 0:
         return True
     first = load64(tokens, 0)
@@ -84,8 +85,9 @@ def _store_block(S, lane, tier, name, sequence):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _store_lane(S, lane, tier, known, has_parent, parent, names, tokens, count):  # type: ignore[no-untyped-def]
+def _store_lane(S, lane, tier, known, chain):  # type: ignore[no-untyped-def]
     """Blocks from `S[AT_BLOCK]` on. Known: the names are the sequence hashes."""
+    has_parent, parent, names, tokens, count = chain
     start = S[t.AT_BLOCK]
     chained, previous = start > 0, uint64(S[t.AT_CHAIN])
     if start == 0 and has_parent:
@@ -113,8 +115,8 @@ def _store_lane(S, lane, tier, known, has_parent, parent, names, tokens, count):
                 before = load64(tokens, n)
             chained = True
             ahead[n - first] = before
-            t.warm(S, t.BY_SEQUENCE, t.mixed(before))
-            t.warm(S, t.BY_NAME, t.mixed(name))
+            t.warm(S, t.BY_SEQUENCE, t.mixed(S, before))
+            t.warm(S, t.BY_NAME, t.mixed(S, name))
         for n in range(first, last):
             sequence, name = ahead[n - first], load64(names, n)
             lacks = _lacks(S, lane, name, sequence)
@@ -141,11 +143,13 @@ def begin(S):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def store_lanes(S, lanes, lane_count, tier, known, has_parent, parent, names, tokens, count):  # type: ignore[no-untyped-def]
-    """Blocks of one chain, or, if known and without a parent, any. What came of it, or is lacking.
+def store_lanes(S, lanes, lane_count, tier, known, chain):  # type: ignore[no-untyped-def]
+    """Blocks that follow each other, or, if known and without a parent, any; what came of it.
 
-    `S[AT_LANE]` is -1 while all lanes are worked on at once.
+    `chain` is whether there is a parent, the parent, addresses of names and tokens' hashes, their
+    number. `S[AT_LANE]` is -1 while all lanes are worked on at once.
     """
+    names, count = chain[2], chain[4]
     if tier > 0:
         S[t.LOWER] = 1
     if known and can_share(S, count - S[t.AT_BLOCK]):
@@ -159,7 +163,7 @@ def store_lanes(S, lanes, lane_count, tier, known, has_parent, parent, names, to
     for n in range(max(0, S[t.AT_LANE]), lane_count):
         S[t.AT_LANE] = n
         lane = load32(lanes, n)
-        result = _store_lane(S, lane, tier, known, has_parent, parent, names, tokens, count)
+        result = _store_lane(S, lane, tier, known, chain)
         if result >= t.NEEDS_RECORDS:
             return result
         if S[t.AT_WORST] == t.DONE:
@@ -173,10 +177,9 @@ def store_lanes(S, lanes, lane_count, tier, known, has_parent, parent, names, to
 @kernel(int64(WORDS, int64, int64, boolean, uint64, READ_U64, READ_U64))
 def store(S, lane, tier, has_parent, parent, names, tokens):  # type: ignore[no-untyped-def]
     """One event of one lane."""
-    count, called_by, hashed = len(names), int64(names.ctypes.data), int64(tokens.ctypes.data)
-    known = is_chain(has_parent, parent, called_by, hashed, count)
+    chain = (has_parent, parent, int64(names.ctypes.data), int64(tokens.ctypes.data), len(names))
     lanes = S[t.LANE_NUMBERS] + 4 * lane
-    return store_lanes(S, lanes, 1, tier, known, has_parent, parent, called_by, hashed, count)
+    return store_lanes(S, lanes, 1, tier, is_evident(chain), chain)
 
 
 @kernel(types.void(READ_U64, READ_U64, types.Array(types.uint64, 1, "C")))
@@ -191,7 +194,6 @@ def name_rows(parents, tokens, names):  # type: ignore[no-untyped-def]
 @kernel(int64(WORDS, READ_U32, int64, READ_U64))
 def store_rows(S, lanes, tier, names):  # type: ignore[no-untyped-def]
     """Blocks by sequence hash, in any order."""
-    at, count = int64(names.ctypes.data), len(names)
-    return store_lanes(
-        S, int64(lanes.ctypes.data), len(lanes), tier, True, False, uint64(0), at, at, count
-    )
+    at = int64(names.ctypes.data)
+    chain = (False, uint64(0), at, at, len(names))
+    return store_lanes(S, int64(lanes.ctypes.data), len(lanes), tier, True, chain)
