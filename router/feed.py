@@ -199,7 +199,10 @@ class NodeFeeds:
                 await asyncio.sleep(0)
 
     async def _watch(self, messages: Subscription) -> None:
-        """Whatever tells of a loss makes all nodes be asked; the rest their probes find."""
+        """Whatever tells of a loss makes all nodes be asked; the rest their probes find.
+
+        And what the index put off is done.
+        """
         before = None
         while True:
             status = self._plane.status()
@@ -213,6 +216,8 @@ class NodeFeeds:
                 for node in self._nodes.values():
                     node.probe()
             before = now
+            while self._writer.settled().upkeep():
+                await asyncio.sleep(0)
             await asyncio.sleep(WATCH_S)
 
     # -- nodes ---------------------------------------------------------------------------

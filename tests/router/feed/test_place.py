@@ -178,4 +178,4 @@ class PlaceMachine(RuleBasedStateMachine):
 
 
 TestPlace = PlaceMachine.TestCase
-TestPlace.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestPlace.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
