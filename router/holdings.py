@@ -17,14 +17,16 @@ import numpy as np
 
 from router.index import WORKERS_MAX, Hashes, Tier, WorkerId
 from router.index_writer import TIER_OF, IndexWriter
+from runtime.events.envelope import U64_MAX, WireError
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import Cleared, Removed, RouterEvent, Stored
 
 SLICE_BLOCKS: Final = 4096
 """Of many blocks, so many are worked on in one turn of the event loop."""
 
+RANKS_MAX: Final = 1 << 32
 OWNER: Final = 1 << 40
-"""An owner's rank in the index; those of workers have 32 bits."""
+"""An owner's rank in the index, which no worker has."""
 STAGED: Final = 1 << 41
 """Added to the rank of what is gathered beside what is held."""
 
@@ -168,6 +170,9 @@ class Staged:
         self._owners: set[int] = set()
 
     async def add(self, rows: Rows) -> None:
+        """Raises WireError for a worker that cannot be one."""
+        if not (0 <= rows.worker_id <= U64_MAX and 0 <= rows.dp_rank < RANKS_MAX):
+            raise WireError(f"rows of a worker {rows.worker_id}.{rows.dp_rank}")
         owned = rows.residency_domain == _OWNED
         key = _owner(rows.worker_id) if owned else WorkerId(rows.worker_id, rows.dp_rank)
         if key not in self._workers and len(self._workers) >= WORKERS_MAX:
