@@ -98,6 +98,14 @@ def inlined(function: Any) -> Any:
     return njit(nogil=True)(function)
 
 
+def zeros(count: int, dtype: Any) -> NDArray[Any]:
+    """An array for good; `Growing` is for one that changes its size."""
+    size_bytes = count * np.dtype(dtype).itemsize
+    if size_bytes < HUGE_BYTES:
+        return np.zeros(count, dtype=dtype)
+    return np.frombuffer(_mapped(size_bytes), dtype=dtype)
+
+
 class Growing:
     """Zeros that become more or fewer in place: once they are big nothing is copied.
 
