@@ -62,7 +62,9 @@ class Load(Protocol):
 class Rejected:
     """The request was sent nowhere."""
 
-    kind: Literal["no-worker", "busy", "queue-full", "deadline", "duplicate"]
+    kind: Literal[
+        "no-worker", "no-prefill-worker", "busy", "queue-full", "deadline", "duplicate", "full"
+    ]
     why: str
 
 
@@ -204,10 +206,10 @@ class Router:
 
     def explain(self, query: Query) -> dict[str, Any]:
         """The decision that comes next, in words that JSON has; nothing is sent."""
-        decision = self.preview(query)
-        match decision:
-            case Chosen():
-                told = decision.explain()
+        told: dict[str, Any]
+        match self.preview(query):
+            case Chosen() as chosen:
+                told = chosen.explain()
             case AllBusy(workers):
                 told = {"worker": None, "reason": f"all of {workers} workers are over their limits"}
             case NoWorker(why):
