@@ -90,7 +90,9 @@ class Fleet:
             self._drop(name.id)
             self._refused_total[refused.why] += 1
             self.latest_refusals.append(Refusal(f"{name.id:x}", refused.why, str(refused)))
-            _log.warning("engine_refused", instance=f"{name.id:x}", why=str(refused))
+            # Engines of other models are no fault.
+            log = _log.info if refused.why == "model" else _log.warning
+            log("engine_refused", instance=f"{name.id:x}", why=str(refused))
         else:
             if name.id not in self._taken:
                 _log.info("engine_found", instance=f"{name.id:x}", labels=record.labels)

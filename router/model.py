@@ -114,7 +114,8 @@ class Placed:
 
     @property
     def waited_s(self) -> float:
-        return self.sent_at - self.asked_at
+        """In the lines of workers without room."""
+        return sum(one.ahead.waited_s for one in (self.prefill, self.decode) if one is not None)
 
     def prefilled(self) -> None:
         if self._is_prefilled or self.is_over:

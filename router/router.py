@@ -83,6 +83,7 @@ class Ahead:
     new_tokens: float  # its own that no tier has
     waiting_tokens: float  # others' on that worker
     load_s: float  # expected for what lower tiers have
+    waited_s: float  # in the line, before it was sent
 
 
 class Routed:
@@ -236,12 +237,15 @@ class Router:
     async def route(self, query: Query, *, deadline_s: float) -> Routed | Rejected:
         """Choose a worker, after waiting for room if need be, and count the request there."""
         # Those that wait and have room got their turn when it came free: nobody is overtaken.
+        waited_s = 0.0
         if self._must_wait(query.wishes):
-            waited = await self._wait(query, deadline_s)
-            if waited is not None:
-                return waited
+            began = self._clock()
+            rejected = await self._wait(query, deadline_s)
+            if rejected is not None:
+                return rejected
+            waited_s = self._clock() - began
         try:
-            return self._send(query)
+            return self._send(query, waited_s)
         finally:
             self._advance()  # whoever waits next may have room as well
 
@@ -283,7 +287,7 @@ class Router:
             query.decode_only,
         )
 
-    def _send(self, query: Query) -> Routed | Rejected:
+    def _send(self, query: Query, waited_s: float) -> Routed | Rejected:
         match self.decide(query):
             case NoWorker(why):
                 return Rejected("no-worker", why)
@@ -295,7 +299,7 @@ class Router:
                 if not self._load.begin(query.request, active):
                     return Rejected("duplicate", f"request {query.request!r} is running already")
                 load = 0.0 if chosen.costs is None else chosen.costs.load_s(chosen.row)
-                ahead = Ahead(active.prefill_tokens, waiting_tokens, load)
+                ahead = Ahead(active.prefill_tokens, waiting_tokens, load, waited_s)
                 if self._memory is not None:
                     prompt = query.prompt
                     self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from router.approximate import BLOCKS_MAX, TTL_S
+from router.feed_settings import FeedSettings
 from router.index import WORKERS_MAX
 from router.limits import BusyLimits
 from router.load import SEQUENCES_MAX
@@ -163,6 +164,12 @@ class IndexSettings(Section):
         description="Beside events, take a prompt to be where it was sent for this long, until its "
         "worker says so itself; 0: do not.",
     )
+    warm_up: Duration = Field(
+        default=10.0,
+        ge=0.0,
+        description="How long at most a new router is not ready because nodes have not told yet "
+        "what they hold.",
+    )
     routes_ttl: Duration = Field(
         default=TTL_S, gt=0.0, description="How long routes are remembered with `routes`."
     )
@@ -251,6 +258,9 @@ class RouterSettings(Settings):
         description="Tokens of a block. By default what a model's first engine says; engines that "
         "say otherwise are left out.",
     )
+    min_workers: int = Field(
+        default=0, ge=0, description="The router is not ready before there were so many workers."
+    )
     policy: PolicyName = Field(
         default="kv", description="How a worker is chosen ([ROUTER.md](ROUTER.md))."
     )
@@ -281,6 +291,9 @@ class RouterSettings(Settings):
         default=DisaggregationSettings(), description="With prefill workers beside decode workers."
     )
     index: IndexSettings = Field(default=IndexSettings(), description="Which worker holds what.")
+    feed: FeedSettings = Field(
+        default=FeedSettings(), description="How the streams of nodes are followed."
+    )
     snapshot: SnapshotSettings | None = Field(
         default=None, description="The index over restarts of this router."
     )
