@@ -52,7 +52,7 @@ class PrefillPace:
                 ratio = self._first_ratio()
                 for tokens_, seconds_ in self._first:
                     likely = _likely(seconds_, ratio * tokens_)
-                    self._add(tokens_, likely, 1 / likely**2)
+                    self._add(tokens_, likely, 1 / max(likely, seconds_) ** 2)
             return
         constant, slope = self._fit()
         expected = constant + slope * tokens

@@ -34,6 +34,7 @@ from runtime.telemetry import LogSettings
 from runtime.units import Duration, Size
 from runtime.web.settings import WebSettings
 
+PROGRAM: Final = "kvbm-router"
 ENV_PREFIX: Final = "KVBM_ROUTER_"
 
 
