@@ -21,6 +21,9 @@ import time
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from fastapi import Request
+from fastapi.responses import Response
+
 from benchmarks.router import PROMPTS, Fleet, Scale, Tokens, timed_us
 from kvbm.cli.figures import Row, tell
 from router.settings import RouterSettings
@@ -34,9 +37,6 @@ ENDED_AT_ONCE = 64
 
 
 async def serve(scale: Scale) -> None:
-    from fastapi import Request
-    from fastapi.responses import Response
-
     from router.app import create_app
     from router.assembly import running
     from router.index import WorkerId

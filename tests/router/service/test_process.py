@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,6 @@ async def a_site(folder: Path, engines: int) -> AsyncIterator[Site]:
             await site.engines.add(instance)
         yield site
     await discovery.close()
-
-
-@pytest.fixture(scope="module")
-def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedNats]:
-    with EmbeddedNats(tmp_path_factory.mktemp("nats")) as server:
-        yield server
 
 
 def over(nats: EmbeddedNats) -> dict[str, Any]:
