@@ -24,7 +24,7 @@ async def test_prompts_go_by_what_is_found_and_decoding_by_load(world: World, po
     router.store("2.0", PROMPT, 15)
     router.store("3.0", PROMPT, 20)  # which counts for nothing: the KV comes from elsewhere
     other = list(range(5000, 5100))
-    await router.route(other, worker="3.0", request="other")
+    await router.route(other, worker="3.0", prefill_worker="1.0", request="other")
     told = (await router.post("/v1/route/explain", tokens=PROMPT)).json()
     assert told["disaggregated"] and told["why"] == "prefill workers are there"
     assert told["prefill"]["worker"] == "2.0" and told["decode"]["worker"] == "4.0"
