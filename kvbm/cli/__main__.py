@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from kvbm.cli import actions, bench, chunks, doctor, events, status, top, why
+from kvbm.cli import actions, bench, chunks, doctor, events, programs, status, top, why
 from kvbm.cli.client import Failure
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command in (
 app.add_typer(chunks.quarantine, name="quarantine")
 app.add_typer(events.app, name="events")
 app.add_typer(bench.app, name="bench")
+app.command(**programs.PASSED_ON)(programs.router)
 
 
 def main() -> None:

@@ -572,13 +572,19 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 def test_every_command_has_the_same_options_and_is_documented() -> None:
     page = (ROOT / "docs/OPERATING.md").read_text()
-    # Doctor goes on without a daemon; a replay has nothing to do with one.
-    assert len(list(leaves())) == len(COMMANDS) + 2
+    # Doctor goes on without a daemon; a replay and a router have nothing to do with one.
+    assert len(list(leaves())) == len(COMMANDS) + 3
     for name, command in leaves():
         options = {option for parameter in command.params for option in parameter.opts}
-        assert {"--url", "--token", "--json"} <= options or name == "bench replay", name
+        assert {"--url", "--token", "--json"} <= options or name in {"bench replay", "router"}, name
         assert command.help, name
         assert f"`kvbm {name}" in page, f"docs/OPERATING.md does not mention kvbm {name}"
+
+
+def test_the_router_is_started_in_the_commands_place() -> None:
+    command = [sys.executable, "-m", "kvbm.cli", "router", "check-config", "--set", "policy=best"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and "policy (from override)" in done.stderr
 
 
 def test_what_is_slow_to_load_is_loaded_by_the_commands_that_need_it() -> None:
