@@ -1,7 +1,8 @@
-"""`python -m mocker`: a trace replayed in virtual time, policies side by side.
+"""`python -m mocker`: a trace replayed in virtual time, policies side by side; `serve`: engines.
 
-What `kvbm bench replay` starts. Prints a table, and as the last line one JSON object; `--plot`
-writes a picture. A trace that cannot be read ends it with status 2 and one line of why.
+The first is what `kvbm bench replay` starts. It prints a table, and as the last line one JSON
+object; `--plot` writes a picture. A trace that cannot be read ends it with status 2 and one line
+of why.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from mocker.trace import TraceEntry, TraceError, faster, read_trace
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["serve"]:
+        from mocker.serve import main as serve
+
+        serve(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="kvbm bench replay", description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True, help="in Mooncake's format")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="default: all")

@@ -190,9 +190,24 @@ class Router:
             if waited is not None:
                 return waited
         try:
-            return self._send(query)
+            return self.send(query)
         finally:
             self._advance()  # whoever waits next may have room as well
+
+    def send(self, query: Query) -> Routed | Rejected:
+        """Choose a worker now, whether it has room or not, and count the request there."""
+        match self.decide(query):
+            case NoWorker(why):
+                return Rejected("no-worker", why)
+            case AllBusy(workers):
+                return Rejected("busy", f"all of {workers} workers are over their limits")
+            case Chosen() as chosen:
+                if not self._load.begin(query.request, self.active_of(query, chosen)):
+                    return Rejected("duplicate", f"request {query.request!r} is running already")
+                if self._memory is not None:
+                    prompt = query.prompt
+                    self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
+                return Routed(self, query, chosen)
 
     def prefilled(self, request: str) -> None:
         self._load.prefilled(request)
@@ -210,20 +225,6 @@ class Router:
         return len(self._line)
 
     # -- inside --------------------------------------------------------------------------
-
-    def _send(self, query: Query) -> Routed | Rejected:
-        match self.decide(query):
-            case NoWorker(why):
-                return Rejected("no-worker", why)
-            case AllBusy(workers):
-                return Rejected("busy", f"all of {workers} workers are over their limits")
-            case Chosen() as chosen:
-                if not self._load.begin(query.request, self.active_of(query, chosen)):
-                    return Rejected("duplicate", f"request {query.request!r} is running already")
-                if self._memory is not None:
-                    prompt = query.prompt
-                    self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
-                return Routed(self, query, chosen)
 
     def active_of(self, query: Query, chosen: Chosen) -> Active:
         """What the worker has to do for the request that no tier has done."""
