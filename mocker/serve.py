@@ -38,6 +38,7 @@ from mocker.routing import speed_of
 from mocker.text import VOCABULARY
 from mocker.tiers import LruTier, NodeTiers
 from mocker.tokens import decode_generate, generate
+from runtime import telemetry
 from runtime.component import Runtime
 from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str]) -> None:
         loaded = load(MockSettings, file=given.config, environ=os.environ, overrides=overrides)
     except SettingsError as error:
         parser.error(str(error))
+    telemetry.configure("auto", "info", sys.stderr, os.environ)
     try:
         asyncio.run(_serve(loaded.value))
     except (OSError, TimeoutError) as error:

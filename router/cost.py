@@ -58,9 +58,12 @@ class SecondsCost:
     have, as far as loading is quicker than computing; a tier's blocks can be used only behind those
     of the tiers above. compute: the rest of the prompt; at least one token, as engines do. decode:
     `decode_weight` times the expected output times the step time with this request in the batch.
+    room: until the worker's memory has room, where the blocks of all that was sent there and of
+    this are more than it has; by Little's law it frees its blocks once in an answer's time.
     """
 
     decode_weight: float = 1.0
+    room_weight: float = 1.0
 
     def __call__(
         self, request: Request, workers: Workers, eligible: npt.NDArray[np.bool_]
@@ -89,14 +92,17 @@ class SecondsCost:
         prefill = options[best, every]
         wait = workers.prefill_s[rows]
         step, per_request, per_block = workers.step[:, rows]
+        wanted = workers.blocks[rows] + request.blocks
         step_s = step + per_request * (workers.requests[rows] + 1)
-        step_s = step_s + per_block * (workers.blocks[rows] + request.blocks)
-        decode = (self.decode_weight * request.expected_output_tokens) * step_s
-        return Costs(
-            wait + prefill + decode,
-            {"wait": wait.copy(), "load": loading, "compute": prefill - loading, "decode": decode},
-            "s",
-        )
+        step_s = step_s + per_block * wanted
+        # Rows that are free have no memory; workers that have not said are never over theirs.
+        over = np.maximum(wanted / np.maximum(workers.kv_blocks[rows], 1.0) - 1.0, 0.0)
+        answer_s = request.expected_output_tokens * step_s
+        decode = self.decode_weight * answer_s
+        room = self.room_weight * answer_s * over
+        terms = {"wait": wait.copy(), "room": room, "load": loading}
+        terms |= {"compute": prefill - loading, "decode": decode}
+        return Costs(wait + room + prefill + decode, terms, "s")
 
 
 @dataclass(frozen=True, slots=True)
