@@ -59,7 +59,8 @@ class RouterPolicy:
         self._late_ps = round(routing.events_late_s * PS_PER_S)
         self._late: deque[BlockEvent] = deque()
         self._index = Index(blocks)
-        workers = Workers()
+        self._now_s = 0.0
+        workers = Workers(lambda: self._now_s)
         self._active = ActiveSequences(workers)
         self.router = Router(
             workers,
@@ -94,6 +95,7 @@ class RouterPolicy:
         return found
 
     def choose(self, request: Request, workers: Sequence[MockWorker], now_ps: int) -> int:
+        self._now_s = now_ps / PS_PER_S
         while self._late and self._late[0].at_ps + self._late_ps <= now_ps:
             self._apply(self._late.popleft())
         for worker in workers if self._hears_output else ():
@@ -111,11 +113,14 @@ class RouterPolicy:
             self._apply(event)
 
     def on_first_token(self, request_id: int, worker: int, now_ps: int) -> None:
+        self._now_s = now_ps / PS_PER_S
         routed = self._routed.get(request_id)
         if routed is not None:  # an answer of one token has ended by now
             routed[0].first_token()
 
     def on_end(self, record: Record) -> None:
+        if record.finished_ps is not None:
+            self._now_s = record.finished_ps / PS_PER_S
         self._routed.pop(record.request_id)[0].end()
         gain = ANSWER_MEMORY if self._answer_tokens else 1.0
         self._answer_tokens += gain * (record.output_tokens - self._answer_tokens)

@@ -289,9 +289,7 @@ class NodeFeed:
             self._snapshots_total += 1
             self._apply(place.resume(begins.next))
 
-    async def _take_replay(
-        self, question: CatchUp, begins: Begins, answer: ResponseStream
-    ) -> None:
+    async def _take_replay(self, question: CatchUp, begins: Begins, answer: ResponseStream) -> None:
         place = self.place
         if begins.publisher != question.publisher or begins.next < question.first:
             self._wants_all = True

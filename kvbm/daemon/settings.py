@@ -21,10 +21,10 @@ from kvbm.address import (
     ADMIN_TOKEN_VARIABLE,
     ADMIN_URL_VARIABLE,
     default_socket,
-    is_loopback,
 )
 from kvbm.peers.settings import PeerSettings
 from runtime.events.settings import EventPlaneSettings
+from runtime.loopback import is_loopback
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
 from runtime.units import Duration, Secret, Size, format_size
@@ -34,6 +34,7 @@ _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
 _OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE}
+_OF_THE_ROUTER: Final = "KVBM_ROUTER_"  # its settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
 _TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -422,7 +423,11 @@ class DaemonSettings(Settings):
     ) -> Loaded[Self]:
         """`runtime.settings.load`; `environ` is the process's if not given."""
         found = os.environ if environ is None else environ
-        ours = {name: value for name, value in found.items() if name not in _OF_THE_COMMAND}
+        ours = {
+            name: value
+            for name, value in found.items()
+            if name not in _OF_THE_COMMAND and not name.startswith(_OF_THE_ROUTER)
+        }
         return load(cls, file=file, environ=ours, overrides=overrides)
 
 

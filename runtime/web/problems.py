@@ -1,8 +1,9 @@
-"""Errors of the admin API as RFC 9457 problems, and how its schema describes them."""
+"""Errors of an API as RFC 9457 problems, and how its schema describes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -33,11 +34,11 @@ def described(what: str) -> dict[str, Any]:
     return {"description": what, "content": {MEDIA_TYPE: {"schema": _REFERENCE}}}
 
 
-def handle_problems(app: FastAPI) -> None:
+def handle_problems(app: FastAPI, program: str) -> None:
     """Have every error of the app answered with a problem, and the schema know its shape."""
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_exception_handler(Exception, partial(_on_bug, program))
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -80,6 +81,6 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
     return problem(request, HTTPStatus.BAD_REQUEST, "; ".join(faults))
 
 
-async def _on_bug(request: Request, _: Exception) -> Response:
-    detail = "the daemon failed to answer; its log says why"
+async def _on_bug(program: str, request: Request, _: Exception) -> Response:
+    detail = f"{program} failed to answer; its log says why"
     return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail)
