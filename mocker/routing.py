@@ -45,6 +45,21 @@ class Routing:
     step_error: float = 1.0  # and of a decode step
 
 
+class AnswerLength:
+    """How long an answer will be: a moving mean of those that have ended."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+
+    @property
+    def expected(self) -> int:
+        return round(self._tokens)
+
+    def ended(self, tokens: int) -> None:
+        gain = ANSWER_MEMORY if self._tokens else 1.0
+        self._tokens += gain * (tokens - self._tokens)
+
+
 class RouterPolicy:
     """Worker `n` of the fleet is instance `n`."""
 
@@ -79,7 +94,7 @@ class RouterPolicy:
         speed = mistaken(speed_of(engine, fleet.tiers), routing)
         for number in range(fleet.engines):
             self.router.add_worker(Worker(WorkerId(number), speed, capacity))
-        self._answer_tokens = 0.0
+        self._answers = AnswerLength()
         self._routed: dict[int, tuple[Routed, int]] = {}  # and the output told of
 
     @property
@@ -122,8 +137,7 @@ class RouterPolicy:
         if record.finished_ps is not None:
             self._now_s = record.finished_ps / PS_PER_S
         self._routed.pop(record.request_id)[0].end()
-        gain = ANSWER_MEMORY if self._answer_tokens else 1.0
-        self._answer_tokens += gain * (record.output_tokens - self._answer_tokens)
+        self._answers.ended(record.output_tokens)
 
     def on_refused(self, request_id: int) -> None:
         self._routed.pop(request_id)[0].end()
@@ -153,8 +167,7 @@ class RouterPolicy:
             _words(request.chain.locals[:blocks]),
             _words(request.chain.hashes[:blocks]),
         )
-        expected = round(self._answer_tokens)
-        return Query(str(request.request_id), prompt, expected_output_tokens=expected)
+        return Query(str(request.request_id), prompt, expected_output_tokens=self._answers.expected)
 
     def _whose(self, event: BlockEvent) -> range:
         """Engines that can use the blocks."""

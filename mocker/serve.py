@@ -44,6 +44,7 @@ from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard
 from runtime.events import EventPlaneSettings, create_event_plane
 from runtime.events.node_stream import WorkerSpeed
+from runtime.hashing import block_hashes
 from runtime.requests import RequestContext, RequestPlaneSettings, create_request_plane
 from runtime.settings import Settings, SettingsError, load, parse_assignments
 from runtime.units import Size
@@ -252,6 +253,7 @@ async def _serve(settings: MockSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    block_hashes(range(16), 16)  # compiled now, not when the first request waits for it
     async with serving(settings) as engines:
         told = [{"instance": f"{one.instance:x}", "url": one.http.url} for one in engines]
         sys.stdout.write(json.dumps({"ready": settings.node, "engines": told}) + "\n")

@@ -1,6 +1,6 @@
 """Tokens in, tokens out over the request plane: what a mock engine's `generate` endpoint speaks.
 
-A msgpack map each way. An answer's items bring one token each; the last says why it is the last.
+A msgpack map each way. An answer is items of one token or more; the last says why it is the last.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from mocker.events import Tier
 from mocker.realtime import EngineClosed, RealtimeEngine
 from mocker.sequence import Record
 
@@ -21,9 +22,11 @@ class Generate(msgspec.Struct, frozen=True):
 
 
 class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The tokens that have come out since the item before."""
+
     token_ids: list[int]
     finish_reason: Literal["length"] | None = None
-    cached_tokens: int = 0  # with the last item
+    cached_tokens: dict[Tier, int] = {}  # by tier, with the last item
 
 
 def decode_generated(data: bytes) -> Generated:
@@ -40,33 +43,45 @@ def encode_generate(request: Generate) -> bytes:
     return _encoder.encode(request)
 
 
-class Items:
-    """A listener of the engine: encoded items, in a queue as long as the answer."""
+class Tokens:
+    """A listener of the engine: what has come out and was not sent yet."""
 
-    def __init__(self, tokens: int) -> None:
-        self.arrived: asyncio.Queue[bytes | None] = asyncio.Queue(tokens + 1)
+    def __init__(self) -> None:
+        self.arrived = asyncio.Event()
+        self.is_closed = False
+        self._tokens: list[int] = []
+        self._record: Record | None = None
 
     def token(self, token: int, record: Record | None) -> None:
-        if record is None:
-            item = Generated([token])
-        else:
-            item = Generated([token], "length", sum(record.cached_tokens.values()))
-        self.arrived.put_nowait(_encoder.encode(item))
+        self._tokens.append(token)
+        self._record = record
+        self.arrived.set()
 
     def closed(self) -> None:
-        self.arrived.put_nowait(None)
+        self.is_closed = True
+        self.arrived.set()
+
+    def take(self) -> Generated:
+        self.arrived.clear()
+        tokens, self._tokens = self._tokens, []
+        if self._record is None:
+            return Generated(tokens)
+        return Generated(tokens, "length", self._record.cached_tokens)
 
 
 async def generate(engine: RealtimeEngine, request: Generate) -> AsyncGenerator[bytes, None]:
     """Encoded items of an answer. Raises RequestRefused, EngineClosed."""
-    items = Items(request.max_tokens)
-    number = engine.ask(request.token_ids, request.max_tokens, items)
+    tokens = Tokens()
+    number = engine.ask(request.token_ids, request.max_tokens, tokens)
     try:
-        for _ in range(request.max_tokens):
-            item = await items.arrived.get()
-            if item is None:
+        while True:
+            await tokens.arrived.wait()
+            if tokens.is_closed:
                 raise EngineClosed
-            yield item
+            item = tokens.take()
+            yield _encoder.encode(item)
+            if item.finish_reason is not None:
+                return
     finally:
         engine.leave(number)
 

@@ -68,6 +68,7 @@ class SecondsCost:
     """
 
     decode_weight: float = 1.0
+    compute_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.decode_weight) and self.decode_weight >= 0.0):
@@ -106,8 +107,9 @@ class SecondsCost:
         loading = np.where(best > 0, loads[np.maximum(best, 1) - 1, every], 0.0)
         prefill = options[best, every]
         terms = {"wait": wait, "room": room, "load": loading}
-        terms |= {"compute": prefill - loading, "decode": decode}
-        return Costs(wait + room + prefill + decode, terms, "s")
+        compute = self.compute_weight * (prefill - loading)
+        terms |= {"compute": compute, "decode": decode}
+        return Costs(wait + room + loading + compute + decode, terms, "s")
 
     def _decode(self, request: Request, workers: Workers) -> tuple[Floats, Floats]:
         """Seconds of decoding, and of waiting for room."""

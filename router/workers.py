@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from router.index import WorkerId
 
+GATE = 1
 ROWS_MIN: Final = 16
 
 Floats = npt.NDArray[np.float64]
@@ -161,6 +162,8 @@ class Workers:
         """
         rows = slice(self.rows)
         begun = np.minimum(self.clock() - self.head_since_s[rows], self.head_s[rows])
+        if GATE:
+            begun[self.blocks[rows] > self.kv_blocks[rows]] = 0.0
         waits: Floats = self.prefill_s[rows] - np.maximum(begun, 0.0)
         return waits
 
