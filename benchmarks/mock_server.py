@@ -1,9 +1,8 @@
 """What a mock engine's server costs: processor time for each request and for each streamed event.
 
 The server is a process of its own (`python -m mocker serve`) at a speedup that keeps it busy; its
-user and system time are read before and after. Answers of two lengths tell what an event and what a
-request costs. The limit: a bare asyncio server that writes as many bytes, one write an event. A
-client that streams from a frontend in front of it must cost more than this to be the thing measured.
+user and system time are read before and after. Answers of two lengths tell what an event and what
+a request costs. The limit: a bare asyncio server that writes as many bytes, one write an event.
 
     python -m benchmarks.mock_server [--rounds 3]
 """
@@ -40,8 +39,8 @@ def cpu_s(pid: int) -> float:
 
 async def ask(port: int, body: bytes, end: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-    writer.write(head % len(body) + body)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
     tail = b""
     while data := await reader.read(1 << 16):
         tail = tail[-64:] + data

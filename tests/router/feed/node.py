@@ -197,7 +197,9 @@ class FakeNode:
         for (domain, who, rank, tier), blocks in self.held.items():
             workers = [WorkerId(who, rank)]
             if domain == "cache_owner":
-                readers = [WorkerId(*reader) for reader, read in self.readers.items() if read == who]
+                readers = [
+                    WorkerId(*reader) for reader, read in self.readers.items() if read == who
+                ]
                 workers = [WorkerId(who, OWNER), *readers]
             for worker in workers:
                 if blocks:
@@ -218,7 +220,9 @@ class Life:
         node.readers = dict(workers)
         self._node = node
         self._dice = dice
-        self._chains: list[list[int]] = [[dice.getrandbits(64) for _ in range(24)] for _ in range(6)]
+        self._chains: list[list[int]] = [
+            [dice.getrandbits(64) for _ in range(24)] for _ in range(6)
+        ]
         self.places: list[Place] = [("worker", *worker, StorageTier.DEVICE) for worker in workers]
         self.places += [("cache_owner", owner, 0, tier) for owner in owners for tier in LOWER]
 
