@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ BLIND: Final[tuple[PolicyName, ...]] = ("round-robin", "random", "least-loaded",
 POLICIES: Final[tuple[PolicyName, ...]] = (*BLIND, "kv-blocks", "kv")
 HEADINGS: Final = (
     *("policy", "TTFT mean", "p50", "p90", "p99 s", "ITL p50", "p99 ms"),
-    *("G1", "G2", "G3", "G4 %", "max/mean", "busy"),
+    *("G1", "G2", "G3", "G4 %", "work peak", "busy peak", "busy"),
 )
 
 
@@ -73,9 +73,10 @@ def replay(
     return Replay(fleet, policy, arrivals, listen=events and routing.policy not in BLIND).run()
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
+def table(figures: Mapping[str, dict[str, Any]]) -> str:
     """For people: a line for each policy."""
-    lines = ["  ".join(f"{heading:>9}" for heading in HEADINGS)]
+    width = max(map(len, figures), default=9)
+    lines = ["  ".join([f"{HEADINGS[0]:>{width}}", *(f"{name:>9}" for name in HEADINGS[1:])])]
     for policy, told in figures.items():
         ttft, itl = told["ttft_s"], told["itl_s"]
         cells = [
@@ -83,7 +84,8 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
             *(1000 * itl[name] for name in ("p50", "p99")),
             *(100 * share for share in told["hit_rate"].values()),
             told["tokens_peak"],
+            told["busy_peak"],
             told["utilisation"],
         ]
-        lines.append("  ".join([f"{policy:>9}", *(f"{cell:9.3f}" for cell in cells)]))
+        lines.append("  ".join([f"{policy:>{width}}", *(f"{cell:9.3f}" for cell in cells)]))
     return "\n".join(lines)

@@ -242,14 +242,14 @@ async def _nodes(settings: OnlineSettings, folder: Path, nats: EmbeddedNats) -> 
             else:
                 given |= {"g2_gb": scene.g2_gb, "g3_gb": scene.g3_gb}
             options = [part for name, to in given.items() for part in ("--set", f"{name}={to}")]
-            processes.append(
-                await asyncio.create_subprocess_exec(
+            with (folder / f"node-{node}.log").open("wb") as log:
+                process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "mocker", "serve", *options),
                     stdout=asyncio.subprocess.PIPE,
-                    stderr=(folder / f"node-{node}.log").open("wb"),
+                    stderr=log,
                     env=_without_ours() | {"KVBM_MOCK_EVENTS__NATS_PASSWORD": nats.password},
                 )
-            )
+            processes.append(process)
         for node, process in enumerate(processes):
             assert process.stdout is not None
             async with asyncio.timeout(START_S):

@@ -40,6 +40,7 @@ class Routing:
     seconds: SecondsCost | None = None
     blocks: BlocksCost | None = None
     hears_output: bool = True
+    waits_pass: bool = True  # no: a prompt is waited for in full until its first token
     events_late_s: float = 0.0  # from what happened to when the router hears of it
     prefill_error: float = 1.0  # times the true seconds of prefill,
     step_error: float = 1.0  # and of a decode step
@@ -75,7 +76,7 @@ class RouterPolicy:
         self._late: deque[BlockEvent] = deque()
         self._index = Index(blocks)
         self._now_s = 0.0
-        workers = Workers(lambda: self._now_s)
+        workers = Workers(lambda: self._now_s if routing.waits_pass else 0.0)
         self._active = ActiveSequences(workers)
         self.router = Router(
             workers,

@@ -25,7 +25,7 @@ WAIT_S = 60.0
 def daemon(tmp_path: Path) -> Iterator[TemporaryDaemon]:
     given = {
         "node": "mocker",
-        "dram.capacity": "8MiB",
+        "dram.capacity": "16MiB",
         "ssd.path": tmp_path / "ssd",
         "ssd.capacity": "128MiB",
         "governor.mode": "always_load",

@@ -1,4 +1,4 @@
-"""A node of mock engines as routers see it: the production feed makes of it what the engines hold."""
+"""A node of mock engines as routers see it: the production feed makes of it what they hold."""
 
 from __future__ import annotations
 
