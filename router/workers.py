@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from router.index import WorkerId
 
-GATE = 1
 ROWS_MIN: Final = 16
 
 Floats = npt.NDArray[np.float64]
@@ -158,12 +157,12 @@ class Workers:
         """Seconds until all prompts are computed that were assigned: by the row, as of now.
 
         Prompts are computed one after another, so what has passed since the latest first token has
-        gone into the one that is first; at most as much as it was expected to take.
+        gone into the one that is first; at most as much as it was expected to take, and nothing
+        where prompts wait for memory.
         """
         rows = slice(self.rows)
         begun = np.minimum(self.clock() - self.head_since_s[rows], self.head_s[rows])
-        if GATE:
-            begun[self.blocks[rows] > self.kv_blocks[rows]] = 0.0
+        begun[self.blocks[rows] > self.kv_blocks[rows]] = 0.0
         waits: Floats = self.prefill_s[rows] - np.maximum(begun, 0.0)
         return waits
 
