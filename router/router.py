@@ -62,7 +62,9 @@ class Load(Protocol):
 class Rejected:
     """The request was sent nowhere."""
 
-    kind: Literal["no-worker", "busy", "queue-full", "deadline", "duplicate"]
+    kind: Literal[
+        "no-worker", "no-prefill-worker", "busy", "queue-full", "deadline", "duplicate", "full"
+    ]
     why: str
 
 
@@ -81,6 +83,7 @@ class Ahead:
     new_tokens: float  # its own that no tier has
     waiting_tokens: float  # others' on that worker
     load_s: float  # expected for what lower tiers have
+    waited_s: float  # in the line, before it was sent
 
 
 class Routed:
@@ -204,10 +207,10 @@ class Router:
 
     def explain(self, query: Query) -> dict[str, Any]:
         """The decision that comes next, in words that JSON has; nothing is sent."""
-        decision = self.preview(query)
-        match decision:
-            case Chosen():
-                told = decision.explain()
+        told: dict[str, Any]
+        match self.preview(query):
+            case Chosen() as chosen:
+                told = chosen.explain()
             case AllBusy(workers):
                 told = {"worker": None, "reason": f"all of {workers} workers are over their limits"}
             case NoWorker(why):
@@ -234,16 +237,19 @@ class Router:
     async def route(self, query: Query, *, deadline_s: float) -> Routed | Rejected:
         """Choose a worker, after waiting for room if need be, and count the request there."""
         # Those that wait and have room got their turn when it came free: nobody is overtaken.
+        waited_s = 0.0
         if self._must_wait(query.wishes):
-            waited = await self._wait(query, deadline_s)
-            if waited is not None:
-                return waited
+            began = self._clock()
+            rejected = await self._wait(query, deadline_s)
+            if rejected is not None:
+                return rejected
+            waited_s = self._clock() - began
         try:
-            return self.send(query)
+            return self.send(query, waited_s)
         finally:
             self._advance()  # whoever waits next may have room as well
 
-    def send(self, query: Query) -> Routed | Rejected:
+    def send(self, query: Query, waited_s: float = 0.0) -> Routed | Rejected:
         """Choose a worker now, whether it has room or not, and count the request there."""
         match self.decide(query):
             case NoWorker(why):
@@ -256,7 +262,7 @@ class Router:
                 if not self._load.begin(query.request, active):
                     return Rejected("duplicate", f"request {query.request!r} is running already")
                 load = 0.0 if chosen.costs is None else chosen.costs.load_s(chosen.row)
-                ahead = Ahead(active.prefill_tokens, waiting_tokens, load)
+                ahead = Ahead(active.prefill_tokens, waiting_tokens, load, waited_s)
                 if self._memory is not None:
                     prompt = query.prompt
                     self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Final
+from typing import Final, Protocol
 
 from router.index import WorkerId
-from router.workers import Speed, Workers
+from router.workers import Speed, Worker
 from runtime.events.envelope import WireError
 from runtime.events.node_stream import NodeSpeeds, WorkerSpeed, decode_speeds
 
@@ -22,10 +22,17 @@ SECONDS_MAX: Final = 3600.0
 """More than that for a token, a block or a request was not measured."""
 
 
+class Table(Protocol):
+    """Where workers are: `Workers`, or several of them."""
+
+    def get(self, worker: WorkerId) -> Worker | None: ...
+    def change(self, worker: Worker) -> None: ...
+
+
 class Speeds:
     """All methods are called from one event loop."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Table) -> None:
         self.heard_total = 0
         self.refused_total = 0
         self._workers = workers
@@ -53,8 +60,8 @@ class Speeds:
         for one in said.workers:
             worker = WorkerId(one.worker_id, one.dp_rank)
             self._measured[worker] = one
-            if worker in self._workers:
-                known = self._workers.at(self._workers.row(worker))
+            known = self._workers.get(worker)
+            if known is not None:
                 speed = measured(one, known.speed)
                 if speed != known.speed:
                     self._workers.change(replace(known, speed=speed))

@@ -131,6 +131,10 @@ class Workers:
         self._generation += 1
         return row
 
+    def get(self, worker: WorkerId) -> Worker | None:
+        row = self._rows.get(worker)
+        return None if row is None else self._workers[row]
+
     def row(self, worker: WorkerId) -> int:
         try:
             return self._rows[worker]

@@ -52,7 +52,7 @@ def handle_problems(app: FastAPI, program: str) -> None:
 
 def problem(
     request: Request,
-    status: HTTPStatus,
+    status: int,
     detail: str,
     *,
     headers: Mapping[str, str] | None = None,
@@ -61,18 +61,25 @@ def problem(
     """An RFC 9457 problem of no type but its status."""
     body = {
         "type": "about:blank",
-        "title": status.phrase,
-        "status": status.value,
+        "title": _phrase(status),
+        "status": int(status),
         "detail": detail,
         "instance": request.url.path,
         **members,
     }
-    return JSONResponse(body, status.value, headers=headers, media_type=MEDIA_TYPE)
+    return JSONResponse(body, int(status), headers=headers, media_type=MEDIA_TYPE)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:  # as 529, which no standard has
+        return "Overloaded" if status >= 500 else "Refused"
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return problem(request, HTTPStatus(error.status_code), error.detail, headers=error.headers)
+    return problem(request, error.status_code, error.detail, headers=error.headers)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
