@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,24 +37,24 @@ POLICIES: Final[tuple[PolicyName, ...]] = (
     *("round-robin", "power-of-two", "least-loaded"),
     *("kv-blocks", "kv"),
 )
+COMPARED: Final[tuple[PolicyName, ...]] = ("round-robin", "kv-blocks", "kv")
 SCENE: Final = Scene()
 TIERS: Final = Scene(engines_per_node=2, g2_gb=64.0, g3_gb=512.0)
 ABLATIONS: Final[tuple[tuple[str, Routing, bool], ...]] = (
     ("kv, no events", Routing(), False),
     ("kv-blocks, no events", Routing("kv-blocks"), False),
-    ("kv, events 10 ms late", Routing(events_late_s=0.01), True),
     ("kv, events 100 ms late", Routing(events_late_s=0.1), True),
     ("kv, events 1 s late", Routing(events_late_s=1.0), True),
     ("kv, events 10 s late", Routing(events_late_s=10.0), True),
     ("kv, waits do not pass", Routing(waits_pass=False), True),
     ("kv, output not told", Routing(hears_output=False), True),
     ("kv, decode not counted", Routing(seconds=SecondsCost(0.0)), True),
+    ("kv, decode counted half", Routing(seconds=SecondsCost(0.5)), True),
+    ("kv, computing counted x2", Routing(seconds=SecondsCost(1.0, 2.0)), True),
     ("kv, prefill taken for x2", Routing(prefill_error=2.0), True),
     ("kv, prefill taken for x0.5", Routing(prefill_error=0.5), True),
-    ("kv, steps taken for x2", Routing(step_error=2.0), True),
     ("kv-blocks, prefill x2", Routing("kv-blocks", blocks=BlocksCost(prefill_scale=2)), True),
     ("kv-blocks, prefill x4", Routing("kv-blocks", blocks=BlocksCost(prefill_scale=4)), True),
-    ("kv-blocks, decay 1", Routing("kv-blocks", blocks=BlocksCost(overlap_decay=1)), True),
 )
 
 
@@ -142,7 +143,12 @@ def main() -> None:
             print(f"capacity, {one.job.name}: {one.throughput:.3f} requests/s")
         loads = sorted({*given.loads, ABLATED_AT})
         rate_of = {load: load * fullest[0].throughput / own_rate for load in loads}
-        found = list(pool.map(run, jobs(given.trace, loads, rate_of)))
+        found = []
+        for one in pool.map(run, jobs(given.trace, loads, rate_of)):
+            found.append(one)
+            ttft = one.figures["ttft_s"]
+            said = f"{one.job.group}, {one.job.name}: {ttft['mean']:.3f} s, {ttft['p90']:.3f} s"
+            print(said, file=sys.stderr, flush=True)
     for group in dict.fromkeys(one.job.group for one in found):
         some = {one.job.name: one for one in found if one.job.group == group}
         rate = next(iter(some.values())).job.rate
