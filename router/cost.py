@@ -62,13 +62,13 @@ class SecondsCost:
     wait: what is assigned to the worker and not computed yet. load: the blocks that lower tiers
     have, as far as loading is quicker than computing; a tier's blocks can be used only behind those
     of the tiers above. compute: the rest of the prompt; at least one token, as engines do. decode:
-    `decode_weight` times the expected output times the step time with this request in the batch.
+    `decode_weight` times the expected output times the step time with this request in the batch;
+    below 1, because what is computed here holds up others as well, and decoding does not.
     room: until the worker's memory has room, where the blocks of all that was sent there and of
     this are more than it has; by Little's law it frees its blocks once in an answer's time.
     """
 
-    decode_weight: float = 1.0
-    compute_weight: float = 1.0
+    decode_weight: float = 0.5
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.decode_weight) and self.decode_weight >= 0.0):
@@ -107,9 +107,8 @@ class SecondsCost:
         loading = np.where(best > 0, loads[np.maximum(best, 1) - 1, every], 0.0)
         prefill = options[best, every]
         terms = {"wait": wait, "room": room, "load": loading}
-        compute = self.compute_weight * (prefill - loading)
-        terms |= {"compute": compute, "decode": decode}
-        return Costs(wait + room + loading + compute + decode, terms, "s")
+        terms |= {"compute": prefill - loading, "decode": decode}
+        return Costs(wait + room + prefill + decode, terms, "s")
 
     def _decode(self, request: Request, workers: Workers) -> tuple[Floats, Floats]:
         """Seconds of decoding, and of waiting for room."""
