@@ -26,7 +26,6 @@ from kvbm.peers.settings import PeerSettings
 from runtime.discovery.settings import DiscoverySettings
 from runtime.events.node_stream import COMPONENT, ENDPOINT
 from runtime.events.settings import EventPlaneSettings
-from runtime.hosts import is_loopback
 from runtime.names import EndpointName
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
