@@ -20,10 +20,13 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from kvbm.address import (
     ADMIN_TOKEN_VARIABLE,
     ADMIN_URL_VARIABLE,
+    WORKER_ID_VARIABLE,
     default_socket,
     is_loopback,
 )
+from kvbm.engine.settings import EngineSettings
 from kvbm.peers.settings import PeerSettings
+from runtime.discovery.settings import DiscoverySettings
 from runtime.events.settings import EventPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
@@ -33,7 +36,7 @@ _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
-_OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE}
+_OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE, WORKER_ID_VARIABLE}
 _SALT_LENGTH_MIN: Final = 16
 _TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -356,6 +359,15 @@ class DaemonSettings(Settings):
     )
     events: EventPlaneSettings = Field(
         default=EventPlaneSettings(), description="Block events, for routers."
+    )
+    discovery: DiscoverySettings = Field(
+        default=DiscoverySettings(),
+        description="Where engines, daemons and routers find each other.",
+    )
+    engine: EngineSettings = Field(
+        default=EngineSettings(),
+        description="For `kvbm engine` (ENGINES.md), which may have a file of its own; the daemon "
+        "itself needs none of it.",
     )
     admin: AdminSettings = Field(default=AdminSettings(), description="Admin REST and metrics.")
     log: LogSettings = Field(default=LogSettings(), description="Logging, to standard error.")
