@@ -26,6 +26,7 @@ from kvbm.protocol import (
     MatchGroup,
     Outcome,
     Pace,
+    Routing,
     State,
     Welcome,
 )
@@ -40,7 +41,15 @@ _names = itertools.count()
 class StandIn:
     """Stores and fetches chunks as the connector does. A context manager; calls wait, bounded."""
 
-    def __init__(self, socket: Path, chunk_bytes: int, *, lease_chunks: int = 16) -> None:
+    def __init__(
+        self,
+        socket: Path,
+        chunk_bytes: int,
+        *,
+        lease_chunks: int = 16,
+        routing: Routing | None = None,
+    ) -> None:
+        self._routing = routing
         self._engine = f"stand-in-{os.getpid()}-{next(_names)}"
         self._chunk_bytes = chunk_bytes
         self._arena: Arena | None = None
@@ -163,4 +172,5 @@ class StandIn:
 
     def _hello(self, role: str) -> Hello:
         sizes = [self._chunk_bytes] if role == "worker" else []
-        return Hello(VERSION, role, self._engine, 0, 1, {}, sizes, False, os.getpid())
+        routing = self._routing if role == "scheduler" else None
+        return Hello(VERSION, role, self._engine, 0, 1, {}, sizes, False, os.getpid(), routing)

@@ -37,6 +37,7 @@ def vllm(
         list[str] | None,
         typer.Argument(metavar="-- MODEL [OPTIONS]", help="What `vllm serve` takes."),
     ] = None,
+    *,
     namespace: Namespace = None,
     component: Component = None,
     role: Role = None,
@@ -75,6 +76,7 @@ def attach(
     engine_url: Annotated[
         str, typer.Argument(metavar="ENGINE", help="Its OpenAI server: http://HOST:PORT.")
     ],
+    *,
     namespace: Namespace = None,
     component: Component = None,
     role: Role = None,

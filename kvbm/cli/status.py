@@ -147,8 +147,10 @@ def _show(
     claims = sum(session["claims"] for session in sessions)
     leased = sum(session["leased_bytes"] for session in sessions)
     waiting = sum(queue["depth"] for queue in found["queues"])
+    workers = sorted({s["worker_id"] for s in sessions if s["worker_id"] is not None})
+    known = f" (worker {', '.join(f'0x{one}' for one in workers)})" if workers else ""
     out.print(
-        f"{len(engines)} engines in {len(sessions)} connections; {claims} chunks claimed, "
+        f"{len(engines)} engines in {len(sessions)} connections{known}; {claims} chunks claimed, "
         f"{size(leased)} of slots lent; {waiting} chunks wait in queues"
     )
 

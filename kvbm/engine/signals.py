@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a launcher takes them: the first asks to stop, the next to do so at once."""
+"""SIGTERM and SIGINT as a launcher takes them: the first asks to stop, the next means at once."""
 
 from __future__ import annotations
 
