@@ -109,7 +109,10 @@ def _with_events(arguments: Arguments, node: Node) -> Arguments:
         "endpoint": f"tcp://[::ffff:127.0.0.1]:{first}",
         "replay_endpoint": f"tcp://127.0.0.1:{first + ranks}",
     }
-    return arguments.with_json(EVENTS, ours)
+    merged = arguments.with_json(EVENTS, ours)
+    heard = {**ours, **said}
+    _log.info("engine_events", endpoint=heard["endpoint"], replay=heard["replay_endpoint"])
+    return merged
 
 
 def _with_port(arguments: Arguments, node: Node) -> tuple[Arguments, int]:

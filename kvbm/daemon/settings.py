@@ -362,12 +362,7 @@ class DaemonSettings(Settings):
     )
     discovery: DiscoverySettings = Field(
         default=DiscoverySettings(),
-        description="Where engines, daemons and routers find each other.",
-    )
-    engine: EngineSettings = Field(
-        default=EngineSettings(),
-        description="For `kvbm engine` (ENGINES.md), which may have a file of its own; the daemon "
-        "itself needs none of it.",
+        description="Where routers find this node; not used if `events.plane` is `none`.",
     )
     admin: AdminSettings = Field(default=AdminSettings(), description="Admin REST and metrics.")
     log: LogSettings = Field(default=LogSettings(), description="Logging, to standard error.")
@@ -380,6 +375,11 @@ class DaemonSettings(Settings):
     )
     governor: GovernorSettings = Field(
         default=GovernorSettings(), description="Loading against computing."
+    )
+    engine: EngineSettings = Field(
+        default=EngineSettings(),
+        description="For `kvbm engine` ([ENGINES.md](ENGINES.md)), which registers engines in "
+        "`discovery` whatever `events.plane` is; the daemon itself needs none of it.",
     )
 
     tenants: dict[str, TenantSettings] = Field(

@@ -13,18 +13,15 @@ from runtime.settings import Section
 from runtime.units import Duration, Secret
 
 _PART: Final = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
-_DECIMAL = re.compile(r"[0-9]{1,20}")
-_HEXADECIMAL = re.compile(r"(0[xX])?[0-9a-fA-F]{1,16}")
+_WORKER_ID = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
 
 
 def parse_worker_id(value: object) -> int:
-    """Of decimal digits, or of hexadecimal ones, which may begin with 0x. Raises ValueError."""
+    """Of decimal digits, or of hexadecimal ones behind 0x. Raises ValueError."""
     text = str(value)
     number = 0
-    if _DECIMAL.fullmatch(text):
-        number = int(text)
-    elif _HEXADECIMAL.fullmatch(text):
-        number = int(text, 16)
+    if _WORKER_ID.fullmatch(text):
+        number = int(text, 16 if text[:2] in {"0x", "0X"} else 10)
     if not 1 <= number <= INSTANCE_ID_MAX:
         raise ValueError(
             f"{text!r} is no instance; accepted: 1 to 2^64-1, in decimal or as 0x and hexadecimal"

@@ -155,7 +155,6 @@ def test_vllm_is_started_with_the_server_that_is_there(monkeypatch: pytest.Monke
 
 def test_a_launch_does_not_import_vllm() -> None:
     script = "import sys, connectors.vllm.launch; print({'vllm', 'torch'} & sys.modules.keys())"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -303,9 +303,9 @@ def test_what_cannot_be_started_is_said_in_a_sentence(place: Place) -> None:
 
 def test_worker_ids_are_decimal_or_hexadecimal() -> None:
     assert parse_worker_id("12") == 12 and parse_worker_id("0x12") == 18
-    assert parse_worker_id("ff") == 255 and parse_worker_id(7) == 7
+    assert parse_worker_id("0XfF") == 255 and parse_worker_id(7) == 7
     assert parse_worker_id(str(2**64 - 1)) == 2**64 - 1
-    for bad in ("", "0", "-1", "0x", "g", str(2**64), "0x1" + 16 * "0", "1.5", None):
+    for bad in ("", "0", "ff", "-1", "0x", "g", str(2**64), "0x1" + 16 * "0", "1.5", None):
         with pytest.raises(ValueError, match=r"1 to 2\^64-1"):
             parse_worker_id(bad)
 
