@@ -17,14 +17,20 @@ from typing import Protocol
 import structlog
 
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
+from kvbm.note import is_note
 from kvbm.protocol import (
+    BLOCK_TOKENS_MAX,
+    DP_RANKS_MAX,
+    ENDPOINT_CHARS_MAX,
     GROUPS_MAX,
     KEYS_PER_MATCH_MAX,
+    NAMESPACE_BYTES_MAX,
     POSITIONS_MAX,
     RANKS_MAX,
     REQUEST_CHARS_MAX,
     SLOT_RECORD,
     VERSION,
+    WORKER_ID_MAX,
     Arrived,
     Commit,
     Fence,
@@ -42,6 +48,7 @@ from kvbm.protocol import (
     Outcome,
     Pace,
     Ready,
+    Routing,
     Share,
     Unmatch,
     pack_slots,
@@ -302,13 +309,16 @@ class Session:
             raise FrameError("a commit of another tenant's keys")
         if not all(0 <= position < POSITIONS_MAX for position in message.positions):
             raise FrameError("a commit with a position out of range")
+        notes = message.notes or [b""] * count
+        if len(notes) != count or not all(is_note(note) for note in notes if note):
+            raise FrameError("a commit with notes that are none, or not one for each chunk")
         slots = self._take_leased(message.slots)
         filled: list[tuple[Slot, Chunk]] = []
-        for slot, key, parent, position in zip(
-            slots, keys, parents, message.positions, strict=True
+        for slot, key, parent, position, note in zip(
+            slots, keys, parents, message.positions, notes, strict=True
         ):
             before = None if parent == _NO_PARENT else Key(parent)
-            filled.append((slot, Chunk(key, slot.length, 0, before, position)))
+            filled.append((slot, Chunk(key, slot.length, 0, before, position, note)))
         self._manager.commit(filled)
 
     def _loaded(self, message: Loaded) -> None:
@@ -418,6 +428,21 @@ class Sessions:
             session.set_share(budget_bytes // len(ready))
 
 
+def _unsound(routing: Routing) -> str | None:
+    texts = (routing.events, routing.replay, routing.topic)
+    if not 0 < routing.worker_id <= WORKER_ID_MAX:
+        return f"worker id {routing.worker_id}"
+    if not 0 <= routing.dp_rank < DP_RANKS_MAX:
+        return f"data-parallel rank {routing.dp_rank}"
+    if not 0 < routing.block_tokens <= BLOCK_TOKENS_MAX:
+        return f"{routing.block_tokens} tokens in a block"
+    if not 0 <= routing.group < GROUPS_MAX or len(routing.namespace) > NAMESPACE_BYTES_MAX:
+        return "the cache group or the namespace"
+    if any(len(text) > ENDPOINT_CHARS_MAX for text in texts):
+        return "where its events are heard"
+    return None
+
+
 def _check(hello: Hello, capacity_bytes: int) -> None:
     if hello.version != VERSION:
         raise Refusal(f"protocol {hello.version} is not the daemon's {VERSION}: upgrade both sides")
@@ -425,6 +450,8 @@ def _check(hello: Hello, capacity_bytes: int) -> None:
         raise Refusal(f"unknown role {hello.role!r}")
     if not 0 < hello.world_size <= RANKS_MAX:
         raise Refusal(f"world size {hello.world_size} is out of range")
+    if hello.routing is not None and (why := _unsound(hello.routing)) is not None:
+        raise Refusal(f"what it says for routers is out of range: {why}")
     if hello.role == "worker":
         sizes = hello.group_bytes
         if not 0 < len(sizes) <= GROUPS_MAX or any(size <= 0 for size in sizes):

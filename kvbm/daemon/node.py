@@ -33,6 +33,7 @@ from kvbm.daemon.view import (
     SessionStatus,
 )
 from kvbm.manager import BlockManager, Catalogue
+from kvbm.note_dict import NoteDict
 from kvbm.pace import TierPace
 from kvbm.patrol import Patrol
 from kvbm.peers.contents import Contents
@@ -70,8 +71,9 @@ class Node:
         self.metrics = Metrics(version, settings.node)
         self.plane: EventPlane = create_event_plane(settings.events, f"{PROGRAM} {settings.node}")
         self.blocks = self._make_publisher()
-        contents = Contents(self.blocks)
-        catalogue = Catalogue(contents)
+        self.notes = NoteDict(self.blocks)
+        contents = Contents(self.notes)
+        catalogue = Catalogue(contents, self.notes)
         inheritance = inherit(inherited or {}, notifier, settings.dram)
         self.arena = (
             Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
@@ -95,6 +97,7 @@ class Node:
             ),
             contents,
             self.metrics,
+            notes=self.notes,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
@@ -137,6 +140,7 @@ class Node:
             settings.peers,
             self.dram,
             contents,
+            self.notes,
             self.metrics,
             listener=catalogue,
             check=self.scrubber.check,

@@ -168,6 +168,13 @@ class S3Settings(Section):
     refresh: Duration = Field(
         default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
     )
+    note_reads_per_s: float = Field(
+        default=50.0,
+        ge=0,
+        description="Most requests in a second that read what other nodes' objects hold, for "
+        "routers: one for each object found that is not known. 0 for none; routers then hear of "
+        "these chunks only when they are loaded.",
+    )
     admission: Literal["all", "seen-twice"] = Field(
         default="all",
         description="Which chunks are written: `all`, or those that were offered before.",
