@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Final
 
 from pydantic import BeforeValidator, Field
 
 from runtime.engine_card import COMPONENT, ENDPOINT, Role
-from runtime.names import INSTANCE_ID_MAX, EndpointName
+from runtime.names import EndpointName, parse_instance_id
 from runtime.settings import Section
 from runtime.units import Duration, Secret
 
 _PART: Final = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$"
-_WORKER_ID = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
-
-
-def parse_worker_id(value: object) -> int:
-    """Of decimal digits, or of hexadecimal ones behind 0x. Raises ValueError."""
-    text = str(value)
-    number = 0
-    if _WORKER_ID.fullmatch(text):
-        number = int(text, 16 if text[:2] in {"0x", "0X"} else 10)
-    if not 1 <= number <= INSTANCE_ID_MAX:
-        raise ValueError(
-            f"{text!r} is no instance; accepted: 1 to 2^64-1, in decimal or as 0x and hexadecimal"
-        )
-    return number
 
 
 class EngineSettings(Section):
@@ -50,7 +35,7 @@ class EngineSettings(Section):
         description="The name or address that others reach the engine by; by default the one it "
         "listens on, or this host's name if it listens on all.",
     )
-    worker_id: Annotated[int, BeforeValidator(parse_worker_id)] | None = Field(
+    worker_id: Annotated[int, BeforeValidator(parse_instance_id)] | None = Field(
         default=None,
         description="The instance's number, in decimal or as 0x and hexadecimal; by default a "
         "random one, or for `attach` the one that the daemon knows the engine by.",

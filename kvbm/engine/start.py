@@ -21,10 +21,11 @@ import structlog
 from kvbm.address import WORKER_ID_VARIABLE
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.engine.child import NoProgram
-from kvbm.engine.settings import EngineSettings, parse_worker_id
+from kvbm.engine.settings import EngineSettings
 from kvbm.engine.supervise import FAILED, Launch, supervise
 from runtime import telemetry
 from runtime.instances import new_instance_id
+from runtime.names import NameRefused, parse_instance_id
 from runtime.server_process import ServerError, free_port_run
 from runtime.settings import SettingsError, parse_assignments
 
@@ -53,12 +54,12 @@ class Node:
     def worker_id(self, given: object = None) -> int:
         """`given` with the engine's arguments, else set, else random. Raises ArgumentsRefused."""
         try:
-            ids = [parse_worker_id(given)] if given is not None else []
+            ids = [parse_instance_id(given)] if given is not None else []
             if self.engine.worker_id is not None:
                 ids.append(self.engine.worker_id)
-            elif WORKER_ID_VARIABLE in self.environ:
-                ids.append(parse_worker_id(self.environ[WORKER_ID_VARIABLE]))
-        except ValueError as error:
+            elif named := self.environ.get(WORKER_ID_VARIABLE):
+                ids.append(parse_instance_id(named))
+        except NameRefused as error:
             raise ArgumentsRefused(str(error)) from error
         if len(set(ids)) > 1:
             raise ArgumentsRefused(

@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 WAIT_S = 60.0
 WORKER_ID = 0xFEED_0000_0000_0001
-TOKENS = 600  # enough that the drain comes while they are computed
+TOKENS = 200  # enough that the drain comes while they are computed
 
 
 class Fleet(NamedTuple):
@@ -48,6 +48,7 @@ def fleet(
     engine = Engine("launched", config, logs=folder)
     kvbm = [sys.executable, "-m", "kvbm.cli", "engine", "vllm", "--worker-id", hex(WORKER_ID)]
     kvbm += [*settings(place, socket=str(daemon.socket), engine__canary_interval="1h")]
+    kvbm += ["--set", "engine.drain_timeout=5min"]
     arguments = config.command(engine.port)[3:]  # without Python and the module
     command = [*kvbm, "--host", "127.0.0.1", "--", *arguments]
     with Program(folder, command, config.variables()) as launcher:

@@ -15,8 +15,8 @@ import pytest
 
 from kvbm.engine.child import Child, NoProgram
 from kvbm.engine.openai import Figures, read_figures
-from kvbm.engine.settings import parse_worker_id
 from runtime.engine_card import EngineCard
+from runtime.names import NameRefused, parse_instance_id
 from tests.kvbm import fake_engine
 from tests.kvbm.conftest import Kvbm
 from tests.kvbm.engine_programs import WAIT_S, Place, launcher, settings
@@ -302,12 +302,12 @@ def test_what_cannot_be_started_is_said_in_a_sentence(place: Place) -> None:
 
 
 def test_worker_ids_are_decimal_or_hexadecimal() -> None:
-    assert parse_worker_id("12") == 12 and parse_worker_id("0x12") == 18
-    assert parse_worker_id("0XfF") == 255 and parse_worker_id(7) == 7
-    assert parse_worker_id(str(2**64 - 1)) == 2**64 - 1
+    assert parse_instance_id("12") == 12 and parse_instance_id("0x12") == 18
+    assert parse_instance_id("0XfF") == 255 and parse_instance_id(7) == 7
+    assert parse_instance_id(str(2**64 - 1)) == 2**64 - 1
     for bad in ("", "0", "ff", "-1", "0x", "g", str(2**64), "0x1" + 16 * "0", "1.5", None):
-        with pytest.raises(ValueError, match=r"1 to 2\^64-1"):
-            parse_worker_id(bad)
+        with pytest.raises(NameRefused, match=r"1 to 2\^64-1"):
+            parse_instance_id(bad)
 
 
 def test_figures_are_read_from_what_vllm_writes() -> None:
