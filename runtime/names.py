@@ -118,7 +118,7 @@ class InstanceName:
 
 
 def parse_instance_id(value: object) -> int:
-    """Of decimal digits, or of hexadecimal ones behind 0x, as people write it. Raises NameRefused."""
+    """As people write it: in decimal, or in hexadecimal behind 0x. Raises NameRefused."""
     text = str(value)
     number = 0
     if _ID_WRITTEN.fullmatch(text):
