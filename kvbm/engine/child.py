@@ -27,6 +27,7 @@ TAIL_LINES: Final = 20
 LINE_CHARACTERS_MAX: Final = 500
 POLL_S: Final = 0.05
 _PIECE_BYTES: Final = 1 << 16
+_KILLED_S: Final = 10.0
 _OUTPUT_S: Final = 2.0  # for the last words after the end
 
 
@@ -45,6 +46,7 @@ class Child:
         self._command = [os.path.abspath(program), *command[1:]]
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_killed = False
         self._readers: list[threading.Thread] = []
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
@@ -100,11 +102,13 @@ class Child:
 
     def kill(self) -> None:
         """It and all of its group. Idempotent."""
-        if self._process is None:
+        if self._process is None or self._is_killed:
             return
+        self._is_killed = True  # later its number may be another's
         with contextlib.suppress(ProcessLookupError, PermissionError):  # nobody of it is left
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that the kernel holds
+            self._process.wait(_KILLED_S)
 
     def _pass_on(self, source: BinaryIO, target: int) -> None:
         rest = b""

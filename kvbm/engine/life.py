@@ -64,8 +64,8 @@ class Life:
         self._card: EngineCard | None = None
         self._bad = 0  # looks in a row
         self._away = 0
-        self._tokens = -1.0
-        self._computed_s = -math.inf  # when it was last seen to have computed something
+        self._tokens = math.inf  # computed by then; infinitely many: not known
+        self._computed_s = -math.inf  # when it was last proven to compute
         self._waiting_for = ""
 
     @property
@@ -130,7 +130,7 @@ class Life:
             return
         self._bad += 1
         self._away = self._away + 1 if problem.away else 0
-        self._computed_s = -math.inf  # it has to prove itself again
+        self._computed_s, self._tokens = -math.inf, math.inf  # it has to prove itself again
         if self.state is State.HEALTHY and self._bad >= self._settings.unhealthy_after:
             await self._move(State.RUNNING, why=problem.reason)
 
@@ -139,36 +139,45 @@ class Life:
         health = await self._server.health()
         if isinstance(health, Bad):
             return health
-        figures = await self._server.figures()
         if self._card is None:
-            made = await self._made_card(figures)
+            made = await self._made_card()
             if isinstance(made, Bad):
                 return made
             self._card = made
             await self._move(State.RUNNING, card=made)
-        if isinstance(figures, Figures):
-            self._note_progress(figures)
         idle_s = self._settings.canary_interval
         if not idle_s or time.monotonic() - self._computed_s < idle_s:
             return None
-        answer = await self._server.one_token(self._card.model, self._settings.canary_timeout)
-        if isinstance(answer, Bad):
-            return Bad(f"the canary: {answer.reason}", answer.away)
+        return await self._proven(self._card.model)
+
+    async def _proven(self, model: str) -> Bad | None:
+        """Whether it has computed something since the last proof, or else does so now.
+
+        A page of metrics costs the engine some milliseconds, so that it is asked for no sooner.
+        """
+        if not await self._has_computed():
+            answer = await self._server.one_token(model, self._settings.canary_timeout)
+            if isinstance(answer, Bad):
+                return Bad(f"the canary: {answer.reason}", answer.away)
+            await self._has_computed()  # this token proves nothing the next time
         self._computed_s = time.monotonic()
         return None
 
-    def _note_progress(self, figures: Figures) -> None:
-        if self._tokens >= 0 and figures.tokens > self._tokens:
-            self._computed_s = time.monotonic()
-        self._tokens = figures.tokens
+    async def _has_computed(self) -> bool:
+        """Since it was last asked for its figures; False if that is not known."""
+        before = self._tokens
+        figures = await self._server.figures()
+        self._tokens = math.inf if isinstance(figures, Bad) else figures.tokens
+        return before < self._tokens < math.inf
 
-    async def _made_card(self, figures: Figures | Bad) -> EngineCard | Bad:
+    async def _made_card(self) -> EngineCard | Bad:
         """What the engine says of itself, else what was said of it, else 0."""
         served = await self._server.served()
         if isinstance(served, Bad):
             if self._said.model is None:
                 return served
             served = Served(self._said.model, 0)
+        figures = await self._server.figures()
         if isinstance(figures, Bad):
             figures = Figures(0, 0.0, 0, 0, 0)
         said = self._said

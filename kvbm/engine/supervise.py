@@ -88,6 +88,7 @@ class _Supervision:
         return await self._stop()
 
     async def _died(self, status: int) -> int:
+        self._child.kill()  # what is left of its group
         await self._life.end()
         log = _log.error if status else _log.info
         log("engine_ended", status=status, last_lines=self._child.tail() if status else [])

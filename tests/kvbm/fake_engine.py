@@ -32,8 +32,9 @@ STATE: dict[str, Any] = {
     "completion_s": 0.0,
     "running": 0,
     "waiting": 0,
-    "tokens": 0,
+    "tokens": 1,  # 0: more at every look
     "asked": 0,  # completions
+    "figures": 0,
     "sigterms": 0,
     "ignores_sigterm": False,
     "api_key": None,
@@ -46,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
             case "/health":
                 self._answer(STATE["health"], "")
             case "/metrics":
-                self._answer(200, METRICS.format(model=model(), **STATE))
+                STATE["figures"] += 1
+                told = {**STATE, "tokens": STATE["tokens"] or time.monotonic_ns()}
+                self._answer(200, METRICS.format(model=model(), **told))
             case "/v1/models":
                 listed = [{"id": model(), "max_model_len": 4096}, {"id": "an-adapter"}]
                 self._answer(200 if self._may() else 401, {"data": listed})

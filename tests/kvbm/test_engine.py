@@ -178,7 +178,13 @@ def test_an_engine_that_computes_nothing_is_asked_and_one_that_computes_is_not(
     with program:
         place.wait_for("healthy")
         wait_until(lambda: engine.told()["asked"] >= 2, WAIT_S, "it is asked again")
-        engine.do(completion=500, running=1)
+        engine.do(tokens=0)
+        looked = engine.told()["figures"]
+        wait_until(lambda: engine.told()["figures"] > looked + 1, WAIT_S, "its figures are read")
+        asked = engine.told()["asked"]
+        wait_until(lambda: engine.told()["figures"] > looked + 4, WAIT_S, "and again")
+        assert engine.told()["asked"] == asked
+        engine.do(completion=500, running=1, tokens=2)
         place.wait_for("running")  # though /health is well
         asked = engine.told()["asked"]
         engine.do(completion=200)
