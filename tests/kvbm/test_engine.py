@@ -7,14 +7,15 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from connectors.vllm.launch import launch_of
 from kvbm.engine.child import Child, NoProgram
 from kvbm.engine.openai import Figures, read_figures
+from kvbm.engine.start import start
 from runtime.engine_card import EngineCard
 from runtime.names import NameRefused, parse_instance_id
 from tests.kvbm import fake_engine
@@ -271,38 +272,28 @@ def test_a_start_that_takes_too_long_is_given_up(place: Place) -> None:
 # -- what cannot be started ---------------------------------------------------------------
 
 
-def refused(place: Place, *arguments: str, options: list[str] | None = None) -> tuple[int, str]:
-    command = [sys.executable, "-m", "kvbm.cli", "engine", "vllm", *settings(place)]
-    done = subprocess.run(
-        [*command, *(options or []), "--", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stderr
+def test_what_cannot_be_started_is_said_in_a_sentence(
+    place: Place, capfd: pytest.CaptureFixture[str], logging_kept: None
+) -> None:
+    def refused(*words: str, **more: str) -> tuple[int, str]:
+        given = settings(place, **{"engine__program": "true", **more})[1::2]
+        return start(launch_of, words, None, given), capfd.readouterr().err
 
-
-def test_what_cannot_be_started_is_said_in_a_sentence(place: Place) -> None:
-    fake = ["--program", "true"]
-    status, said = refused(place, "--max-model-len", "4096", options=fake)
+    status, said = refused("--max-model-len", "4096")
     assert status == 2 and "no model: name it first" in said
-    status, said = refused(place, "a-model", "--headless", options=fake)
+    status, said = refused("a-model", "--headless")
     assert status == 2 and "--headless: it serves no requests" in said
-    status, said = refused(place, "a-model", "--kv-transfer-config", "{", options=fake)
+    status, said = refused("a-model", "--kv-transfer-config", "{")
     assert status == 2 and "--kv-transfer-config is no JSON" in said
-    status, said = refused(place, "a-model", options=["--worker-id", "x"])
+    status, said = refused("a-model", engine__worker_id="x")
     assert status == 2 and "engine.worker_id" in said and "1 to 2^64-1" in said
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        status, said = refused(place, "a-model", "--port", str(port), options=fake)
+        status, said = refused("a-model", "--port", str(port))
     assert status == 1 and f"cannot listen at *:{port}: Address already in use" in said
-    status, said = refused(
-        place, "a-model", "--port", "0", options=["--program", "/nonexistent/vllm"]
-    )
+    status, said = refused("a-model", "--port", "0", engine__program="/nonexistent/vllm")
     assert status == 1 and "'/nonexistent/vllm' is no program" in said
     assert place.records() == []
 
