@@ -90,7 +90,7 @@ class StandIn:
         for slot, item in zip(slots, items, strict=False):
             arena.view(slot.offset, slot.length)[:] = item.data
             chunk = item.chunk
-            filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot))
+            filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot, chunk.note))
         if filled:
             self.client.commit(filled)
         return len(filled)

@@ -33,6 +33,7 @@ from kvbm.daemon.view import (
     SessionStatus,
 )
 from kvbm.manager import BlockManager, Catalogue
+from kvbm.note import Note
 from kvbm.note_dict import NoteDict
 from kvbm.pace import TierPace
 from kvbm.patrol import Patrol
@@ -254,7 +255,9 @@ class Node:
             (chunk,) = tier.find([key])
             if chunk is not None:
                 residencies.append(Residency(tier.name, chunk, sealed=True, claims=None))
-        return ChunkStatus(residencies, key in self.manager.onboarder)
+        note = self.notes.note_of(key)
+        found = Note.decode(note) if note else None
+        return ChunkStatus(residencies, key in self.manager.onboarder, found)
 
     def quarantine(self) -> QuarantineStatus:
         return self.operations.quarantine()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm.daemon.rates import Rate
+from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from kvbm.receipts import Receipt
@@ -83,6 +84,7 @@ class Residency:
 class ChunkStatus:
     residencies: Sequence[Residency]
     is_coming: bool  # on its way up into host memory
+    note: Note | None = None
 
 
 @dataclass(frozen=True, slots=True)
