@@ -27,6 +27,7 @@ from kvbm.engine.supervise import Launch
 
 TRANSFER: Final = "kv-transfer-config"
 EVENTS: Final = "kv-events-config"
+QUIET: Final = "disable-access-log-for-endpoints"
 CONNECTOR: Final = "KvbmConnector"
 PORT: Final = 8000  # vLLM's own choice
 API_KEY_VARIABLE: Final = "VLLM_API_KEY"
@@ -56,6 +57,7 @@ def launch_of(given: Sequence[str], node: Node) -> Launch:
         host = arguments.value("host")
         transfer = arguments.json(TRANSFER)
         arguments = _with_events(_with_connector(arguments, transfer, node), node)
+        arguments = _without_our_looks_in_the_log(arguments)
     except ArgumentError as error:
         raise ArgumentsRefused(str(error)) from error
     extra = transfer.get("kv_connector_extra_config")
@@ -113,6 +115,11 @@ def _with_events(arguments: Arguments, node: Node) -> Arguments:
     heard = {**ours, **said}
     _log.info("engine_events", endpoint=heard["endpoint"], replay=heard["replay_endpoint"])
     return merged
+
+
+def _without_our_looks_in_the_log(arguments: Arguments) -> Arguments:
+    said = arguments.value(QUIET) is not None or arguments.flag("disable-uvicorn-access-log")
+    return arguments if said else arguments.with_value(QUIET, "/health,/metrics")
 
 
 def _with_port(arguments: Arguments, node: Node) -> tuple[Arguments, int]:

@@ -27,6 +27,7 @@ def parsed(words: Sequence[str]) -> Any:
     parser.add_argument("model_tag", nargs="?")
     parser.add_argument("--config")
     parser.add_argument("--port", type=int)
+    parser.add_argument("--disable-access-log-for-endpoints")
     return parser.parse_args(list(words))
 
 
