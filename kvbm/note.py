@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol, Self
 
 import numpy as np
@@ -100,6 +101,7 @@ def is_note(note: bytes) -> bool:
     return whole and 0 < count <= BLOCKS_MAX
 
 
+@lru_cache(maxsize=64)
 def domain_of(namespace: bytes, salt: bytes, tag: int) -> int:
     """The KV that engines of one key space and tenant share: XXH3-64 of what their keys have in
     common."""
