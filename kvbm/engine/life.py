@@ -24,7 +24,7 @@ from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
 
-DRAIN_LOOK_S: Final = 0.1
+DRAIN_LOOK_S: Final = 0.2
 
 _log = structlog.get_logger("kvbm.engine")
 

@@ -61,6 +61,7 @@ def test_an_engine_becomes_an_instance_that_says_what_it_serves(place: Place) ->
     assert place.records() == []
     states = [event["state"] for event in program.events("engine_state")]
     assert states == ["running", "healthy", "stopping"]
+    assert "/health" not in program.err.read_text(), "what goes well is not worth a line each"
     assert not engine.is_there
 
 
