@@ -92,6 +92,16 @@ class NoteBook(Protocol):
         ...
 
 
+class NoNotes:
+    """Nobody is told of what this node keeps: it keeps no notes."""
+
+    def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        pass
+
+    def note_of(self, key: Key) -> bytes:
+        return b""
+
+
 def is_note(note: bytes) -> bool:
     """Whether `Note.decode` takes these bytes. Costs no copy."""
     if len(note) < _HEAD.size:

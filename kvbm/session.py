@@ -12,12 +12,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
-from kvbm.note import is_note
+from kvbm.note import domain_of, is_note
 from kvbm.protocol import (
     BLOCK_TOKENS_MAX,
     DP_RANKS_MAX,
@@ -74,6 +75,16 @@ class Refusal(Exception):
     """The peer cannot be a member; the message tells its operator why."""
 
 
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """An engine that is ready, as routers are to know it."""
+
+    routing: Routing
+    domain: int  # of the KV it stores and reads: see `kvbm.note`
+    pace: Pace
+    token_bytes: float  # that loading one more token of a prefix moves; 0 before the first lookup
+
+
 class Member(Protocol):
     """A connection, as a session uses it."""
 
@@ -111,6 +122,7 @@ class Session:
         self._tickets: dict[int, tuple[Ticket, Receipt]] = {}
         self._lengths: tuple[int, ...] = ()
         self._share_bytes = 0
+        self._token_bytes = 0.0
 
     @property
     def members(self) -> list[Member]:
@@ -119,6 +131,15 @@ class Session:
     @property
     def is_ready(self) -> bool:
         return self._scheduler is not None and len(self._workers) == self.world_size
+
+    @property
+    def connected(self) -> Connected | None:
+        """What routers are to be told of it; None unless it is ready and has said who it is."""
+        routing = None if self._scheduler is None else self._scheduler.hello.routing
+        if routing is None or not self.is_ready or self.ending:
+            return None
+        domain = domain_of(routing.namespace, self.tenant.salt, self.tenant.tag)
+        return Connected(routing, domain, self.pace, self._token_bytes)
 
     @property
     def leased_bytes(self) -> int:
@@ -250,6 +271,8 @@ class Session:
         if not message.pace.is_sound or len(request) > REQUEST_CHARS_MAX:
             raise FrameError("a match with a pace that is no number, or a name too long")
         self.pace = message.pace
+        whole = [group for group in groups if not group.window]
+        self._token_bytes = sum(group.chunk_bytes / group.tokens_per_chunk for group in whole)
         if number in self._tickets:
             raise FrameError(f"ticket {number} is open already")
         assert self._scheduler is not None
@@ -359,7 +382,10 @@ class Sessions:
         manager: BlockManager,
         tenants: Tenants | None = None,
         removals: Removals | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """`changed` is called when `connected` may have changed."""
+        self._changed = changed
         self._manager = manager
         self._tenants = Tenants() if tenants is None else tenants
         self.receipts = Receipts([tier.name for tier in manager.tiers], removals)
@@ -372,6 +398,12 @@ class Sessions:
         """Send every engine away; each is out of `all` once none of its members is left."""
         for session in self.all:
             session.end()
+
+    @property
+    def connected(self) -> list[Connected]:
+        """Engines that are ready and have said who they are to routers."""
+        found = [session.connected for session in self._forming.values()]
+        return [engine for engine in found if engine is not None]
 
     @property
     def all(self) -> list[Session]:
@@ -399,6 +431,7 @@ class Sessions:
         self._forming[hello.engine] = session
         self._of[id(member)] = session
         self._share_out()
+        self._changed()
         return session
 
     def drain(self) -> None:
@@ -419,6 +452,7 @@ class Sessions:
             del self._forming[session.engine]
         session.leave(member)
         self._share_out()
+        self._changed()
 
     def _share_out(self) -> None:
         """Every engine may lease the same part, so that none can keep another from storing."""

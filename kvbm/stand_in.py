@@ -49,6 +49,7 @@ class StandIn:
         lease_chunks: int = 16,
         routing: Routing | None = None,
     ) -> None:
+        """`routing`: who it is for routers; its chunks' notes are then taken."""
         self._routing = routing
         self._engine = f"stand-in-{os.getpid()}-{next(_names)}"
         self._chunk_bytes = chunk_bytes

@@ -27,7 +27,10 @@ from kvbm.address import (
 from kvbm.engine.settings import EngineSettings
 from kvbm.peers.settings import PeerSettings
 from runtime.discovery.settings import DiscoverySettings
+from runtime.events.node_stream import COMPONENT, ENDPOINT
 from runtime.events.settings import EventPlaneSettings
+from runtime.names import EndpointName
+from runtime.requests.settings import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
 from runtime.units import Duration, Secret, Size, format_size
@@ -371,6 +374,11 @@ class DaemonSettings(Settings):
         default=DiscoverySettings(),
         description="Where routers find this node; not used if `events.plane` is `none`.",
     )
+    requests: RequestPlaneSettings = Field(
+        default=RequestPlaneSettings(),
+        description="How routers ask this node for what they missed; not used if `events.plane` is "
+        "`none`.",
+    )
     admin: AdminSettings = Field(default=AdminSettings(), description="Admin REST and metrics.")
     log: LogSettings = Field(default=LogSettings(), description="Logging, to standard error.")
     offload: OffloadSettings = Field(
@@ -425,6 +433,8 @@ class DaemonSettings(Settings):
                 f"onboard.max_bytes_in_flight {format_size(self.onboard_bytes_max)} "
                 f"is more than dram.capacity {format_size(room)}"
             )
+        if self.events.plane != "none":
+            EndpointName(self.events.namespace, COMPONENT, ENDPOINT)  # raises a ValueError
         if self.s3 is not None and self.s3.object_bytes > room:
             raise ValueError(
                 f"s3.object_bytes {format_size(self.s3.object_bytes)} is more than dram.capacity "

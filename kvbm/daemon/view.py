@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.rates import Rate
 from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
@@ -220,6 +221,10 @@ class NodeView(Protocol):
     def queues(self) -> Sequence[QueueStatus]: ...
 
     def events(self) -> EventsStatus: ...
+
+    def stream(self) -> AnnouncerStatus | None:
+        """The stream for routers; None where there is no event plane."""
+        ...
 
     def rates(self) -> Mapping[TierName, Sequence[Rate]]: ...
 

@@ -181,22 +181,19 @@ async def names_in_events(node: Node) -> list[int]:
     """Sequence hashes of all blocks that engine `a` ever announced, in their order."""
     live, ring = (f"tcp://127.0.0.1:{port}" for port in node.ports)
     feed = EngineFeed(EngineFeedOptions(live, ring, probe_s=0.5))
-    translated = EngineRouter(worker_id=1, dp_rank=0, block_size=BLOCK_TOKENS)
-    names: dict[int, int] = {}  # by the engine's own
+    translated = EngineRouter(BLOCK_TOKENS)
+    names: list[int] = []
     await feed.start()
     with suppress(TimeoutError):
         async with asyncio.timeout(QUIET_S) as quiet:
             async for item in feed:
                 assert isinstance(item, EngineEvents)
                 quiet.reschedule(asyncio.get_running_loop().time() + QUIET_S)
-                for event in translated.translate(item.batch):
-                    if isinstance(stored := event.event.data, Stored):
-                        before = stored.parent_hash
-                        parent = None if before is None else names[before]
-                        chain = Note(0, parent, stored.tokens_hashes).chain.tolist()
-                        names.update(zip(stored.block_hashes.tolist(), chain, strict=True))
+                for data in translated.translate(item.batch):
+                    if isinstance(data, Stored):
+                        names += data.block_hashes.tolist()
     await feed.close()
-    return list(dict.fromkeys(names.values()))
+    return list(dict.fromkeys(names))
 
 
 async def noted_in_s3(server: EmbeddedS3, wanted: set[int]) -> None:

@@ -196,8 +196,9 @@ def test_notes_are_known_after_a_restart_and_on_another_node(
     make_daemon: MakeDaemon, s3: EmbeddedS3
 ) -> None:
     section = s3_section(s3, prefix="notes")
-    first = make_daemon("node-1", s3=section | {"note_reads_per_s": 0})  # has them on its SSD
-    second = make_daemon("node-2", s3=section, ssd=None)
+    # The first tells no router itself; what is on its SSD it knows.
+    first = make_daemon("node-1", s3=section | {"note_reads_per_s": 0})
+    second = make_daemon("node-2", s3=section, ssd=None, events={"plane": "memory"})
     items, bare = noted("notes", 12), make_items("no notes", 2, CHUNK)
     first.start()
     second.start()

@@ -103,6 +103,7 @@ def daemon(tmp_path: Path) -> Iterator[Held]:
                 records=folder,
                 ssd=None,
                 dram="32MiB",
+                events={"plane": "memory"},  # without, and without S3, it keeps no notes
             )
         )
         cleanup.callback(held.process.stop)
