@@ -47,7 +47,8 @@ def fleet(
     config = EngineConfig(model=str(llama), context_tokens=4096)
     engine = Engine("launched", config, logs=folder)
     kvbm = [sys.executable, "-m", "kvbm.cli", "engine", "vllm", "--worker-id", hex(WORKER_ID)]
-    kvbm += [*settings(place, socket=str(daemon.socket), engine__health_interval="500ms")]
+    pace = {"engine__health_interval": "500ms", "engine__canary_interval": "1h"}
+    kvbm += settings(place, socket=str(daemon.socket), **pace)
     kvbm += ["--set", "engine.drain_timeout=5min"]
     arguments = config.command(engine.port)[3:]  # without Python and the module
     command = [*kvbm, "--host", "127.0.0.1", "--", *arguments]
