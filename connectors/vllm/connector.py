@@ -250,11 +250,12 @@ def _routing(vllm_config: VllmConfig, noted: GroupOffloadConfig, worker_id: int)
     live = replay = topic = ""
     if events is not None and events.enable_kv_cache_events and events.publisher == "zmq":
         live = live_endpoint(events.endpoint, rank)
-        replay, topic = replay_endpoint(events.replay_endpoint, rank), events.topic
-        if not live:
+        if live:
+            replay, topic = replay_endpoint(events.replay_endpoint, rank), events.topic
+        else:
             logger.warning(
-                "KV events are published to %s, where kvbm-daemon cannot hear them, so that routers "
-                "do not know what is in this engine's memory: use tcp://*:PORT",
+                "KV events are published to %s, where kvbm-daemon cannot hear them: routers do "
+                "not know what is in this engine's memory; use tcp://*:PORT",
                 events.endpoint,
             )
     return Routing(
