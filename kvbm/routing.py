@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import xxhash
 
-from kvbm.protocol import WORKER_ID_MAX
 from runtime.events.engine_feed import rank_endpoint
+from runtime.names import parse_instance_id
 
 
 def parse_worker_id(given: int | str) -> int:
     """A number, or text of one: decimal, or hexadecimal after `0x`. Raises ValueError."""
-    number = int(given, 0) if isinstance(given, str) else given
-    if not 0 < number <= WORKER_ID_MAX:
-        raise ValueError(f"{given!r} is not within 1 and 2^64 - 1")
-    return number
+    return parse_instance_id(given)
 
 
 def derived_worker_id(engine_id: str) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from msgspec import structs
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -290,3 +291,7 @@ def _namespaces(vllm_config: VllmConfig, fingerprint: dict[str, str]) -> Callabl
         return namespace_of({**fingerprint, "private": uuid.uuid4().hex})
 
     return make
+
+
+# MultiConnector makes a child's statistics by the child's name alone.
+KVConnectorFactory.register_connector("KvbmConnector", __name__, "KvbmConnector")

@@ -390,6 +390,8 @@ def _status(hello: Hello, since: float, claims: int, leased_bytes: int) -> Sessi
         connected_s=time.monotonic() - since,
         claims=claims if is_scheduler else 0,
         leased_bytes=leased_bytes if is_scheduler else 0,
+        worker_id=None if hello.routing is None else f"{hello.routing.worker_id:x}",
+        dp_rank=None if hello.routing is None else hello.routing.dp_rank,
     )
 
 

@@ -38,6 +38,8 @@ class SessionStatus:
     connected_s: float
     claims: int
     leased_bytes: int
+    worker_id: str | None = None  # of a scheduler: its instance in discovery, hexadecimal
+    dp_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

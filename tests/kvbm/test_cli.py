@@ -527,6 +527,10 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 
 # -- every command ------------------------------------------------------------------------
 
+WITHOUT_DAEMON = {
+    *("bench replay", "router", "instances"),
+    *("engine vllm", "engine attach", "engine print-unit"),
+}
 COMMANDS = [
     *(["status"], ["tiers"], ["peers"], ["top"], ["why"]),
     *(["quarantine"], ["chunks", make_key("k").hex()]),
@@ -572,11 +576,11 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 def test_every_command_has_the_same_options_and_is_documented() -> None:
     page = (ROOT / "docs/OPERATING.md").read_text()
-    # Doctor goes on without a daemon; a replay and a router have nothing to do with one.
-    assert len(list(leaves())) == len(COMMANDS) + 3
+    # Doctor goes on without a daemon; others have nothing to do with one, or go on as well.
+    assert len(list(leaves())) == len(COMMANDS) + 1 + len(WITHOUT_DAEMON)
     for name, command in leaves():
         options = {option for parameter in command.params for option in parameter.opts}
-        assert {"--url", "--token", "--json"} <= options or name in {"bench replay", "router"}, name
+        assert {"--url", "--token", "--json"} <= options or name in WITHOUT_DAEMON, name
         assert command.help, name
         assert f"`kvbm {name}" in page, f"docs/OPERATING.md does not mention kvbm {name}"
 
