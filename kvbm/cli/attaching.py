@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from kvbm.address import is_loopback
 from kvbm.cli.client import AdminClient, Failure, Json, Unreachable
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.engine.attach import AttachRefused, attach
 from kvbm.engine.life import Said
 from kvbm.engine.settings import EngineSettings
 from runtime import telemetry
+from runtime.hosts import is_loopback
 from runtime.instances import new_instance_id
 from runtime.settings import SettingsError, parse_assignments
 

@@ -527,10 +527,8 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 
 # -- every command ------------------------------------------------------------------------
 
-WITHOUT_DAEMON = {
-    *("bench replay", "router", "instances"),
-    *("engine vllm", "engine attach", "engine print-unit"),
-}
+ENGINE = {f"engine {name}" for name in ("vllm", "attach", "print-unit")}
+WITHOUT_DAEMON = {"bench replay", "router", "instances"} | ENGINE
 COMMANDS = [
     *(["status"], ["tiers"], ["peers"], ["top"], ["why"]),
     *(["quarantine"], ["chunks", make_key("k").hex()]),
