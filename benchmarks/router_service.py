@@ -207,7 +207,6 @@ async def measure(
         "empty, as numbers": [post("/empty", body) for body in bodies],
         "empty, as base64": [post("/empty", body) for body in packed],
     }
-    client = Client(port, pid, max(count // ROUNDS, 100))
     fleet = Fleet(scale, "kv")
     times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "decision")}
     work: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -259,7 +258,8 @@ def main() -> None:
         assert server.stdout is not None and server.stdin is not None
         port = int(server.stdout.readline())
         prompts = Fleet(scale, "kv").prompts[:PROMPTS]
-        rows = asyncio.run(measure(port, server.pid, prompts, scale, given.requests))
+        client = Client(port, server.pid, max(given.requests // ROUNDS, 100))
+        rows = asyncio.run(measure(client, prompts, scale))
         server.stdin.close()
     tell("router_service", rows)
 
