@@ -110,6 +110,12 @@ def is_note(note: bytes) -> bool:
     return whole and 0 < count <= BLOCKS_MAX
 
 
+def domain_in(note: bytes) -> int:
+    """Of what `is_note`."""
+    domain: int = _HEAD.unpack_from(note)[4]
+    return domain
+
+
 def domain_of(namespace: bytes, salt: bytes, tag: int) -> int:
     """The KV that engines of one key space and tenant share: XXH3-64 of what their keys have in
     common."""

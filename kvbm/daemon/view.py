@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.rates import Rate
+from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from kvbm.receipts import Receipt
@@ -82,6 +83,7 @@ class Residency:
 class ChunkStatus:
     residencies: Sequence[Residency]
     is_coming: bool  # on its way up into host memory
+    note: Note | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from kvbm.announce.status import AnnouncerStatus, EngineStatus, StreamStatus, TiersStatus
 from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
     ChunkStatus,
@@ -25,6 +28,7 @@ from kvbm.daemon.view import (
     ScrubStatus,
     SessionStatus,
 )
+from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.protocol import Pace
 from kvbm.quarantine import Quarantined
@@ -79,6 +83,15 @@ class Node:
     def queues(self) -> list[QueueStatus]:
         return [QueueStatus("offload_ssd", 11, 4096)]
 
+    def stream(self) -> AnnouncerStatus | None:
+        stream = StreamStatus("1f", 40, 3, 1, 20, 4096, 8192)
+        tiers = TiersStatus({"G2": 10, "G3": 20, "G4": 30}, 4, 5, 6, 7000)
+        engines = [
+            EngineStatus("5.0", "tcp://127.0.0.1:5557", True, None, 8, 100, 2, 1, 0, 0, 9),
+            EngineStatus("5.1", "tcp://127.0.0.1:5558", False, "disconnected", 0, 0, 0, 0, 0, 0, 0),
+        ]
+        return AnnouncerStatus("default.kvbm.kv-events-1", None, stream, tiers, engines, 11, 12)
+
     def events(self) -> EventsStatus:
         return EventsStatus(published_total=12, dropped_total=13)
 
@@ -112,6 +125,7 @@ class Node:
                 Residency(TierName.SSD, chunk, sealed=True, claims=None),
             ],
             is_coming=False,
+            note=Note(0xD0, 0xAB, np.array([1, 2], dtype=np.uint64)),
         )
 
     def quarantine(self) -> QuarantineStatus:

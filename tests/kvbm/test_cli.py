@@ -12,15 +12,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from kvbm.cli import __main__ as cli
 from kvbm.cli.event_feed import Printer
+from kvbm.note import Note
 from kvbm.protocol import MatchGroup
 from kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
 from runtime.embedded import EmbeddedNats
@@ -130,6 +133,7 @@ def test_status_tells_that_the_node_is_ready_and_who_is_connected(
     assert shown.status == 0
     assert "node-1" in shown.out and ", ready, up" in shown.out
     assert "1 engines in 2 connections" in shown.out
+    assert f"of publisher {told['stream']['stream']['publisher']}; G2 " in shown.out
 
 
 def test_tiers_tell_how_fast_bytes_come_and_go(daemon: Daemon, engine: StandIn, kvbm: Kvbm) -> None:
@@ -167,6 +171,30 @@ def test_a_chunk_is_found_in_every_tier_that_has_it(
     assert told["residencies"][0]["claims"] == 1, "a request holds it"
     engine.client.forget(lookup)
     assert "64 KiB" in kvbm("chunks", items[0].chunk.key.hex(), "--url", daemon.url).out
+
+
+def test_what_routers_are_told_of_a_chunk_is_shown(
+    daemon: Daemon, engine: StandIn, kvbm: Kvbm
+) -> None:
+    items = [
+        replace(item, chunk=replace(item.chunk, note=Note(7, parent, hashes).encode()))
+        for item, parent, hashes in zip(
+            make_items("noted", 2, CHUNK),
+            (None, 0xAB),
+            (np.array([1, 2], np.uint64), np.array([3], np.uint64)),
+            strict=True,
+        )
+    ]
+    engine.store(items)
+    first, second = (item.chunk.key.hex() for item in items)
+    wait_until(lambda: shown(kvbm, daemon, second), WAIT_S, "the daemon has it")
+    told = shown(kvbm, daemon, first)
+    assert "2 blocks from the beginning, in domain 0000000000000007" in told
+    assert "1 blocks after 00000000000000ab" in shown(kvbm, daemon, second)
+
+
+def shown(kvbm: Kvbm, daemon: Daemon, key: str) -> str:
+    return kvbm("chunks", key, "--url", daemon.url).out
 
 
 @pytest.mark.parametrize(

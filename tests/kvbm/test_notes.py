@@ -114,6 +114,17 @@ def test_a_notebook_forgets_what_is_in_no_tier_any_more() -> None:
     assert book.note_of(one) == b"" and not len(book)
 
 
+def test_a_note_that_comes_late_stays_as_long_as_its_chunk() -> None:
+    book, key = NoteDict(RecordingEvents()), make_key("late")
+    book.stored(TierName.S3, [key])
+    book.stored(TierName.DRAM, [key])
+    book.learn([key], [make_note(1)])
+    book.removed(TierName.DRAM, [key])
+    assert book.note_of(key) == make_note(1)
+    book.removed(TierName.S3, [key])
+    assert not len(book)
+
+
 # -- what a session takes ---------------------------------------------------------------
 
 

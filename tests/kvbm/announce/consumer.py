@@ -101,7 +101,9 @@ class Consumer:
         self._publisher, self._next = begins.publisher, begins.next
         waiting, self._waiting = self._waiting, []
         for envelope in waiting:
-            if envelope.publisher_id != self._publisher or envelope.sequence > self._next:
+            if envelope.publisher_id != self._publisher:
+                continue  # of a run of the daemon that has ended
+            if envelope.sequence > self._next:
                 self._waiting.append(envelope)  # a gap once more
             elif envelope.sequence == self._next:
                 self._apply(envelope)

@@ -15,6 +15,9 @@ import pytest
 
 from router.index import Tier, WorkerId
 from router.node_feed import NodeState
+from runtime.events.node_stream import Rows, encode_catch_up
+from runtime.events.router_event import StorageTier
+from runtime.requests import RequestContext
 from tests.router.feed.node import FakeNode, Life
 from tests.router.feed.world import NAMESPACE, RouterUnderTest, World, held_by, truth_of
 from tests.runtime.planes import until
@@ -289,6 +292,38 @@ async def test_a_stale_node_that_still_speaks_is_still_heard(world: World) -> No
         await until(lambda: router.state("a") is NodeState.STALE)
         life.live(30)
         await until(lambda: held_by(router.index) == truth_of(node))
+
+
+async def test_a_snapshot_of_nonsense_is_refused_and_asked_for_again(world: World) -> None:
+    node, life = await lived(world)
+    async with world.router(stale_for=0.0) as router:
+        await until(router.is_live)
+        before = held_by(router.index)
+        nonsense = encode_catch_up(Rows(1, -1, "worker", StorageTier.DEVICE, b"", b""))
+        honest = node._rows
+        node._rows = lambda: [nonsense]  # type: ignore[method-assign]
+        router.feeds._nodes["a"].refresh()
+        await until(lambda: router.feeds.status.nodes[0].failures_total > 0)
+        assert held_by(router.index) == before
+        await until(lambda: router.state("a") is NodeState.STALE)
+        node._rows = honest  # type: ignore[method-assign]
+        life.live(10)
+        await router.equals(node)
+
+
+@pytest.mark.parametrize("answer", [[], [b"?"], [b"", b""]])
+async def test_an_answer_that_is_none_is_a_failure(world: World, answer: list[bytes]) -> None:
+    node = await world.node(serve=False)
+
+    async def answers(payload: bytes, context: RequestContext) -> AsyncIterator[bytes]:
+        for item in answer:
+            yield item
+
+    node._answer = answers  # type: ignore[assignment,method-assign]
+    await node.serve()
+    async with world.router() as router:
+        await until(lambda: router.state("a") is NodeState.STALE)
+        assert router.feeds.status.nodes[0].error
 
 
 # -- discovery and routers ---------------------------------------------------------------
