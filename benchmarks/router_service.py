@@ -193,9 +193,7 @@ def rate_row(name: str, rates: list[float], base: list[float]) -> Row:
     }
 
 
-async def measure(
-    port: int, pid: int, prompts: list[Tokens], scale: Scale, count: int
-) -> list[Row]:
+async def measure(client: Client, prompts: list[Tokens], scale: Scale) -> list[Row]:
     bodies = [json.dumps({"tokens": tokens.tolist()}).encode() for tokens in prompts]
     packed = [
         json.dumps({"tokens": base64.b64encode(tokens.astype("<u4").tobytes()).decode()}).encode()
