@@ -230,6 +230,8 @@ class ComponentSettings(Section):
 
 
 class HttpSettings(WebSettings):
+    section = "http"
+
     port: int = Field(default=9480, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
     body_max: Size = Field(
         default=16 << 20,
