@@ -107,21 +107,26 @@ def post(path: str, body: bytes) -> bytes:
 @dataclass(slots=True)
 class Client:
     port: int
+    pid: int
     count: int
 
-    async def latencies_us(self, requests: list[bytes]) -> list[float]:
-        """One after the other."""
+    async def latencies_us(self, requests: list[bytes]) -> tuple[list[float], list[float]]:
+        """One after the other: by the clock, and of the server's processor time."""
         connection = await Connection.open(self.port)
-        taken, answers = [], []
+        clock = (~self.pid << 3) | 2  # clock_getcpuclockid(3)
+        taken: list[float] = []
+        worked: list[float] = []
+        answers: list[bytes] = []
         for number in range(self.count):
-            start = time.perf_counter_ns()
+            worked_ns, start = time.clock_gettime_ns(clock), time.perf_counter_ns()
             answers.append(await connection.ask(requests[number % len(requests)]))
             taken.append((time.perf_counter_ns() - start) / 1000)
+            worked.append((time.clock_gettime_ns(clock) - worked_ns) / 1000)
             if len(answers) == ENDED_AT_ONCE:
                 await self._end(connection, answers)
         await self._end(connection, answers)
         connection.close()
-        return taken
+        return taken, worked
 
     async def per_second(self, requests: list[bytes]) -> float:
         connections = [await Connection.open(self.port) for _ in range(CONCURRENT)]
@@ -188,7 +193,7 @@ def rate_row(name: str, rates: list[float], base: list[float]) -> Row:
     }
 
 
-async def measure(port: int, prompts: list[Tokens], scale: Scale, count: int) -> list[Row]:
+async def measure(client: Client, prompts: list[Tokens], scale: Scale) -> list[Row]:
     bodies = [json.dumps({"tokens": tokens.tolist()}).encode() for tokens in prompts]
     packed = [
         json.dumps({"tokens": base64.b64encode(tokens.astype("<u4").tobytes()).decode()}).encode()
@@ -200,13 +205,15 @@ async def measure(port: int, prompts: list[Tokens], scale: Scale, count: int) ->
         "empty, as numbers": [post("/empty", body) for body in bodies],
         "empty, as base64": [post("/empty", body) for body in packed],
     }
-    client = Client(port, max(count // ROUNDS, 100))
     fleet = Fleet(scale, "kv")
     times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "decision")}
+    work: dict[str, list[float]] = {kind: [] for kind in kinds}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):  # in turns, so that all see the same machine
         for kind, requests in kinds.items():
-            times[kind] += await client.latencies_us(requests)
+            taken, worked = await client.latencies_us(requests)
+            times[kind] += taken
+            work[kind] += worked
             rates[kind].append(await client.per_second(requests))
         times["decision"] += timed_us(fleet.router, prompts, scale, client.count)
     rows: list[Row] = []
@@ -219,6 +226,8 @@ async def measure(port: int, prompts: list[Tokens], scale: Scale, count: int) ->
                     f"{what}, {label}", share, times[kind], times[empty], "an empty endpoint"
                 )
             )
+        name = f"{what}, the server's processor time, median"
+        rows.append(latency_row(name, 0.5, work[kind], work[empty], "an empty endpoint"))
         rows.append(rate_row(f"{what}, {CONCURRENT} at a time", rates[kind], rates[empty]))
     for label, share in (("median", 0.5), ("p99", 0.99)):
         name = f"route, as base64, {label}"
@@ -247,7 +256,8 @@ def main() -> None:
         assert server.stdout is not None and server.stdin is not None
         port = int(server.stdout.readline())
         prompts = Fleet(scale, "kv").prompts[:PROMPTS]
-        rows = asyncio.run(measure(port, prompts, scale, given.requests))
+        client = Client(port, server.pid, max(given.requests // ROUNDS, 100))
+        rows = asyncio.run(measure(client, prompts, scale))
         server.stdin.close()
     tell("router_service", rows)
 

@@ -40,6 +40,8 @@ from runtime.events import EventPlane, create_event_plane
 from runtime.requests import create_request_plane
 
 MODELS_MAX: Final = 1024
+LANES: Final = 4
+"""In the index, for each worker: its own, and what feeds keep of owners and snapshots that come."""
 RANKS_MAX: Final = 1 << 32
 """Above are ranks that feeds use for themselves."""
 
@@ -71,7 +73,7 @@ class Assembly:
         self.plane = plane
         self.metrics = metrics
         self.models: dict[str, ModelRouter] = {}
-        self.index = Index(settings.index.capacity, settings.index.workers_max)
+        self.index = Index(settings.index.capacity, LANES * settings.index.workers_max)
         self.reservations = Reservations(settings.reservations.limit, clock)
         self.namespace = settings.events.namespace
         self.fleet = Fleet(runtime.discovery, self.namespace, self._put, self._remove)

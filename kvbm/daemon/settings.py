@@ -255,6 +255,8 @@ class TenantSettings(Section):
 
 
 class AdminSettings(WebSettings):
+    section = "admin"
+
     port: int = Field(default=9470, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
 
 

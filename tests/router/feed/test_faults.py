@@ -319,7 +319,7 @@ async def test_an_answer_that_is_none_is_a_failure(world: World, answer: list[by
         for item in answer:
             yield item
 
-    node._answer = answers  # type: ignore[method-assign]
+    node._answer = answers  # type: ignore[assignment,method-assign]
     await node.serve()
     async with world.router() as router:
         await until(lambda: router.state("a") is NodeState.STALE)
