@@ -1,0 +1,93 @@
+"""The engines behind the frontend, as it sees them: which models there are, who takes a request."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from frontend.prompt import PromptMaker
+from frontend.tokenizer import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a request needs of an engine, as far as choosing one goes."""
+
+    id: str
+    model: str
+    tokens: Tokens  # that it begins with; empty if they are not known
+    output_tokens_max: int | None = None
+    priority: int = 0
+    session: str | None = None
+    cache_salt: str | None = None
+    pinned: int | None = None  # an instance, and no other
+    excluded: Collection[int] = field(default=())  # instances that have failed it already
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    created_s: int
+    engines: int
+    context_tokens: int | None
+
+
+class Assigned(Protocol):
+    """A request on its engine. Leaving the context ends it, however it went."""
+
+    @property
+    def instance(self) -> int: ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+    @property
+    def url(self) -> str:
+        """Of the engine's OpenAI server, without /v1."""
+        ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, expected to be at hand for the engine in some tier."""
+        ...
+
+    def first_token(self) -> None: ...
+
+    def output(self, tokens: int) -> None:
+        """So many more have come."""
+        ...
+
+    def failed(self) -> None:
+        """The engine could not be reached or broke off: avoid it for a moment."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class Fleet(Protocol):
+    def models(self) -> Sequence[ModelInfo]:
+        """Those with an engine that serves."""
+        ...
+
+    def text(self, model: str) -> PromptMaker | None:
+        """How the model's prompts become tokens; None if that is not known here.
+
+        Raises ApiError if there is no such model.
+        """
+        ...
+
+    async def assign(self, job: Job) -> Assigned:
+        """The engine for a request; may wait for room. Raises ApiError if there is none."""
+        ...
