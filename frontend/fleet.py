@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -24,6 +24,9 @@ class Job:
     cache_salt: str | None = None
     pinned: int | None = None  # an instance, and no other
     excluded: Collection[int] = field(default=())  # instances that have failed it already
+
+    def without(self, instances: Collection[int]) -> Job:
+        return replace(self, excluded=tuple(instances)) if instances else self
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
@@ -23,7 +22,8 @@ class Gate:
     """`api_keys`: none means that everybody may ask."""
 
     def __init__(self, api_keys: Collection[str], requests_max: int, body_bytes_max: int) -> None:
-        self._keys = [_digest(key.encode()) for key in api_keys]
+        # Digests: what the time of a look-up tells of them, it does not tell of keys.
+        self._keys = frozenset(_digest(key.encode()) for key in api_keys)
         self._requests_max = requests_max
         self._body_bytes_max = body_bytes_max
         self.requests = 0
@@ -37,9 +37,7 @@ class Gate:
         scheme, _, key = given.partition(b" ")
         if scheme.lower() != b"bearer":
             key = first(headers, b"x-api-key") or b""
-        digest = _digest(key.strip())
-        # All are compared, so that the time tells nothing.
-        if not any([hmac.compare_digest(digest, known) for known in self._keys]):
+        if _digest(key.strip()) not in self._keys:
             said = "Incorrect API key" if key else "No API key was given: send it as a bearer token"
             raise ApiError(401, said, "invalid_api_key")
 
@@ -79,5 +77,4 @@ class Gate:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of equal length, whatever was given."""
     return hashlib.sha256(key).digest()

@@ -7,7 +7,7 @@ routed by what is known, at the worst by load alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,26 @@ class PromptMaker:
         if not prompt:
             raise bad_request("There must be at least one prompt", "prompt", "empty")
         if isinstance(prompt[0], int):
-            return [_of_ids(prompt)]
+            return [of_ids(prompt)]
         return [
-            self._of_text(one, request) if isinstance(one, str) else _of_ids(one) for one in prompt
+            self._of_text(one, request) if isinstance(one, str) else of_ids(one) for one in prompt
         ]
 
     def _of_text(self, text: str, request: CompletionRequest) -> Tokens:
         return self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
 
 
-def _of_ids(ids: Sequence[Any]) -> Tokens:
-    if any(not 0 <= token <= _TOKEN_MAX for token in ids):
-        raise bad_request("A token is a number from 0 to 2^32 - 1", "prompt", "invalid_value")
+def of_ids(ids: Any) -> Tokens:
+    """Of a prompt given as tokens. Raises ApiError."""
+    if not isinstance(ids, list) or not all(_is_token(one) for one in ids):
+        raise bad_request(
+            "A prompt is a text, or tokens: numbers from 0 to 2^32 - 1", "prompt", "invalid_value"
+        )
     return np.array(ids, dtype=np.uint32)
+
+
+def _is_token(given: Any) -> bool:
+    return isinstance(given, int) and 0 <= given <= _TOKEN_MAX
 
 
 def _plain(message: Mapping[str, Any]) -> Mapping[str, Any]:

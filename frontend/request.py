@@ -53,7 +53,7 @@ class ChatRequest(Sampled, kw_only=True):
 
 
 class CompletionRequest(Sampled, kw_only=True):
-    prompt: str | list[str] | list[int] | list[list[int]] | None = None
+    prompt: str | list[str | int | list[int]] | None = None  # of tokens, all alike, or texts
     max_tokens: int | None = 16
     add_special_tokens: bool = True
 

@@ -55,6 +55,7 @@ class Tokenizer:
         if self._cut is not None and not self._agrees():
             self._cut = None
         self._forget()
+        self._around = self._specials()
 
     @classmethod
     def load(cls, folder: Path, *, cache_bytes: int = 64 << 20) -> Tokenizer:
@@ -76,8 +77,14 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> Tokens:
         """The tokens of a text. Special tokens written in it are recognised."""
-        if add_special_tokens:  # a template's text has them already; a plain prompt is short
+        if not add_special_tokens:
+            return self._plain(text)
+        if self._around is None:
             return _ids(self._fast.encode_batch_fast([text])[0].ids)
+        before, after = self._around
+        return np.concatenate([before, self._plain(text), after])
+
+    def _plain(self, text: str) -> Tokens:
         pieces = self._split(text)
         found = [self._pieces.get(piece) for piece in pieces[:-1]]
         missing = [i for i, tokens in enumerate(found) if tokens is None]
@@ -135,6 +142,18 @@ class Tokenizer:
     def _forget(self) -> None:
         self._pieces.clear()
         self._used_bytes = self._hit_tokens_total = self._miss_tokens_total = 0
+
+    def _specials(self) -> tuple[Tokens, Tokens] | None:
+        """What the model puts before and after a text; None if that depends on the text."""
+        found: set[tuple[tuple[int, ...], tuple[int, ...]] | None] = set()
+        for text in ("a", _SAMPLE):
+            plain = self._fast.encode(text, add_special_tokens=False).ids
+            whole = self._fast.encode(text).ids
+            starts = range(len(whole) - len(plain) + 1)
+            at = next((n for n in starts if whole[n : n + len(plain)] == plain), None)
+            found.add(None if at is None else (tuple(whole[:at]), tuple(whole[at + len(plain) :])))
+        only = found.pop()
+        return None if found or only is None else (_ids(only[0]), _ids(only[1]))
 
     def _agrees(self) -> bool:
         """Whether pieces and whole give the same on samples, with special tokens and without."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from frontend.tokenizer import Tokenizer, TokenizerError
 
@@ -174,6 +174,21 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-def test_special_tokens_of_the_model_come_where_they_are_asked_for() -> None:
-    tokenizer = MADE["byte-level"]
-    assert tokenizer.encode("the fox", add_special_tokens=True).dtype == np.uint32
+@pytest.mark.parametrize("template", ["<s> $A", "$A <|im_end|>", "<s> $A <|im_end|>", "$A"])
+@given(text=TEXTS)
+@settings(deadline=None, max_examples=20)
+def test_special_tokens_of_the_model_come_where_they_are_asked_for(
+    template: str, text: str
+) -> None:
+    fast = byte_level_once()
+    special = [(token, fast.token_to_id(token)) for token in SPECIAL]
+    fast.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = Tokenizer(fast)
+    assert tokenizer.encode(text, add_special_tokens=True).tolist() == fast.encode(text).ids
+    plain = fast.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text).tolist() == plain
+
+
+@cache
+def byte_level_once() -> FastTokenizer:
+    return byte_level()
