@@ -15,7 +15,7 @@ from frontend.fleet import Fleet, ModelInfo
 from frontend.gate import Gate
 from frontend.meter import Meter
 from frontend.relay import Relay
-from frontend.routes import PLAIN, POOLED, chat_reader, completion_reader, pooled_reader
+from frontend.routes import readers
 from frontend.upstream import Upstream
 
 
@@ -23,12 +23,7 @@ def make_app(
     fleet: Fleet, gate: Gate, upstream: Upstream, meter: Meter, *, migrations_max: int
 ) -> FastAPI:
     app = FastAPI(title="kvbm frontend", docs_url=None, redoc_url=None)
-    readers = {
-        "/v1/chat/completions": chat_reader(fleet),
-        "/v1/completions": completion_reader(fleet),
-        **dict.fromkeys((*POOLED, *PLAIN), pooled_reader(fleet)),
-    }
-    for path, reader in readers.items():
+    for path, reader in readers(fleet).items():
         relay = Relay(path, reader, fleet, gate, upstream, meter, migrations_max=migrations_max)
         app.router.routes.append(Route(path, relay, methods=["POST"]))
     _add_models(app, fleet, gate)

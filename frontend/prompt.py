@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from frontend.template import ChatTemplate, TemplateError
 from frontend.tokenizer import Tokenizer, Tokens
 
 NO_TOKENS: Tokens = np.empty(0, np.uint32)
-_TOKEN_MAX = (1 << 32) - 1
+_TOKEN_MAX: Final = (1 << 32) - 1
+_TEXT_PARTS: Final = frozenset(("text", "input_text", "output_text"))  # chat, then responses
 
 
 class PromptMaker:
@@ -48,7 +49,7 @@ class PromptMaker:
             raise bad_request("There must be at least one message", "messages", "empty")
         try:
             return self.template.render(
-                [_plain(message) for message in request.messages],
+                [_with_text(message) for message in request.messages],
                 tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
                 kwargs=request.chat_template_kwargs,
@@ -88,10 +89,10 @@ def _is_token(given: Any) -> bool:
     return isinstance(given, int) and 0 <= given <= _TOKEN_MAX
 
 
-def _plain(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
     """With parts of text as one text, which is what most templates expect."""
     content: Content = message.get("content")
     if not isinstance(content, list):
         return message
-    texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
+    texts = [part.get("text") or "" for part in content if part.get("type") in _TEXT_PARTS]
     return {**message, "content": "\n".join(texts)}

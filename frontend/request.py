@@ -33,6 +33,11 @@ class Sampled(msgspec.Struct, kw_only=True):
     user: str | None = None
     prompt_cache_key: str | None = None
 
+    @property
+    def output_tokens_max(self) -> int | None:
+        """What the request allows; None if it does not say."""
+        return None
+
 
 class ChatRequest(Sampled, kw_only=True):
     messages: list[dict[str, Any]]
@@ -62,8 +67,53 @@ class CompletionRequest(Sampled, kw_only=True):
         return self.max_tokens
 
 
-class PooledRequest(msgspec.Struct, kw_only=True):
-    """Embeddings and the like: nothing is generated, nothing is reused."""
+class ResponsesRequest(Sampled, kw_only=True):
+    """OpenAI's newer interface."""
+
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    max_output_tokens: int | None = None
+    previous_response_id: str | None = None
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def as_chat(self) -> ChatRequest:
+        """The messages that it comes to; what only the engine knows of is left out."""
+        if isinstance(self.input, str):
+            messages = [{"role": "user", "content": self.input}]
+        else:
+            messages = [item for item in self.input if "role" in item and "content" in item]
+        if self.instructions:
+            messages = [{"role": "system", "content": self.instructions}, *messages]
+        return ChatRequest(model=self.model, messages=messages, tools=self.tools)
+
+
+class MessagesRequest(Sampled, kw_only=True):
+    """Anthropic's interface."""
+
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = None
+    system: str | list[dict[str, Any]] | None = None
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def as_chat(self) -> ChatRequest:
+        """Its tools are written in another way and left out."""
+        messages = self.messages
+        if self.system:
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return ChatRequest(model=self.model, messages=messages)
+
+
+class ModelRequest(msgspec.Struct, kw_only=True):
+    """Of whatever else names a model: embeddings, scores, tokens of a text."""
 
     model: str = ""
 
@@ -96,4 +146,6 @@ def _refusal(said: str) -> ApiError:
 
 chat_decoder = msgspec.json.Decoder(ChatRequest)
 completion_decoder = msgspec.json.Decoder(CompletionRequest)
-pooled_decoder = msgspec.json.Decoder(PooledRequest)
+responses_decoder = msgspec.json.Decoder(ResponsesRequest)
+messages_decoder = msgspec.json.Decoder(MessagesRequest)
+model_decoder = msgspec.json.Decoder(ModelRequest)
