@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from frontend.errors import ApiError, model_not_found
+from frontend.exchange import Exchange
 from frontend.fleet import Fleet, ModelInfo
 from frontend.gate import Gate
 from frontend.meter import Meter
@@ -24,8 +25,9 @@ def make_app(
 ) -> FastAPI:
     app = FastAPI(title="kvbm frontend", docs_url=None, redoc_url=None)
     for path, reader in readers(fleet).items():
-        relay = Relay(path, reader, fleet, gate, upstream, meter, migrations_max=migrations_max)
-        app.router.routes.append(Route(path, relay, methods=["POST"]))
+        relay = Relay(reader, fleet, upstream, migrations_max=migrations_max)
+        exchange = Exchange(path, relay, gate, meter)
+        app.router.routes.append(Route(path, exchange, methods=["POST"]))
     _add_models(app, fleet, gate)
     _add_probes(app, fleet, meter)
     app.add_exception_handler(ApiError, _on_api_error)

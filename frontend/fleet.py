@@ -55,6 +55,11 @@ class Assigned(Protocol):
         ...
 
     @property
+    def transport(self) -> str:
+        """Where it is on the request plane, if it takes tokens there."""
+        ...
+
+    @property
     def cached_tokens(self) -> int:
         """Of the prompt, expected to be at hand for the engine in some tier."""
         ...

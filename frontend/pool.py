@@ -144,6 +144,10 @@ class _Assigned:
         return self._card.url
 
     @property
+    def transport(self) -> str:
+        return ""
+
+    @property
     def cached_tokens(self) -> int:
         chosen = self._routed.chosen
         return int(chosen.request.covered[-1, chosen.row]) * self._block_tokens

@@ -4,24 +4,21 @@ The engine's own OpenAI server makes the answer; not a byte of it is changed. Un
 has gone to the client, an engine that fails can be replaced: one that was never reached as often as
 there are others, one that may have begun only `migrations_max` times, because a request that kills
 engines must not kill all of them. A stream that breaks later ends with an error event.
-
-Plain ASGI, below the framework's request objects: they would cost more than all of this.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from frontend import headers as names
 from frontend.errors import ApiError, bad_request, engine_lost
 from frontend.fleet import Assigned, Fleet, Job
-from frontend.gate import ClientGone, Gate, Receive, Scope, Send
-from frontend.meter import Measured, Meter
+from frontend.gate import Scope
+from frontend.meter import Measured
 from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Upstream
 
@@ -42,77 +39,27 @@ class Read:
 
 
 class Relay:
-    """The ASGI application of one route. `read` raises ApiError."""
+    """A handler of one route. `read` raises ApiError."""
 
     def __init__(
         self,
-        route: str,
         read: Callable[[bytes, Scope], Read],
         fleet: Fleet,
-        gate: Gate,
         upstream: Upstream,
-        meter: Meter,
         *,
         migrations_max: int,
     ) -> None:
-        self._route = route
         self._read = read
         self._fleet = fleet
-        self._gate = gate
         self._upstream = upstream
-        self._meter = meter
         self._migrations_max = migrations_max
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send, names.request_id(scope["headers"]))
-        try:
-            self._gate.check_key(scope["headers"])
-            self._gate.enter()
-        except ApiError as error:
-            self._meter.refused(self._route, error)
-            await reply.error(error)
-            return
-        try:
-            await self._admitted(scope, receive, reply)
-        finally:
-            self._gate.leave()
-
-    async def _admitted(self, scope: Scope, receive: Receive, reply: Reply) -> None:
-        measured = self._meter.begin(self._route)
-        try:
-            body = await self._gate.body(scope["headers"], receive)
-            read = self._read(body, scope)
-            measured.model = read.model
-            job = read.job(reply.request_id)
-            measured.prepared(len(job.tokens))
-            await self._until_client_leaves(receive, self._serve(scope, body, job, reply, measured))
-        except ClientGone:
-            measured.outcome = "cancelled"
-        except ApiError as error:
-            measured.failed(error)
-            await reply.error(error)
-        except Exception:  # noqa: BLE001 (a fault of ours is one request's, and is logged)
-            _log.exception("request_failed", route=self._route, request=reply.request_id)
-            fault = ApiError(500, "The frontend failed; its log says why", "internal")
-            measured.failed(fault)
-            await reply.error(fault)
-        finally:
-            measured.end()
-
-    async def _until_client_leaves(self, receive: Receive, work: Any) -> None:
-        """Raises ClientGone, the work then cancelled, when the client closes its connection."""
-        task = asyncio.current_task()
-        assert task is not None
-        leaving = asyncio.ensure_future(_left(receive))
-        leaving.add_done_callback(lambda done: done.cancelled() or task.cancel())
-        try:
-            await work
-        except asyncio.CancelledError:
-            if leaving.done() and not leaving.cancelled() and task.uncancel() == 0:
-                raise ClientGone from None
-            raise
-        finally:
-            leaving.cancel()
+    async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
+        read = self._read(body, scope)
+        measured.model = read.model
+        job = read.job(reply.request_id)
+        measured.prepared(len(job.tokens))
+        await self._serve(scope, body, job, reply, measured)
 
     async def _serve(
         self, scope: Scope, body: bytes, job: Job, reply: Reply, measured: Measured
@@ -193,11 +140,6 @@ class Relay:
         worker = f"{assigned.instance:x}.{assigned.dp_rank}"
         reply.extra.append((_WORKER, worker.encode()))
         reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _back(answer: Answer) -> list[tuple[bytes, bytes]]:
