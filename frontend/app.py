@@ -11,28 +11,57 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from frontend.errors import ApiError, model_not_found
-from frontend.exchange import Exchange
+from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet, ModelInfo
-from frontend.gate import Gate
-from frontend.meter import Meter
+from frontend.gate import Gate, Scope
+from frontend.meter import Measured, Meter
 from frontend.relay import Relay
+from frontend.request import decode, model_decoder
+from frontend.respond import Reply
 from frontend.routes import readers
+from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 
 
 def make_app(
-    fleet: Fleet, gate: Gate, upstream: Upstream, meter: Meter, *, migrations_max: int
+    fleet: Fleet,
+    gate: Gate,
+    meter: Meter,
+    upstream: Upstream,
+    tokens: TokenRoutes | None = None,
+    *,
+    migrations_max: int,
 ) -> FastAPI:
+    """`tokens` answers for models whose engines take tokens; all others are passed through."""
     app = FastAPI(title="kvbm frontend", docs_url=None, redoc_url=None)
+    own: dict[str, Handler] = {}
+    if tokens is not None:
+        own = {"/v1/chat/completions": tokens.chat, "/v1/completions": tokens.completions}
     for path, reader in readers(fleet).items():
-        relay = Relay(reader, fleet, upstream, migrations_max=migrations_max)
-        exchange = Exchange(path, relay, gate, meter)
+        handler: Handler = Relay(reader, fleet, upstream, migrations_max=migrations_max)
+        if path in own:
+            handler = ByModel(fleet, own[path], handler)
+        exchange = Exchange(path, handler, gate, meter)
         app.router.routes.append(Route(path, exchange, methods=["POST"]))
     _add_models(app, fleet, gate)
     _add_probes(app, fleet, meter)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     return app
+
+
+class ByModel:
+    """A handler that leaves models whose engines take tokens to another."""
+
+    def __init__(self, fleet: Fleet, of_tokens: Handler, others: Handler) -> None:
+        self._fleet = fleet
+        self._of_tokens = of_tokens
+        self._others = others
+
+    async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
+        model = decode(model_decoder, body).model
+        handler = self._of_tokens if self._fleet.takes_tokens(model) else self._others
+        await handler(body, scope, reply, measured)
 
 
 def _add_models(app: FastAPI, fleet: Fleet, gate: Gate) -> None:

@@ -96,6 +96,10 @@ class Fleet(Protocol):
         """
         ...
 
+    def takes_tokens(self, model: str) -> bool:
+        """Whether its engines are given tokens; false also if there is no such model."""
+        ...
+
     async def assign(self, job: Job) -> Assigned:
         """The engine for a request; may wait for room. Raises ApiError if there is none."""
         ...

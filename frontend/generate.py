@@ -7,7 +7,8 @@ it is not, because the engine's random state is lost with it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -38,7 +39,7 @@ _log = structlog.get_logger("kvbm.frontend")
 class TokenEngines(Protocol):
     def generate(
         self, assigned: Assigned, request: Generate, headers: Mapping[str, str]
-    ) -> AsyncIterator[Generated]:
+    ) -> AsyncGenerator[Generated]:
         """Closing the iterator ends the work. Raises EngineFault, or ApiError as the answer."""
         ...
 
@@ -53,7 +54,7 @@ class RequestPlaneEngines:
 
     async def generate(
         self, assigned: Assigned, request: Generate, headers: Mapping[str, str]
-    ) -> AsyncIterator[Generated]:
+    ) -> AsyncGenerator[Generated]:
         stream = self._client.stream(
             assigned.transport,
             self._endpoint,
@@ -66,11 +67,10 @@ class RequestPlaneEngines:
                 async for item in items:
                     yield decode_generated(item)
         except DeadlineExceeded as error:
-            raise ApiError(
-                504, f"The answer took over {self._deadline_s:g} s", "deadline"
-            ) from error
+            said = f"The answer took over {self._deadline_s:g} s"
+            raise ApiError(504, said, "deadline") from error
         except RequestError as error:
-            begun = not error.may_retry and isinstance(error, ConnectionLost)
+            begun = not error.may_retry
             raise EngineFault(assigned.transport, str(error), begun=begun) from error
         except GenerationRefused as error:
             raise EngineFault(assigned.transport, str(error), begun=True) from error
@@ -95,28 +95,27 @@ class Generation:
 
     async def run(
         self, job: Job, sampling: Sampling, headers: Mapping[str, str], measured: Measured
-    ) -> AsyncIterator[Generated]:
+    ) -> AsyncGenerator[Generated]:
         """Until the item that says why it is the last. Raises ApiError."""
         given: list[int] = []
         failed: list[int] = []
         begun = 0
-        cached_said = False
         while True:
             assigned = await self._assign(job, given, failed)
             measured.sent(assigned, migrated=bool(failed))
             with assigned:
                 try:
                     request = _request(job, given, sampling, assigned)
-                    async for item in self._engines.generate(assigned, request, headers):
-                        if item.token_ids:
-                            assigned.output(len(item.token_ids))
-                            given += item.token_ids
-                        if cached_said and item.cached_tokens is not None:
-                            item = _without_cached(item)  # noqa: PLW2901
-                        cached_said |= item.cached_tokens is not None
-                        yield item
-                        if item.finish_reason is not None:
-                            return
+                    async with aclosing(
+                        self._engines.generate(assigned, request, headers)
+                    ) as items:
+                        async for item in items:
+                            if item.token_ids:
+                                assigned.output(len(item.token_ids))
+                                given += item.token_ids
+                            yield item if begun == 0 else _without_cached(item)
+                            if item.finish_reason is not None:
+                                return
                     raise EngineFault(assigned.transport, "it ended without a reason", begun=True)
                 except EngineFault as fault:
                     assigned.failed()

@@ -146,6 +146,10 @@ class Given:
     def url(self) -> str:
         return self.engine.url
 
+    @property
+    def transport(self) -> str:
+        return self.engine.url
+
     def first_token(self) -> None:
         self.notes.append("first")
 
@@ -184,6 +188,9 @@ class InTurn:
         if model != MODEL:
             raise model_not_found(model, [MODEL])
         return self._text
+
+    def takes_tokens(self, model: str) -> bool:
+        return False
 
     async def assign(self, job: Job) -> Assigned:
         self.jobs.append(job)
@@ -233,7 +240,7 @@ async def frontend(
     fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
-    app = make_app(fleet, gate, upstream, meter, migrations_max=migrations_max)
+    app = make_app(fleet, gate, meter, upstream, migrations_max=migrations_max)
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
     server = _Server(config)
     task = asyncio.ensure_future(server.serve())
