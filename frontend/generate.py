@@ -106,6 +106,7 @@ class Generation:
             with assigned:
                 try:
                     request = _request(job, given, sampling, assigned)
+                    goes_on = bool(given)
                     async with aclosing(
                         self._engines.generate(assigned, request, headers)
                     ) as items:
@@ -113,7 +114,7 @@ class Generation:
                             if item.token_ids:
                                 assigned.output(len(item.token_ids))
                                 given += item.token_ids
-                            yield item if begun == 0 else _without_cached(item)
+                            yield _without_cached(item) if goes_on else item
                             if item.finish_reason is not None:
                                 return
                     raise EngineFault(assigned.transport, "it ended without a reason", begun=True)
@@ -168,7 +169,7 @@ def _left_of(sampling: Sampling, done: int) -> Sampling:
 
 
 def _without_cached(item: Generated) -> Generated:
-    """A prompt that went on elsewhere has been told its hits already."""
+    """Of an engine that goes on with another's work: what it had is not what the client asks."""
     return Generated(
         token_ids=item.token_ids, finish_reason=item.finish_reason, stop_token=item.stop_token
     )
