@@ -6,7 +6,6 @@ and of the same user finds the daemon without configuration; both check that the
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import struct
 from collections.abc import Mapping
@@ -48,16 +47,6 @@ class Peer(NamedTuple):
     pid: int
     uid: int
     gid: int
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host's name or address leads nowhere but to this machine; asks no resolver."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
 
 
 def peer_of(sock: socket.socket) -> Peer:

@@ -51,13 +51,13 @@ def chances_of(costs: Floats, temperature: float) -> Floats:
 class RoundRobin:
     """The next row after the last one that may be used."""
 
-    _last: int = field(default=-1, init=False)
+    last: int = field(default=-1, init=False)
 
     def __call__(self, workers: Workers, eligible: Bools) -> int:
         rows = np.flatnonzero(eligible)
-        at = int(np.searchsorted(rows, self._last, side="right"))
-        self._last = int(rows[at % len(rows)])
-        return self._last
+        at = int(np.searchsorted(rows, self.last, side="right"))
+        self.last = int(rows[at % len(rows)])
+        return self.last
 
 
 def any_of(eligible: Bools, dice: random.Random) -> int:

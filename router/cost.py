@@ -28,6 +28,7 @@ class Request:
     # first n+1 tiers, so that each row is at least the one before.
     covered: Covered
     expected_output_tokens: int = 0
+    decode_only: bool = False  # its prompt is computed elsewhere
 
     @property
     def blocks(self) -> int:
@@ -40,6 +41,10 @@ class Costs:
     total: Floats
     terms: dict[str, Floats]  # in the unit of the total
     unit: str
+
+    def load_s(self, row: int) -> float:
+        """Seconds expected for loading from lower tiers; 0 where seconds are not counted."""
+        return float(self.terms["load"][row]) if "load" in self.terms else 0.0
 
 
 class Cost(Protocol):
@@ -62,10 +67,20 @@ class SecondsCost:
 
     decode_weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.decode_weight) and self.decode_weight >= 0.0):
+            raise ValueError(
+                f"decode_weight is {self.decode_weight}; it must be finite and not negative"
+            )
+
     def __call__(
         self, request: Request, workers: Workers, eligible: npt.NDArray[np.bool_]
     ) -> Costs:
         rows = slice(workers.rows)
+        wait = workers.prefill_s[rows].copy()
+        decode = self._decode(request, workers)
+        if request.decode_only:
+            return Costs(wait + decode, {"wait": wait, "decode": decode}, "s")
         a, q = workers.prefill_a[rows], workers.prefill_q[rows]
         tokens = float(request.tokens)
         ends = np.minimum(request.covered * float(request.block_tokens), max(tokens - 1, 0))
@@ -87,16 +102,19 @@ class SecondsCost:
         every = np.arange(workers.rows)
         loading = np.where(best > 0, loads[np.maximum(best, 1) - 1, every], 0.0)
         prefill = options[best, every]
-        wait = workers.prefill_s[rows]
+        return Costs(
+            wait + prefill + decode,
+            {"wait": wait, "load": loading, "compute": prefill - loading, "decode": decode},
+            "s",
+        )
+
+    def _decode(self, request: Request, workers: Workers) -> Floats:
+        rows = slice(workers.rows)
         step, per_request, per_block = workers.step[:, rows]
         step_s = step + per_request * (workers.requests[rows] + 1)
         step_s = step_s + per_block * (workers.blocks[rows] + request.blocks)
-        decode = (self.decode_weight * request.expected_output_tokens) * step_s
-        return Costs(
-            wait + prefill + decode,
-            {"wait": wait.copy(), "load": loading, "compute": prefill - loading, "decode": decode},
-            "s",
-        )
+        decode: Floats = (self.decode_weight * request.expected_output_tokens) * step_s
+        return decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +162,10 @@ class BlocksCost:
             + self.host_credit * added[1]
             + self.disk_credit * (added[2] + added[3])
         )
-        prefill = self.prefill_scale * np.maximum(active + blocks - credit, 0.0)
+        if request.decode_only:  # the reference's pass for decode workers tracks no prefill
+            prefill = np.zeros(workers.rows)
+        else:
+            prefill = self.prefill_scale * np.maximum(active + blocks - credit, 0.0)
         decode = workers.blocks[rows] + blocks
         requests = self.request_weight * workers.requests[rows]
         return Costs(

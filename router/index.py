@@ -190,6 +190,23 @@ class Index:
             self._workers = tuple(workers)
         return outcome
 
+    def held(self, worker: WorkerId, tier: Tier) -> Hashes:
+        """Sequence hashes of what a worker holds in a tier. Costs a pass over all blocks."""
+        from router.index_listing import held
+
+        lane = self._lanes.get(worker)
+        return np.empty(0, np.uint64) if lane is None else held(self._memory, lane, int(tier))
+
+    def exchange(self, worker: WorkerId, other: WorkerId) -> None:
+        """Each holds what the other held, either of them perhaps nothing. Costs next to nothing."""
+        workers = list(self._workers)
+        lanes = self._lanes.pop(worker, None), self._lanes.pop(other, None)
+        for lane, taker in zip(lanes, (other, worker), strict=True):
+            if lane is not None:
+                workers[lane] = taker
+                self._lanes[taker] = lane
+        self._workers = tuple(workers)
+
     def find(self, tokens: Hashes) -> Matches:
         """How far each worker holds the chain of blocks with these local hashes."""
         reach = np.zeros((len(Tier), len(self._workers)), dtype=np.int32)

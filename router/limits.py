@@ -30,6 +30,21 @@ class BusyLimits:
             if value is not None and not (np.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value}; it must be finite and not negative")
 
+    def why_busy(self, workers: Workers, row: int) -> str | None:
+        """In words, for an explanation."""
+        blocks, waiting = workers.blocks[row], workers.prefill_tokens[row]
+        if self.blocks_fraction is not None:
+            most = self.blocks_fraction * workers.kv_blocks[row]
+            if blocks > most:
+                return f"busy: {blocks:g} KV blocks in use, over {most:g}"
+        if self.prefill_tokens is not None and waiting > self.prefill_tokens:
+            return f"busy: {waiting:g} prompt tokens to compute, over {self.prefill_tokens}"
+        if self.prefill_fraction is not None:
+            most = self.prefill_fraction * workers.batch_tokens_max[row]
+            if waiting > most:
+                return f"busy: {waiting:g} prompt tokens to compute, over {most:g}"
+        return None
+
     def busy(self, workers: Workers) -> Bools:
         rows = slice(workers.rows)
         busy: Bools = np.zeros(workers.rows, dtype=np.bool_)

@@ -10,12 +10,14 @@ what it had sent is not counted any more; there is no other expiry, however long
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
+import xxhash
 
 from router.index import WorkerId
 from router.load import Active, ActiveSequences
@@ -84,7 +86,11 @@ class State(msgspec.Struct, frozen=True, array_like=True, tag="state"):
 
 
 def subject_of(namespace: str, model: str) -> str:
-    return f"kvbm.{namespace}.router.{model}.sequences"
+    """One token of the subject is the model, whatever characters its name has."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", model)
+    if plain != model:
+        plain = f"{plain}-{xxhash.xxh3_64_hexdigest(model.encode())}"
+    return f"kvbm.{namespace}.router.{plain}.sequences"
 
 
 @dataclass(slots=True)
@@ -110,6 +116,17 @@ class ReplicaCounts:
     refused: int = 0  # sequences there was no room for
 
 
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """Another router, as this one knows it."""
+
+    name: str
+    epoch: int
+    heard_s_ago: float
+    requests: int
+    up_to_date: bool  # no: its state was asked for and has not come
+
+
 class ReplicatedLoad:
     """The load of all routers' requests. Same calls as `ActiveSequences`, for this router's own.
 
@@ -127,6 +144,7 @@ class ReplicatedLoad:
         model: str,
         name: str,
         epoch: int,
+        silence_s: float = SILENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.counts = ReplicaCounts()
@@ -136,6 +154,7 @@ class ReplicatedLoad:
         self._subject = subject_of(namespace, model)
         self._name = name
         self._epoch = epoch
+        self._silence_s = silence_s
         self._clock = clock
         self._next = 0
         self._batch: list[Change] = []
@@ -206,6 +225,15 @@ class ReplicatedLoad:
             self._tell(Ended(request))
         return ended
 
+    def peers(self) -> list[PeerStatus]:
+        now = self._clock()
+        return [
+            PeerStatus(
+                name, peer.epoch, now - peer.heard_at, len(peer.requests), peer.next is not None
+            )
+            for name, peer in sorted(self._peers.items())
+        ]
+
     # -- the plane -----------------------------------------------------------------------
 
     def flush(self) -> None:
@@ -236,7 +264,7 @@ class ReplicatedLoad:
         self.flush()
         now = self._clock()
         for name, peer in list(self._peers.items()):
-            if now - peer.heard_at > SILENCE_S:
+            if now - peer.heard_at > self._silence_s:
                 self.counts.silent += 1
                 self._forget(peer)
                 del self._peers[name]

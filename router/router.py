@@ -17,13 +17,13 @@ from typing import Any, Final, Literal, Protocol, Self
 import numpy as np
 
 from router.approximate import RouteMemory
-from router.cost import Request
+from router.cost import Covered, Request
 from router.covering import Covering
-from router.index import Hashes, Index, WorkerId
+from router.index import Hashes, Index, Tier, WorkerId
 from router.load import Active
 from router.queue import Urgency, WaitingLine
 from router.selector import AllBusy, Chosen, Decision, NoWorker, Selector, Wishes
-from router.workers import Worker, Workers
+from router.workers import Worker, Workers, parse_worker
 
 PASSED_OVER_MAX: Final = 16
 
@@ -44,6 +44,7 @@ class Query:
     wishes: Wishes = field(default_factory=Wishes)
     urgency: Urgency = field(default_factory=Urgency)
     expected_output_tokens: int = 0
+    decode_only: bool = False  # its prompt is computed elsewhere, and its KV comes from there
 
 
 class Load(Protocol):
@@ -61,7 +62,9 @@ class Load(Protocol):
 class Rejected:
     """The request was sent nowhere."""
 
-    kind: Literal["no-worker", "busy", "queue-full", "deadline", "duplicate"]
+    kind: Literal[
+        "no-worker", "no-prefill-worker", "busy", "queue-full", "deadline", "duplicate", "full"
+    ]
     why: str
 
 
@@ -73,12 +76,23 @@ class Waiting:
     wishes: Wishes
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What there was to do before the first token, when the request was sent."""
+
+    new_tokens: float  # its own that no tier has
+    waiting_tokens: float  # others' on that worker
+    load_s: float  # expected for what lower tiers have
+    waited_s: float  # in the line, before it was sent
+
+
 class Routed:
     """A request on its worker. Leaving the context ends it."""
 
-    def __init__(self, router: Router, query: Query, chosen: Chosen) -> None:
+    def __init__(self, router: Router, query: Query, chosen: Chosen, ahead: Ahead) -> None:
         self.worker = chosen.worker
         self.chosen = chosen
+        self.ahead = ahead
         self._router = router
         self._request = query.request
         self._room = -query.prompt.tokens % chosen.request.block_tokens
@@ -111,11 +125,16 @@ class Routed:
         self.end()
 
 
+Step = Literal["find", "select"]
+
+
 class Router:
     """All methods are called from one event loop.
 
     `hold_above`: a request waits while every worker it may go to has more prompt tokens to compute
-    than this share of what it takes into one step. None: requests never wait.
+    than this share of what it takes into one step. None: requests never wait. `tracks_blocks`: no
+    for workers that only compute prompts, and keep none. `timed` is told what each step of a
+    decision took, in seconds.
     """
 
     def __init__(
@@ -129,6 +148,8 @@ class Router:
         memory: RouteMemory | None = None,
         line: WaitingLine[Waiting] | None = None,
         hold_above: float | None = None,
+        tracks_blocks: bool = True,
+        timed: Callable[[Step, float], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._workers = workers
@@ -140,6 +161,8 @@ class Router:
         self._memory = memory
         self._line: WaitingLine[Waiting] = WaitingLine() if line is None else line
         self._hold_above = hold_above
+        self._tracks_blocks = tracks_blocks
+        self._timed = timed
         self._clock = clock
 
     # -- workers -------------------------------------------------------------------------
@@ -148,6 +171,11 @@ class Router:
         """Raises WorkerError if it is there."""
         self._workers.add(worker)
         self._load.worker_added(worker.id)
+        self._advance()
+
+    def change_worker(self, worker: Worker) -> None:
+        """Its speed, capacity, taints, or whether it takes requests. Raises WorkerError."""
+        self._workers.change(worker)
         self._advance()
 
     def remove_worker(self, worker: WorkerId) -> Sequence[str]:
@@ -164,33 +192,60 @@ class Router:
 
     def decide(self, query: Query) -> Decision:
         """Where the request would go now."""
-        prompt = query.prompt
-        covered = self._covering.of(self._index.find(prompt.tokens_hashes))
-        if self._memory is not None:
-            sent = self._covering.of(self._memory.find(prompt.tokens_hashes))
-            np.maximum(covered, sent, out=covered)
-        request = Request(prompt.tokens, self._block_tokens, covered, query.expected_output_tokens)
-        return self._selector.select(request, query.wishes)
+        start = time.perf_counter()
+        request = self._request(query)
+        found = time.perf_counter()
+        decision = self._selector.select(request, query.wishes)
+        if self._timed is not None:
+            self._timed("find", found - start)
+            self._timed("select", time.perf_counter() - found)
+        return decision
+
+    def preview(self, query: Query) -> Decision:
+        """What `decide` will say next; it leaves no trace."""
+        return self._selector.preview(self._request(query), query.wishes)
 
     def explain(self, query: Query) -> dict[str, Any]:
-        """The decision in words that JSON has; nothing is sent."""
-        match self.decide(query):
+        """The decision that comes next, in words that JSON has; nothing is sent."""
+        told: dict[str, Any]
+        match self.preview(query):
             case Chosen() as chosen:
-                return chosen.explain()
+                told = chosen.explain()
             case AllBusy(workers):
-                return {"worker": None, "reason": f"all of {workers} workers are busy"}
+                told = {"worker": None, "reason": f"all of {workers} workers are over their limits"}
             case NoWorker(why):
-                return {"worker": None, "reason": why}
+                told = {"worker": None, "reason": why}
+        for one in told.setdefault("candidates", []):
+            one["load"] = self.load_of(parse_worker(one["worker"]))
+        told["excluded"] = [
+            {"worker": str(worker), "why": why, "load": self.load_of(worker)}
+            for worker, why in sorted(self._selector.why_not(query.wishes).items())
+        ]
+        told["waits"] = self._must_wait(query.wishes)
+        return told
+
+    def load_of(self, worker: WorkerId) -> dict[str, float]:
+        """What a worker is busy with, as far as routers know. Raises WorkerError."""
+        row, workers = self._workers.row(worker), self._workers
+        return {
+            "requests": float(workers.requests[row]),
+            "blocks": float(workers.blocks[row]),
+            "prefill_tokens": float(workers.prefill_tokens[row]),
+            "prefill_s": float(workers.prefill_s[row]),
+        }
 
     async def route(self, query: Query, *, deadline_s: float) -> Routed | Rejected:
         """Choose a worker, after waiting for room if need be, and count the request there."""
         # Those that wait and have room got their turn when it came free: nobody is overtaken.
+        waited_s = 0.0
         if self._must_wait(query.wishes):
-            waited = await self._wait(query, deadline_s)
-            if waited is not None:
-                return waited
+            began = self._clock()
+            rejected = await self._wait(query, deadline_s)
+            if rejected is not None:
+                return rejected
+            waited_s = self._clock() - began
         try:
-            return self._send(query)
+            return self._send(query, waited_s)
         finally:
             self._advance()  # whoever waits next may have room as well
 
@@ -209,31 +264,60 @@ class Router:
     def waiting(self) -> int:
         return len(self._line)
 
+    @property
+    def waiting_max(self) -> int:
+        return self._line.limit
+
     # -- inside --------------------------------------------------------------------------
 
-    def _send(self, query: Query) -> Routed | Rejected:
+    def _request(self, query: Query) -> Request:
+        prompt = query.prompt
+        if query.decode_only:
+            covered: Covered = np.zeros((len(Tier), self._workers.rows), dtype=np.int64)
+        else:
+            covered = self._covering.of(self._index.find(prompt.tokens_hashes))
+            if self._memory is not None:
+                sent = self._covering.of(self._memory.find(prompt.tokens_hashes))
+                np.maximum(covered, sent, out=covered)
+        return Request(
+            prompt.tokens,
+            self._block_tokens,
+            covered,
+            query.expected_output_tokens,
+            query.decode_only,
+        )
+
+    def _send(self, query: Query, waited_s: float) -> Routed | Rejected:
         match self.decide(query):
             case NoWorker(why):
                 return Rejected("no-worker", why)
             case AllBusy(workers):
                 return Rejected("busy", f"all of {workers} workers are over their limits")
             case Chosen() as chosen:
-                if not self._load.begin(query.request, self.active_of(query, chosen)):
+                active = self.active_of(query, chosen)
+                waiting_tokens = float(self._workers.prefill_tokens[chosen.row])
+                if not self._load.begin(query.request, active):
                     return Rejected("duplicate", f"request {query.request!r} is running already")
+                load = 0.0 if chosen.costs is None else chosen.costs.load_s(chosen.row)
+                ahead = Ahead(active.prefill_tokens, waiting_tokens, load, waited_s)
                 if self._memory is not None:
                     prompt = query.prompt
                     self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
-                return Routed(self, query, chosen)
+                return Routed(self, query, chosen, ahead)
 
     def active_of(self, query: Query, chosen: Chosen) -> Active:
         """What the worker has to do for the request that no tier has done."""
         prompt, found = query.prompt, int(chosen.request.covered[-1, chosen.row])
         new_tokens = max(prompt.tokens - found * self._block_tokens, 1)
-        if chosen.costs is not None and "compute" in chosen.costs.terms:
+        if query.decode_only:
+            new_tokens, prefill_s = 0, 0.0
+        elif chosen.costs is not None and "compute" in chosen.costs.terms:
             terms = chosen.costs.terms
             prefill_s = float(terms["compute"][chosen.row] + terms["load"][chosen.row])
         else:
             prefill_s = new_tokens * self._workers.at(chosen.row).speed.prefill_s_per_token
+        if not self._tracks_blocks:
+            return Active(chosen.row, [], 0, float(new_tokens), prefill_s)
         hashes = prompt.sequence_hashes.tolist()
         return Active(
             chosen.row, hashes, chosen.request.blocks - len(hashes), float(new_tokens), prefill_s

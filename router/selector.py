@@ -24,6 +24,7 @@ PolicyName = Literal[
     "kv", "kv-blocks", "round-robin", "random", "power-of-two", "least-loaded", "direct"
 ]
 Reason = Literal["pinned", "session", "policy"]
+SessionMode = Literal["soft", "hard", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,11 @@ class Chosen:
         added = np.diff(column, prepend=0).tolist()
         return {tier.name.lower(): blocks for tier, blocks in zip(Tier, added, strict=True)}
 
+    @property
+    def best_found_blocks(self) -> int:
+        """The most leading blocks that any candidate has, in whichever tier."""
+        return int(self.request.covered[-1, [row for row, _ in self.names]].max())
+
     def explain(self) -> dict[str, Any]:
         """All candidates with the terms of their costs, the cheapest first."""
         candidates = [self._candidate(row, name) for row, name in self.names]
@@ -108,8 +114,11 @@ class Selector:
         blocks: BlocksCost | None = None,
         limits: BusyLimits | None = None,
         temperature: float = 0.0,
+        sessions: SessionMode = "soft",
         dice: random.Random | None = None,
     ) -> None:
+        """`sessions`: where a session's worker is over its limits, `soft` takes the next one of its
+        order and `hard` none; `off` has sessions count for nothing."""
         if temperature < 0.0:
             raise ValueError(f"temperature is {temperature}; it must not be negative")
         self.policy = policy
@@ -120,6 +129,7 @@ class Selector:
             self._cost = seconds or SecondsCost()
         elif policy == "kv-blocks":
             self._cost = blocks or BlocksCost()
+        self._sessions = sessions
         self._temperature = temperature
         self._dice = dice or random.Random()
         self._round_robin = RoundRobin()
@@ -132,6 +142,10 @@ class Selector:
         if isinstance(able, NoWorker):
             return able
         eligible = able & ~self.limits.busy(self._workers)
+        if self._sessions == "hard" and wishes.session is not None and wishes.pinned is None:
+            only = np.zeros_like(eligible)
+            only[self._owner(wishes.session, able)] = True
+            able, eligible = only, eligible & only
         if not eligible.any():
             return AllBusy(int(np.count_nonzero(able)))
         costs = None if self._cost is None else self._cost(request, self._workers, eligible)
@@ -142,15 +156,48 @@ class Selector:
         worker = self._workers.at(row).id
         return Chosen(row, worker, self.policy, reason, request, names, costs)
 
+    def preview(self, request: Request, wishes: Wishes) -> Decision:
+        """What `select` will say next; it leaves no trace."""
+        state, turn = self._dice.getstate(), self._round_robin.last
+        try:
+            return self.select(request, wishes)
+        finally:
+            self._dice.setstate(state)
+            self._round_robin.last = turn
+
+    def why_not(self, wishes: Wishes) -> dict[WorkerId, str]:
+        """Those that may not serve the request, each with what keeps it from it."""
+        found: dict[WorkerId, str] = {}
+        for worker in self._workers:
+            row = self._workers.row(worker.id)
+            if not worker.accepting:
+                found[worker.id] = "draining, or not serving yet"
+            elif wishes.among is not None and worker.id not in wishes.among:
+                found[worker.id] = "not among those the request allows"
+            elif wishes.pinned is not None and worker.id != wishes.pinned:
+                found[worker.id] = "the request names another"
+            elif not wishes.taints <= worker.taints:
+                missing = wishes.taints - worker.taints
+                found[worker.id] = f"lacks {', '.join(sorted(missing))}"
+            elif (busy := self.limits.why_busy(self._workers, row)) is not None:
+                found[worker.id] = busy
+        return found
+
     def able(self, wishes: Wishes) -> Bools | NoWorker:
         """Rows that may serve the request, however busy they are; at least one."""
         able = self._workers.mask(wishes.among)
         if not able.any():
-            return NoWorker("no worker is registered" if wishes.among is None else "none of those")
+            if wishes.among is not None:
+                return NoWorker("none of the workers that the request allows is there and serving")
+            if not len(self._workers):
+                return NoWorker("no worker is registered")
+            return NoWorker(f"none of {len(self._workers)} workers takes requests")
         if wishes.pinned is not None:
             able &= self._workers.mask(frozenset([wishes.pinned]))
             if not able.any():
-                return NoWorker(f"worker {wishes.pinned}, which was asked for, is not there")
+                return NoWorker(
+                    f"worker {wishes.pinned}, which was asked for, is not there or not serving"
+                )
         elif self.policy == "direct":
             return NoWorker("the policy is direct and the request names no worker")
         if wishes.taints:
@@ -163,12 +210,15 @@ class Selector:
     def _choose(self, costs: Costs | None, eligible: Bools, wishes: Wishes) -> tuple[int, Reason]:
         if wishes.pinned is not None:
             return self._workers.row(wishes.pinned), "pinned"
-        if wishes.session is not None:
-            rows = np.flatnonzero(eligible).tolist()
-            owner = owner_of(wishes.session, (self._workers.at(row).id for row in rows))
-            assert owner is not None, "there is an eligible worker"
-            return self._workers.row(owner), "session"
+        if wishes.session is not None and self._sessions != "off":
+            return self._owner(wishes.session, eligible), "session"
         return self._by_policy(costs, eligible, wishes.temperature), "policy"
+
+    def _owner(self, session: str, rows: Bools) -> int:
+        ids = (self._workers.at(row).id for row in np.flatnonzero(rows).tolist())
+        owner = owner_of(session, ids)
+        assert owner is not None, "there is a worker to choose"
+        return self._workers.row(owner)
 
     def _by_policy(self, costs: Costs | None, eligible: Bools, temperature: float | None) -> int:
         match self.policy:

@@ -6,6 +6,7 @@ worker has gone. Costs are computed over whole columns.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -54,6 +55,15 @@ class Worker:
     speed: Speed = field(default_factory=Speed)
     capacity: Capacity = field(default_factory=Capacity)
     taints: frozenset[str] = frozenset()
+    accepting: bool = True  # no: it finishes what it has and is sent nothing more
+
+
+def parse_worker(text: str) -> WorkerId:
+    """Of `INSTANCE.RANK`, as a worker is printed, or `INSTANCE` for rank 0; raises ValueError."""
+    instance, dot, rank = text.partition(".")
+    if not re.fullmatch(r"[0-9a-f]{1,16}", instance) or (dot and not re.fullmatch("[0-9]+", rank)):
+        raise ValueError(f"{text!r} is no worker; accepted: INSTANCE.RANK, as in 1f2e.0")
+    return WorkerId(int(instance, 16), int(rank or 0))
 
 
 class WorkerError(Exception):
@@ -86,7 +96,7 @@ class Workers:
 
     @property
     def generation(self) -> int:
-        """Changes whenever a worker comes, goes or is changed."""
+        """Changes whenever a worker comes or goes."""
         return self._generation
 
     def add(self, worker: Worker) -> int:
@@ -100,12 +110,13 @@ class Workers:
             self._workers.append(None)
         self._rows[worker.id] = row
         self._put(row, worker)
+        self._generation += 1
         self.prefill_tokens[row] = self.prefill_s[row] = 0.0
         self.blocks[row] = self.requests[row] = 0.0
         return row
 
     def change(self, worker: Worker) -> None:
-        """What is known of its speed, capacity or taints is different now."""
+        """What is known of it is different now. Raises WorkerError if it is not there."""
         self._put(self.row(worker.id), worker)
 
     def remove(self, worker: WorkerId) -> int:
@@ -113,10 +124,14 @@ class Workers:
         row = self.row(worker)
         del self._rows[worker]
         self._workers[row] = None
-        self.present[row] = False
+        self.present[row] = self.accepting[row] = False
         self._free.append(row)
         self._generation += 1
         return row
+
+    def get(self, worker: WorkerId) -> Worker | None:
+        row = self._rows.get(worker)
+        return None if row is None else self._workers[row]
 
     def row(self, worker: WorkerId) -> int:
         try:
@@ -130,14 +145,14 @@ class Workers:
         return worker
 
     def mask(self, workers: frozenset[WorkerId] | None) -> Bools:
-        """Rows of these workers, of all if None; those that are not registered are passed over."""
+        """Rows of these workers, of all if None, as far as they are here and take requests."""
         if workers is None:
-            return self.present[: self.rows].copy()
+            return self.accepting[: self.rows].copy()
         mask = np.zeros(self.rows, dtype=np.bool_)
         for worker in workers:
             row = self._rows.get(worker)
             if row is not None:
-                mask[row] = True
+                mask[row] = self.accepting[row]
         return mask
 
     def check_integrity(self) -> None:
@@ -146,11 +161,13 @@ class Workers:
         assert sorted([*taken, *self._free]) == list(range(self.rows))
         for worker, row in self._rows.items():
             assert self.at(row).id == worker
+            assert self.accepting[row] == self.at(row).accepting
 
     def _put(self, row: int, worker: Worker) -> None:
         speed, capacity = worker.speed, worker.capacity
         self._workers[row] = worker
         self.present[row] = True
+        self.accepting[row] = worker.accepting
         self.prefill_a[row] = speed.prefill_s_per_token
         self.prefill_q[row] = speed.prefill_s_per_token2
         self.step[:, row] = speed.step_s, speed.step_s_per_request, speed.step_s_per_block
@@ -158,10 +175,10 @@ class Workers:
         self.load_latency_s[:, row] = speed.load_latency_s
         self.kv_blocks[row] = capacity.kv_blocks or np.inf
         self.batch_tokens_max[row] = capacity.batch_tokens_max or np.inf
-        self._generation += 1
 
     def _allocate(self, rows: int) -> None:
         self.present: Bools = np.zeros(rows, dtype=np.bool_)
+        self.accepting: Bools = np.zeros(rows, dtype=np.bool_)
         self.prefill_a: Floats = np.zeros(rows)
         self.prefill_q: Floats = np.zeros(rows)
         self.step: Floats = np.zeros((3, rows))

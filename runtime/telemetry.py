@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from typing import Final, Literal, TextIO
 
 import structlog
+from pydantic import Field
 from structlog.processors import ExceptionRenderer
 from structlog.tracebacks import ExceptionDictTransformer
 from structlog.typing import EventDict, Processor, WrappedLogger
+
+from runtime.settings import Section
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -87,6 +90,13 @@ def _event_first(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """What a person looks for first comes first; the rest as it was given."""
     first = {name: event.pop(name) for name in _FIRST if name in event}
     return {**first, **event}
+
+
+class LogSettings(Section):
+    format: LogFormat = Field(
+        default="auto", description="`auto` is `console` on a terminal and `json` elsewhere."
+    )
+    level: LogLevel = Field(default="info", description="The least severe level that is logged.")
 
 
 class _WithPriority(logging.Formatter):

@@ -10,13 +10,13 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kvbm.address import is_loopback
 from kvbm.cli.client import AdminClient, Failure, Json, Refused
 from kvbm.cli.environment import check_environment
 from kvbm.cli.findings import Finding, Place, Verdict, ok, problem, warning
 from kvbm.cli.machine import check_machine
 from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
 from kvbm.cli.output import console, print_json
+from runtime.loopback import is_loopback
 
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
 _LOG: Final = "its log says more (journalctl -u kvbm-daemon)"

@@ -16,7 +16,6 @@ from typing import Annotated
 import structlog
 import typer
 
-from kvbm.daemon.admin_server import AdminError
 from kvbm.daemon.holder import Holder
 from kvbm.daemon.ipc import SocketError
 from kvbm.daemon.node import PROGRAM, Node
@@ -28,6 +27,7 @@ from kvbm.peers.owner import PeerSocketError
 from runtime import telemetry
 from runtime.allocator import map_large_blocks
 from runtime.settings import Loaded, SettingsError, parse_assignments
+from runtime.web.server import ListenError
 from storage_tiers.arena import ArenaError
 from storage_tiers.base import TierError
 
@@ -60,7 +60,7 @@ def serve(config: Config = None, assignments: Assignments = None) -> None:
         _log.warning("unknown_variable", name=name)
     try:
         asyncio.run(_serve(settings))
-    except (ArenaError, TierError, SocketError, PeerSocketError, AdminError) as error:
+    except (ArenaError, TierError, SocketError, PeerSocketError, ListenError) as error:
         _log.error("cannot_run", reason=str(error))
         raise typer.Exit(1) from None
 

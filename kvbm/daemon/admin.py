@@ -16,10 +16,13 @@ from fastapi import Path as InPath
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from kvbm.daemon.access import readers
-from kvbm.daemon.admin_actions import KEY_PATTERN, ScrubbedTier, actions_router
-from kvbm.daemon.metrics import CONTENT_TYPE, Metrics
-from kvbm.daemon.problems import described, handle_problems, problem
+from kvbm.daemon.admin_actions import (
+    KEY_PATTERN,
+    TOKEN_SETTING,
+    ScrubbedTier,
+    actions_router,
+)
+from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.receipts import receipts_router
 from kvbm.daemon.reports import (
     ChunkReport,
@@ -37,6 +40,9 @@ from kvbm.daemon.reports import (
     Version,
 )
 from kvbm.daemon.view import DrainStatus, NodeActions, NodeView, NoScrubError
+from runtime.metrics import CONTENT_TYPE
+from runtime.web.access import readers
+from runtime.web.problems import described, handle_problems, problem
 from storage_tiers.base import KEY_BYTES, Key, TierName
 
 NAME: Final = "kvbm-daemon"
@@ -61,10 +67,10 @@ def create_app(
     app = FastAPI(
         title=NAME, version=metrics.version, docs_url=None, redoc_url=None
     )  # the interactive pages would load scripts from elsewhere
-    handle_problems(app)
+    handle_problems(app, NAME)
     _add_probes(app, view, metrics)
     options: dict[str, Any] = {
-        "dependencies": [Depends(readers(token))],
+        "dependencies": [Depends(readers(token, TOKEN_SETTING))],
         "responses": {
             "401": described("`admin.token` is set and was not given."),
             "default": described("Any other error."),

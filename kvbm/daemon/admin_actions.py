@@ -12,8 +12,6 @@ import structlog
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.exceptions import HTTPException
 
-from kvbm.daemon.access import operators
-from kvbm.daemon.problems import described
 from kvbm.daemon.view import (
     ClearStatus,
     DrainStatus,
@@ -22,11 +20,14 @@ from kvbm.daemon.view import (
     NoScrubError,
     ScrubStatus,
 )
+from runtime.web.access import operators
+from runtime.web.problems import described
 from storage_tiers.base import KEY_BYTES, Key, TierName
 
 DEADLINE_S_MAX: Final = 600.0
 FLUSH_S: Final = 30.0
 SCRUB_S: Final = 30.0
+TOKEN_SETTING: Final = "admin.token"  # noqa: S105 (a name)
 
 _log = structlog.get_logger("kvbm.admin")
 
@@ -42,7 +43,7 @@ def actions_router(actions: NodeActions, token: str | None) -> APIRouter:
     """The POST routes; who may use them is checked here."""
     router = APIRouter(
         tags=["actions"],
-        dependencies=[Depends(operators(token))],
+        dependencies=[Depends(operators(token, TOKEN_SETTING))],
         responses={403: described("Without `admin.token`, for programs on the node alone.")},
     )
 

@@ -10,26 +10,15 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from kvbm.daemon.view import NodeView
+from runtime.metrics import Labels, Samples, Spec, family_of, metrics_page
 from storage_tiers.base import TierName, TierUsage
-
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-
 
 SPECS: Final = (
     Spec("kvbm_build_info", "gauge", "Always 1; what runs, and where.", ("version", "node")),
@@ -78,9 +67,6 @@ SPECS: Final = (
 DURATION: Final = "kvbm_transfer_duration_seconds"
 _DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _ROLES: Final = ("scheduler", "worker")
-
-Labels = tuple[str, ...]
-Samples = dict[str, dict[Labels, float]]  # metric name -> label values -> value
 
 
 class Metrics:
@@ -148,13 +134,13 @@ class _NodeCollector(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """Registering asks for names only; nothing is read before the first scrape."""
-        return [_family(spec, {}) for spec in SPECS if spec.kind != "histogram"]
+        return [family_of(spec, {}) for spec in SPECS if spec.kind != "histogram"]
 
     def collect(self) -> Iterator[Metric]:
         samples = {**self._metrics.counted(), **self._seen()}
         for spec in SPECS:
             if spec.kind != "histogram":
-                yield _family(spec, samples.get(spec.name, {}))
+                yield family_of(spec, samples.get(spec.name, {}))
 
     def _seen(self) -> Samples:
         view = self._view
@@ -208,32 +194,17 @@ def _of_tier(usage: TierUsage) -> Samples:
     }
 
 
-def _family(spec: Spec, values: dict[Labels, float]) -> Metric:
-    kind = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
-    family = kind(spec.name, spec.help, labels=spec.labels)
-    for labels, value in values.items():
-        assert len(labels) == len(spec.labels)
-        family.add_metric(labels, value)
-    return family
-
-
-def metrics_page() -> str:
+def daemon_metrics_page() -> str:
     """docs/METRICS.md."""
-    lines = [
-        "# Metrics of kvbm-daemon",
-        "",
-        "Served at `/metrics` of the admin address, in Prometheus's text format. `tier` is `G2`",
-        "(host memory), `G3` (SSD), `peer` (host memory of other nodes) or `G4` (S3). Generated:",
-        "`python -m kvbm.daemon.metrics > docs/METRICS.md`.",
-        "",
-        "| name | kind | labels | meaning |",
-        "|---|---|---|---|",
-    ]
-    for spec in SPECS:
-        labels = ", ".join(f"`{label}`" for label in spec.labels)
-        lines.append(f"| `{spec.name}` | {spec.kind} | {labels} | {spec.help} |")
-    return "\n".join(lines) + "\n"
+    return metrics_page("Metrics of kvbm-daemon", _INTRODUCTION, SPECS)
+
+
+_INTRODUCTION: Final = """\
+Served at `/metrics` of the admin address, in Prometheus's text format. `tier` is `G2`
+(host memory), `G3` (SSD), `peer` (host memory of other nodes) or `G4` (S3). Generated:
+`python -m kvbm.daemon.metrics > docs/METRICS.md`.
+"""
 
 
 if __name__ == "__main__":
-    sys.stdout.write(metrics_page())
+    sys.stdout.write(daemon_metrics_page())

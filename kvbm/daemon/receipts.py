@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query
 from fastapi import Path as InPath
 from starlette.exceptions import HTTPException
 
-from kvbm.daemon.problems import described
 from kvbm.daemon.receipt_reports import Governor, ReceiptReport, Receipts
 from kvbm.daemon.view import NodeView
 from kvbm.protocol import REQUEST_CHARS_MAX
+from runtime.web.problems import described
 
 LIMIT_MAX: Final = 1000
 NAMES_SHOWN: Final = 5

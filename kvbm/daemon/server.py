@@ -15,10 +15,10 @@ from typing import Final
 import structlog
 
 from kvbm.daemon.admin import create_app
-from kvbm.daemon.admin_server import AdminServer
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.systemd import Notifier
+from runtime.web.server import WebServer
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
 from storage_tiers.prefault import Prefault
@@ -44,7 +44,7 @@ class Server:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end cleanly.
 
-        Raises TierError, SocketError, PeerSocketError or AdminError if it cannot start.
+        Raises TierError, SocketError, PeerSocketError or ListenError if it cannot start.
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
@@ -58,7 +58,7 @@ class Server:
                     await self._open(tier)
             admin = node.settings.admin
             app = create_app(node, node.operations, node.metrics, admin.token_text)
-            server = AdminServer(app, admin.host, admin.port)
+            server = WebServer(app, admin.host, admin.port, section="admin")
             await server.start()
             cleanup.push_async_callback(server.stop)
             if node.peers is not None:

@@ -21,21 +21,22 @@ from kvbm.address import (
     ADMIN_TOKEN_VARIABLE,
     ADMIN_URL_VARIABLE,
     default_socket,
-    is_loopback,
 )
 from kvbm.peers.settings import PeerSettings
 from runtime.events.settings import EventPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
+from runtime.telemetry import LogSettings
 from runtime.units import Duration, Secret, Size, format_size
+from runtime.web.settings import WebSettings
 
 _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
 _OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE}
+_OF_THE_ROUTER: Final = "KVBM_ROUTER_"  # its settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
-_TOKEN = re.compile(r"[!-~]{8,}")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -240,43 +241,8 @@ class TenantSettings(Section):
         return salt
 
 
-class AdminSettings(Section):
-    host: str = Field(default="127.0.0.1", description="Address the admin REST server listens on.")
+class AdminSettings(WebSettings):
     port: int = Field(default=9470, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
-    token: Secret | None = Field(
-        default=None,
-        description="What every request below `/v1` must give as `Authorization: Bearer`, or "
-        "`file:PATH`; required if `admin.host` is no loopback address.",
-    )
-
-    @field_validator("token")
-    @classmethod
-    def _sendable(cls, token: SecretStr | None) -> SecretStr | None:
-        if token is not None and _TOKEN.fullmatch(token.get_secret_value()) is None:
-            raise ValueError("a token is at least 8 characters of ASCII without spaces")
-        return token
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.token is None and not is_loopback(self.host):
-            raise ValueError(
-                f"admin.host {self.host!r} is no loopback address, so that others could reach the "
-                "admin API: set admin.token (`file:PATH` reads it from a file), or use 127.0.0.1"
-            )
-        return self
-
-    @property
-    def token_text(self) -> str | None:
-        return None if self.token is None else self.token.get_secret_value()
-
-
-class LogSettings(Section):
-    format: Literal["auto", "json", "console"] = Field(
-        default="auto", description="`auto` is `console` on a terminal and `json` elsewhere."
-    )
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="The least severe level that is logged."
-    )
 
 
 class OffloadSettings(Section):
@@ -422,7 +388,11 @@ class DaemonSettings(Settings):
     ) -> Loaded[Self]:
         """`runtime.settings.load`; `environ` is the process's if not given."""
         found = os.environ if environ is None else environ
-        ours = {name: value for name, value in found.items() if name not in _OF_THE_COMMAND}
+        ours = {
+            name: value
+            for name, value in found.items()
+            if name not in _OF_THE_COMMAND and not name.startswith(_OF_THE_ROUTER)
+        }
         return load(cls, file=file, environ=ours, overrides=overrides)
 
 

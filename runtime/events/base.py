@@ -108,16 +108,24 @@ class Subscription:
             self._arrived.set()
             self._on_close(self)
 
+    async def take(self, limit: int) -> list[Message]:
+        """What is held, `limit` at most and at least one; none once it is closed."""
+        assert limit > 0
+        while not self._messages:
+            if self._closed:
+                return []
+            self._arrived.clear()
+            await self._arrived.wait()
+        return [self._messages.popleft() for _ in range(min(limit, len(self._messages)))]
+
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Message:
-        while not self._messages:
-            if self._closed:
-                raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._messages.popleft()
+        found = await self.take(1)
+        if not found:
+            raise StopAsyncIteration
+        return found[0]
 
     async def __aenter__(self) -> Self:
         return self

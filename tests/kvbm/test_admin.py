@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm.daemon.admin import create_app
-from kvbm.daemon.admin_server import AdminServer
-from kvbm.daemon.metrics import DURATION, SPECS, Metrics, metrics_page
+from kvbm.daemon.metrics import DURATION, SPECS, Metrics, daemon_metrics_page
+from runtime.web.server import WebServer
 from storage_tiers.base import TierName
 from tests.kvbm.plain_node import KEY, PARENT, Node
 
@@ -40,7 +40,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 async def client(node: Node, metrics: Metrics) -> AsyncIterator[httpx2.AsyncClient]:
-    server = AdminServer(create_app(node, node, metrics), "127.0.0.1", 0)
+    server = WebServer(create_app(node, node, metrics), "127.0.0.1", 0, section="admin")
     await server.start()
     async with httpx2.AsyncClient(base_url=server.url) as client:
         yield client
@@ -263,7 +263,7 @@ async def test_a_web_page_cannot_act(
 
 @pytest.fixture
 async def guarded(node: Node, metrics: Metrics) -> AsyncIterator[httpx2.AsyncClient]:
-    server = AdminServer(create_app(node, node, metrics, TOKEN), "127.0.0.1", 0)
+    server = WebServer(create_app(node, node, metrics, TOKEN), "127.0.0.1", 0, section="admin")
     await server.start()
     async with httpx2.AsyncClient(base_url=server.url) as client:
         yield client
@@ -344,4 +344,4 @@ def test_metric_names_carry_their_unit_and_kind() -> None:
 
 def test_the_documentation_is_that_of_the_code() -> None:
     page = (ROOT / "docs/METRICS.md").read_text()
-    assert page == metrics_page(), "run: python -m kvbm.daemon.metrics > docs/METRICS.md"
+    assert page == daemon_metrics_page(), "run: python -m kvbm.daemon.metrics > docs/METRICS.md"

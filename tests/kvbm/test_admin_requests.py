@@ -9,15 +9,17 @@ import httpx2
 import pytest
 
 from kvbm.daemon.admin import create_app
-from kvbm.daemon.admin_server import AdminServer
 from kvbm.daemon.metrics import Metrics
+from runtime.web.server import WebServer
 from tests.kvbm.test_admin import Node
 
 
 @pytest.fixture
 async def client() -> AsyncIterator[httpx2.AsyncClient]:
     node = Node()
-    server = AdminServer(create_app(node, node, Metrics("1.2.3", "node-1")), "127.0.0.1", 0)
+    server = WebServer(
+        create_app(node, node, Metrics("1.2.3", "node-1")), "127.0.0.1", 0, section="admin"
+    )
     await server.start()
     async with httpx2.AsyncClient(base_url=server.url) as client:
         yield client

@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from kvbm.daemon.admin import create_app
-from kvbm.daemon.admin_server import AdminError, AdminServer
 from kvbm.daemon.metrics import Metrics
+from runtime.web.server import ListenError, WebServer
 from tests.kvbm.test_admin import Node
 
 
@@ -19,10 +19,12 @@ def node() -> Node:
 
 
 async def test_a_taken_port_is_told_with_the_setting_to_change(node: Node) -> None:
-    first = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
+    first = WebServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0, section="admin")
     await first.start()
-    second = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", first.port)
-    with pytest.raises(AdminError, match=r"in use.*change admin\.host or admin\.port"):
+    second = WebServer(
+        create_app(node, node, Metrics("1", "n")), "127.0.0.1", first.port, section="admin"
+    )
+    with pytest.raises(ListenError, match=r"in use.*change admin\.host or admin\.port"):
         await second.start()
     await second.stop()
     await first.stop()
@@ -30,21 +32,21 @@ async def test_a_taken_port_is_told_with_the_setting_to_change(node: Node) -> No
 
 
 async def test_an_address_that_is_none_is_told(node: Node) -> None:
-    server = AdminServer(create_app(node, node, Metrics("1", "n")), "256.0.0.1", 0)
-    with pytest.raises(AdminError, match=r"cannot listen on 256\.0\.0\.1 port 0"):
+    server = WebServer(create_app(node, node, Metrics("1", "n")), "256.0.0.1", 0, section="admin")
+    with pytest.raises(ListenError, match=r"cannot listen on 256\.0\.0\.1 port 0"):
         await server.start()
 
 
 async def test_signals_stay_the_daemons(node: Node) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    server = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
+    server = WebServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0, section="admin")
     await server.start()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     await server.stop()
 
 
 async def test_stopping_does_not_wait_for_a_client_that_stays_connected(node: Node) -> None:
-    server = AdminServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0)
+    server = WebServer(create_app(node, node, Metrics("1", "n")), "127.0.0.1", 0, section="admin")
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")

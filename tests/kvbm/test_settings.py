@@ -140,3 +140,9 @@ def test_a_file_is_checked_from_the_command_line(tmp_path: Path) -> None:
 def test_what_the_kvbm_command_reads_is_no_unknown_variable() -> None:
     environ = {"KVBM_ADMIN_URL": "http://127.0.0.1:1", "KVBM_ADMIN_TOKEN": "x", "KVBM_PORT": "1"}
     assert DaemonSettings.load(environ=environ).ignored == ("KVBM_PORT",)
+
+
+def test_settings_of_a_router_in_the_same_environment_are_not_the_daemons() -> None:
+    environ = {"KVBM_ROUTER_HTTP__PORT": "9480", "KVBM_NODE": "n7"}
+    loaded = DaemonSettings.load(environ=environ)
+    assert loaded.value.node == "n7" and loaded.ignored == ()

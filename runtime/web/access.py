@@ -1,4 +1,4 @@
-"""Who may ask the admin API: everybody on the node, or whoever has the token.
+"""Who may ask a program's API: everybody on the node, or whoever has the token.
 
 Without a token the settings allow only a loopback address. Actions then are for programs on the
 node alone: not for a web page that a browser on it shows, even if its name leads to loopback.
@@ -16,33 +16,36 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
-from kvbm.address import is_loopback
+from runtime.loopback import is_loopback
 
-_bearer = HTTPBearer(auto_error=False, description="The value of the setting `admin.token`.")
+_bearer = HTTPBearer(auto_error=False, description="The token of the program's settings.")
 _Given = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 Rule = Callable[..., Awaitable[None]]
 
 
-def readers(token: str | None) -> Rule:
-    """A dependency that lets pass who may read: with a token, who gives it."""
+def readers(token: str | None, setting: str) -> Rule:
+    """A dependency that lets pass who may read: with a token, who gives it.
+
+    `setting` names the one the token is in, for what those are told who are not let pass.
+    """
 
     async def check(given: _Given) -> None:
         if token is not None:
-            _check_token(token, given)
+            _check_token(token, setting, given)
 
     return check
 
 
-def operators(token: str | None) -> Rule:
+def operators(token: str | None, setting: str) -> Rule:
     """A dependency that lets pass who may act: with a token, who gives it, else local programs."""
 
     async def check(request: Request, given: _Given) -> None:
         if token is not None:
-            _check_token(token, given)
+            _check_token(token, setting, given)
         elif not _is_local(request):
             detail = (
-                "without admin.token only programs on the node itself may do this, "
+                f"without {setting} only programs on the node itself may do this, "
                 "by its loopback address"
             )
             raise HTTPException(HTTPStatus.FORBIDDEN, detail)
@@ -50,12 +53,12 @@ def operators(token: str | None) -> Rule:
     return check
 
 
-def _check_token(token: str, given: HTTPAuthorizationCredentials | None) -> None:
+def _check_token(token: str, setting: str, given: HTTPAuthorizationCredentials | None) -> None:
     if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
-        said = "no token was given" if given is None else "the token is not the daemon's"
+        said = "no token was given" if given is None else "the token is another"
         raise HTTPException(
             HTTPStatus.UNAUTHORIZED,
-            f"{said}: send `Authorization: Bearer TOKEN` with the value of admin.token",
+            f"{said}: send `Authorization: Bearer TOKEN` with the value of {setting}",
             headers={"WWW-Authenticate": "Bearer"},
         )
 

@@ -1,4 +1,4 @@
-"""Serving the admin app with uvicorn inside the daemon's own event loop."""
+"""Serving an app with uvicorn inside a program's own event loop."""
 
 from __future__ import annotations
 
@@ -13,26 +13,39 @@ from fastapi import FastAPI
 
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 2
-_CONNECTIONS_MAX: Final = 64
+CONCURRENCY_MAX: Final = 64
 _POLL_S: Final = 0.005
 
 
-class AdminError(Exception):
-    """The admin server cannot listen; the message says where, why, and which setting to change."""
+class ListenError(Exception):
+    """The HTTP server cannot listen; the message says where, why, and which setting to change."""
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves the process's signals to the daemon."""
+    """Leaves the process's signals to the program."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class AdminServer:
+class WebServer:
     """Serves an app in the running event loop, between `start` and `stop`."""
 
-    def __init__(self, app: FastAPI, host: str, port: int) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        host: str,
+        port: int,
+        *,
+        section: str,
+        concurrency_max: int = CONCURRENCY_MAX,
+    ) -> None:
+        """`section` names the settings that `host` and `port` came from.
+
+        More requests than `concurrency_max` at a time are answered with 503.
+        """
+        self._section = section
         self._host = host
         self._port = port
         self._socket: socket.socket | None = None
@@ -45,7 +58,7 @@ class AdminServer:
                 lifespan="off",
                 ws="none",
                 server_header=False,
-                limit_concurrency=_CONNECTIONS_MAX,
+                limit_concurrency=concurrency_max,
                 timeout_graceful_shutdown=STOP_TIMEOUT_S,
             )
         )
@@ -61,12 +74,12 @@ class AdminServer:
         return f"http://{host}:{self._port}"
 
     async def start(self) -> None:
-        """Return when requests are answered; raises AdminError."""
+        """Return when requests are answered; raises ListenError."""
         assert self._task is None, "started already"
-        self._socket = await _listen(self._host, self._port)
+        self._socket = await _listen(self._host, self._port, self._section)
         self._port = self._socket.getsockname()[1]
         self._task = asyncio.create_task(
-            self._server.serve(sockets=[self._socket]), name="admin-server"
+            self._server.serve(sockets=[self._socket]), name=f"{self._section}-server"
         )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -74,10 +87,12 @@ class AdminServer:
                     await asyncio.sleep(_POLL_S)
         if not self._server.started and not self._task.done():
             self._task.cancel()
-            raise AdminError(f"the admin server on {self.url} did not start in {START_TIMEOUT_S} s")
+            raise ListenError(
+                f"the {self._section} server on {self.url} did not start in {START_TIMEOUT_S} s"
+            )
         if self._task.done():
             await self._task
-            raise AdminError(f"the admin server on {self.url} ended as it started")
+            raise ListenError(f"the {self._section} server on {self.url} ended as it started")
 
     async def stop(self) -> None:
         """Answer what was asked already, briefly, and end. Idempotent."""
@@ -92,7 +107,7 @@ class AdminServer:
                 self._socket.close()
 
 
-async def _listen(host: str, port: int) -> socket.socket:
+async def _listen(host: str, port: int, section: str) -> socket.socket:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, *_, address = found[0]
@@ -102,7 +117,7 @@ async def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
-        raise AdminError(
-            f"the admin server cannot listen on {host} port {port}: {error.strerror or error}; "
-            "change admin.host or admin.port (0 takes any free port)"
+        raise ListenError(
+            f"the {section} server cannot listen on {host} port {port}: {error.strerror or error}; "
+            f"change {section}.host or {section}.port (0 takes any free port)"
         ) from error

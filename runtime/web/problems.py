@@ -1,8 +1,9 @@
-"""Errors of the admin API as RFC 9457 problems, and how its schema describes them."""
+"""Errors of an API as RFC 9457 problems, and how its schema describes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -33,11 +34,11 @@ def described(what: str) -> dict[str, Any]:
     return {"description": what, "content": {MEDIA_TYPE: {"schema": _REFERENCE}}}
 
 
-def handle_problems(app: FastAPI) -> None:
+def handle_problems(app: FastAPI, program: str) -> None:
     """Have every error of the app answered with a problem, and the schema know its shape."""
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_exception_handler(Exception, partial(_on_bug, program))
     make = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -51,7 +52,7 @@ def handle_problems(app: FastAPI) -> None:
 
 def problem(
     request: Request,
-    status: HTTPStatus,
+    status: int,
     detail: str,
     *,
     headers: Mapping[str, str] | None = None,
@@ -60,18 +61,25 @@ def problem(
     """An RFC 9457 problem of no type but its status."""
     body = {
         "type": "about:blank",
-        "title": status.phrase,
-        "status": status.value,
+        "title": _phrase(status),
+        "status": int(status),
         "detail": detail,
         "instance": request.url.path,
         **members,
     }
-    return JSONResponse(body, status.value, headers=headers, media_type=MEDIA_TYPE)
+    return JSONResponse(body, int(status), headers=headers, media_type=MEDIA_TYPE)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:  # as 529, which no standard has
+        return "Overloaded" if status >= 500 else "Refused"
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return problem(request, HTTPStatus(error.status_code), error.detail, headers=error.headers)
+    return problem(request, error.status_code, error.detail, headers=error.headers)
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
@@ -80,6 +88,6 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
     return problem(request, HTTPStatus.BAD_REQUEST, "; ".join(faults))
 
 
-async def _on_bug(request: Request, _: Exception) -> Response:
-    detail = "the daemon failed to answer; its log says why"
+async def _on_bug(program: str, request: Request, _: Exception) -> Response:
+    detail = f"{program} failed to answer; its log says why"
     return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, detail)

@@ -1,0 +1,183 @@
+"""How fast workers are, learnt from what a router is told of its requests.
+
+It knows when a request was sent, hears when its first token came and how its output went on. From
+that come seconds per prompt token and per output token, for workers whose node measures nothing.
+Both estimates forget exponentially, take a few numbers a worker, and let no single sample move
+them far: one counts as at most `CLIP` times, and at least a `CLIP`-th of, what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from router.index import WorkerId
+from router.workers import Speed
+
+CLIP: Final = 4.0
+KEEP: Final = 1 - 1 / 32  # of the past, with each sample
+SURE_WEIGHT: Final = 3.0  # samples before one can be told to be unlikely
+SECONDS_MIN: Final = 1e-6
+SECONDS_MAX: Final = 3600.0
+CHANGE: Final = 0.02  # less is not worth a change of the workers' table
+_SHORT_TOKENS: Final = 64.0  # prompts below this are as good as empty
+_RIDGE: Final = 0.02
+
+
+class PrefillPace:
+    """Seconds to the first token as a constant and so many for each token to be computed before it.
+
+    Least squares of the relative error, the constant held towards 0: where all prompts are of one
+    length the two cannot be told apart, and all is the tokens'.
+    """
+
+    __slots__ = ("_ones", "_weight", "_x", "_xx", "_xy", "_y")
+
+    def __init__(self) -> None:
+        self._weight = self._ones = 0.0
+        self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, tokens: float, seconds: float, weight: float = 1.0) -> None:
+        """A first token came `seconds` after the request was sent; 0 < weight <= 1."""
+        if not (tokens > 0 and 0 < weight <= 1 and math.isfinite(tokens) and seconds > 0):
+            return
+        seconds = _likely(seconds, self.expected_s(tokens))
+        scale = weight / (tokens + _SHORT_TOKENS) ** 2
+        self._weight = self._weight * KEEP + weight
+        self._ones = self._ones * KEEP + scale
+        self._x = self._x * KEEP + scale * tokens
+        self._y = self._y * KEEP + scale * seconds
+        self._xx = self._xx * KEEP + scale * tokens * tokens
+        self._xy = self._xy * KEEP + scale * tokens * seconds
+
+    def per_token_s(self) -> float | None:
+        """None before the first sample; else more than 0."""
+        fit = self._fit()
+        return None if fit is None else fit[1]
+
+    def expected_s(self, tokens: float) -> float | None:
+        """None before there are enough samples."""
+        fit = self._fit()
+        if fit is None or self._weight < SURE_WEIGHT:
+            return None
+        return fit[0] + fit[1] * tokens
+
+    def _fit(self) -> tuple[float, float] | None:
+        """The constant, and the seconds per token."""
+        if self._x <= 0.0:
+            return None
+        ratio = self._y / self._x
+        ones = self._ones * (1 + _RIDGE)
+        determinant = ones * self._xx - self._x * self._x
+        slope = (ones * self._xy - self._x * self._y) / determinant if determinant > 0 else ratio
+        slope = min(max(slope, ratio / 10), ratio)  # noise may tip the line; no time is negative
+        return max(self._y - slope * self._x, 0.0) / ones, slope
+
+
+class StepPace:
+    """Seconds of a decode step: a moving average of logarithms."""
+
+    __slots__ = ("_log", "_weight")
+
+    def __init__(self) -> None:
+        self._log = self._weight = 0.0
+
+    def add(self, seconds: float) -> None:
+        """One token came `seconds` after the one before it."""
+        if not seconds > 0:
+            return
+        expected = self.step_s() if self._weight >= SURE_WEIGHT else None
+        self._weight = self._weight * KEEP + 1.0
+        self._log += (math.log(_likely(seconds, expected)) - self._log) / self._weight
+
+    def step_s(self) -> float | None:
+        """None before the first sample; else more than 0."""
+        return math.exp(self._log) if self._weight else None
+
+
+@dataclass(slots=True)
+class _Known:
+    assumed: Speed
+    current: Speed
+    prefill: PrefillPace = field(default_factory=PrefillPace)
+    step: StepPace = field(default_factory=StepPace)
+
+
+class Paces:
+    """Of all workers of one router. One thread calls it."""
+
+    def __init__(self) -> None:
+        self._known: dict[WorkerId, _Known] = {}
+
+    def add(self, worker: WorkerId, assumed: Speed) -> None:
+        self._known[worker] = _Known(assumed, assumed)
+
+    def forget(self, worker: WorkerId) -> None:
+        self._known.pop(worker, None)
+
+    def of(self, worker: WorkerId) -> Speed:
+        """What was assumed, with what has been learnt in its place. The worker was added."""
+        return self._known[worker].current
+
+    def learnt(self, worker: WorkerId) -> tuple[bool, bool]:
+        """Whether its prefill, and its decode step, are no assumptions any more."""
+        known = self._known.get(worker)
+        if known is None:
+            return False, False
+        return known.prefill.per_token_s() is not None, known.step.step_s() is not None
+
+    def prefilled(
+        self, worker: WorkerId, new_tokens: float, waiting_tokens: float, seconds: float
+    ) -> bool:
+        """The worker took so long for what was before it and its own. Whether that changes `of`.
+
+        What was before it may have been computed in part already, so that the more there was the
+        less it says.
+        """
+        known = self._known.get(worker)
+        if known is None or new_tokens <= 0:
+            return False
+        tokens = new_tokens + max(waiting_tokens, 0.0)
+        known.prefill.add(tokens, seconds, new_tokens / tokens)
+        return _has_changed(known)
+
+    def decoded(self, worker: WorkerId, tokens: int, seconds: float) -> bool:
+        """So many tokens came in so long, after the first one. Whether that changes `of`."""
+        known = self._known.get(worker)
+        if known is None or tokens < 1:
+            return False
+        known.step.add(seconds / tokens)
+        return _has_changed(known)
+
+
+def _likely(seconds: float, expected: float | None) -> float:
+    seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
+    if expected is None:
+        return seconds
+    return min(max(seconds, expected / CLIP), expected * CLIP)
+
+
+def _has_changed(known: _Known) -> bool:
+    before, speed = known.current, known.assumed
+    if (step := known.step.step_s()) is not None:
+        # What a request or a block adds was assumed as a part of a step, and stays that part.
+        scale = step / speed.step_s
+        speed = replace(
+            speed,
+            step_s=step,
+            step_s_per_request=speed.step_s_per_request * scale,
+            step_s_per_block=speed.step_s_per_block * scale,
+        )
+    if (per_token := known.prefill.per_token_s()) is not None:
+        speed = replace(speed, prefill_s_per_token=per_token)
+    if _is_near(speed.prefill_s_per_token, before.prefill_s_per_token) and _is_near(
+        speed.step_s, before.step_s
+    ):
+        return False
+    known.current = speed
+    return True
+
+
+def _is_near(now: float, before: float) -> bool:
+    return abs(now - before) <= CHANGE * before
