@@ -37,8 +37,8 @@ class ModelInfo:
     context_tokens: int | None
 
 
-class Assigned(Protocol):
-    """A request on its engine. Leaving the context ends it, however it went."""
+class Place(Protocol):
+    """A worker that a request is sent to."""
 
     @property
     def instance(self) -> int: ...
@@ -51,7 +51,7 @@ class Assigned(Protocol):
 
     @property
     def url(self) -> str:
-        """Of the engine's OpenAI server, without /v1."""
+        """Of the engine's OpenAI server, without /v1; empty if it has none."""
         ...
 
     @property
@@ -59,9 +59,25 @@ class Assigned(Protocol):
         """Where it is on the request plane, if it takes tokens there."""
         ...
 
+
+class Assigned(Protocol):
+    """A request on its engine. Leaving the context ends it, however it went."""
+
+    @property
+    def place(self) -> Place: ...
+
+    @property
+    def prefill(self) -> Place | None:
+        """Who is to compute the prompt first; None: the engine itself."""
+        ...
+
     @property
     def cached_tokens(self) -> int:
-        """Of the prompt, expected to be at hand for the engine in some tier."""
+        """Of the prompt, expected to be at hand in some tier for the one who computes it."""
+        ...
+
+    def prefilled(self) -> None:
+        """`prefill` has done its part."""
         ...
 
     def first_token(self) -> None: ...

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import structlog
 
+from frontend.attempts import Attempts
 from frontend.errors import ApiError, engine_lost
-from frontend.fleet import Assigned, Fleet, Job
+from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.meter import Measured
 from frontend.upstream import EngineFault
 from runtime.generation import (
@@ -31,14 +32,12 @@ from runtime.generation import (
 from runtime.requests import RequestClient
 from runtime.requests.errors import DeadlineExceeded, RequestError
 
-ENGINES_TRIED_MAX: Final = 8
-
 _log = structlog.get_logger("kvbm.frontend")
 
 
 class TokenEngines(Protocol):
     def generate(
-        self, assigned: Assigned, request: Generate, headers: Mapping[str, str]
+        self, place: Place, request: Generate, headers: Mapping[str, str]
     ) -> AsyncGenerator[Generated]:
         """Closing the iterator ends the work. Raises EngineFault, or ApiError as the answer."""
         ...
@@ -53,10 +52,10 @@ class RequestPlaneEngines:
         self._deadline_s = deadline_s
 
     async def generate(
-        self, assigned: Assigned, request: Generate, headers: Mapping[str, str]
+        self, place: Place, request: Generate, headers: Mapping[str, str]
     ) -> AsyncGenerator[Generated]:
         stream = self._client.stream(
-            assigned.transport,
+            place.transport,
             self._endpoint,
             encode(request),
             deadline_s=self._deadline_s,
@@ -71,9 +70,9 @@ class RequestPlaneEngines:
             raise ApiError(504, said, "deadline") from error
         except RequestError as error:
             begun = not error.may_retry
-            raise EngineFault(assigned.transport, str(error), begun=begun) from error
+            raise EngineFault(place.transport, str(error), begun=begun) from error
         except GenerationRefused as error:
-            raise EngineFault(assigned.transport, str(error), begun=True) from error
+            raise EngineFault(place.transport, str(error), begun=True) from error
 
 
 class Generation:
@@ -98,33 +97,25 @@ class Generation:
     ) -> AsyncGenerator[Generated]:
         """Until the item that says why it is the last. Raises ApiError."""
         given: list[int] = []
-        failed: list[int] = []
-        begun = 0
+        attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
-            assigned = await self._assign(job, given, failed)
-            measured.sent(assigned, migrated=bool(failed))
-            with assigned:
+            with await attempts.assign(_with_output(job, given)) as assigned:
+                goes_on = bool(given)
+                request = _request(job, given, sampling, assigned.place)
                 try:
-                    request = _request(job, given, sampling, assigned)
-                    goes_on = bool(given)
-                    async with aclosing(
-                        self._engines.generate(assigned, request, headers)
-                    ) as items:
+                    if assigned.prefill is not None:
+                        await self._prefill(assigned, assigned.prefill, request, headers)
+                    work = self._engines.generate(assigned.place, request, headers)
+                    async with aclosing(work) as items:
                         async for item in items:
-                            if item.token_ids:
-                                assigned.output(len(item.token_ids))
-                                given += item.token_ids
+                            assigned.output(len(item.token_ids))
+                            given += item.token_ids
                             yield _without_cached(item) if goes_on else item
                             if item.finish_reason is not None:
                                 return
-                    raise EngineFault(assigned.transport, "it ended without a reason", begun=True)
+                    raise EngineFault(assigned.place.transport, "no reason for its end", begun=True)
                 except EngineFault as fault:
-                    assigned.failed()
-                    failed.append(assigned.instance)
-                    begun += fault.begun or bool(given)
-                    _log.warning("engine_failed", instance=f"{assigned.instance:x}", why=str(fault))
-                    if begun > self._migrations_max or len(failed) >= ENGINES_TRIED_MAX:
-                        raise engine_lost("The engine at work on the request was lost") from fault
+                    attempts.failed(assigned, fault, begun=bool(given))
                     if self._is_too_long(len(job.tokens) + len(given)):
                         said = "The engine was lost, and the sequence is too long to compute again"
                         raise engine_lost(said) from fault
@@ -132,28 +123,42 @@ class Generation:
                 yield Generated(token_ids=[], finish_reason="length")  # that was all but said
                 return
 
-    async def _assign(self, job: Job, given: list[int], failed: list[int]) -> Assigned:
-        if given:
-            tokens = np.concatenate([job.tokens, np.array(given, np.uint32)])
-            job = replace(job, tokens=tokens)
+    async def _prefill(
+        self, assigned: Assigned, place: Place, request: Generate, headers: Mapping[str, str]
+    ) -> None:
+        """Have the prompt computed elsewhere; its KV comes to the engine through the tiers.
+
+        If that fails the engine computes it itself.
+        """
+        first = msgspec.structs.replace(
+            request, sampling=Sampling(max_tokens=1, temperature=0.0), dp_rank=place.dp_rank
+        )
         try:
-            return await self._fleet.assign(job.without(failed))
-        except ApiError as error:
-            if failed and error.status == 503:
-                raise engine_lost(f"The engine was lost, and {error.message}") from error
-            raise
+            async with aclosing(self._engines.generate(place, first, headers)) as items:
+                async for _ in items:
+                    pass
+        except (EngineFault, ApiError) as fault:
+            _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
+        assigned.prefilled()
 
     def _is_too_long(self, tokens: int) -> bool:
         return self._migration_tokens_max is not None and tokens > self._migration_tokens_max
 
 
-def _request(job: Job, given: list[int], sampling: Sampling, assigned: Assigned) -> Generate:
+def _with_output(job: Job, given: list[int]) -> Job:
+    """The request as it stands: what came of it is part of the prompt."""
+    if not given:
+        return job
+    return replace(job, tokens=np.concatenate([job.tokens, np.array(given, np.uint32)]))
+
+
+def _request(job: Job, given: list[int], sampling: Sampling, place: Place) -> Generate:
     left = _left_of(sampling, len(given)) if given else sampling
     return Generate(
         token_ids=[*job.tokens.tolist(), *given],
         sampling=left,
         model=job.model,
-        dp_rank=assigned.dp_rank,
+        dp_rank=place.dp_rank,
         priority=job.priority,
         cache_salt=job.cache_salt,
     )

@@ -1,9 +1,8 @@
 """Pass-through: a request goes as it came to the engine that was chosen, its answer comes back.
 
 The engine's own OpenAI server makes the answer; not a byte of it is changed. Until the first byte
-has gone to the client, an engine that fails can be replaced: one that was never reached as often as
-there are others, one that may have begun only `migrations_max` times, because a request that kills
-engines must not kill all of them. A stream that breaks later ends with an error event.
+has gone to the client, an engine that fails is replaced (`frontend.attempts`). A stream that breaks
+later ends with an error event.
 """
 
 from __future__ import annotations
@@ -12,20 +11,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import structlog
 
 from frontend import headers as names
-from frontend.errors import ApiError, bad_request, engine_lost
-from frontend.fleet import Assigned, Fleet, Job
+from frontend.attempts import Attempts
+from frontend.errors import bad_request, engine_lost
+from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
 from frontend.meter import Measured
 from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Upstream
 
-ENGINES_TRIED_MAX: Final = 8
 _WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
+_FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
+
+Given = list[tuple[str, str]]
+"""Headers for the engine."""
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -69,43 +73,53 @@ class Relay:
             ("x-request-id", reply.request_id),
             ("traceparent", names.traceparent(scope["headers"])),
         ]
-        failed: list[int] = []
-        begun = 0
+        attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
-            try:
-                assigned = await self._fleet.assign(job.without(failed))
-            except ApiError as error:
-                if failed and error.status == 503:
-                    raise engine_lost(f"The engine was lost, and {error.message}") from error
-                raise
-            measured.sent(assigned, migrated=bool(failed))
-            with assigned:
+            with await attempts.assign(job) as assigned:
                 try:
+                    if assigned.prefill is not None:
+                        await self._prefill(assigned, assigned.prefill, scope["path"], given, body)
                     return await self._ask(assigned, scope, given, body, reply, measured)
                 except EngineFault as fault:
-                    assigned.failed()
-                    failed.append(assigned.instance)
-                    begun += fault.begun
-                    _log.warning("engine_failed", instance=f"{assigned.instance:x}", why=str(fault))
                     if reply.status is not None:
+                        assigned.failed()
                         raise engine_lost("The engine broke off before its answer's end") from fault
-                    if begun > self._migrations_max or len(failed) >= ENGINES_TRIED_MAX:
-                        raise engine_lost("The engine at work on the request was lost") from fault
+                    attempts.failed(assigned, fault)
+
+    async def _prefill(
+        self, assigned: Assigned, place: Place, path: str, given: Given, body: bytes
+    ) -> None:
+        """Have the prompt computed elsewhere; its KV comes to the engine through the tiers.
+
+        If that fails the engine computes it itself.
+        """
+        asked = {**msgspec.json.decode(body), **_FIRST_TOKEN_ONLY}
+        asked.pop("stream_options", None)
+        if "max_completion_tokens" in asked:
+            asked["max_completion_tokens"] = 1
+        data = msgspec.json.encode(asked)
+        try:
+            async with self._upstream.send(
+                "POST", place.url + path, _to(place, given), data
+            ) as answer:
+                await answer.read()
+        except EngineFault as fault:
+            _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
+        assigned.prefilled()
 
     async def _ask(
         self,
         assigned: Assigned,
         scope: Scope,
-        given: list[tuple[str, str]],
+        given: Given,
         body: bytes,
         reply: Reply,
         measured: Measured,
     ) -> None:
-        if assigned.dp_size > 1:
-            given = [*given, ("x-data-parallel-rank", str(assigned.dp_rank))]
+        place = assigned.place
         query = scope.get("query_string") or b""
-        url = assigned.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
-        async with self._upstream.send(scope["method"], url, given, body) as answer:
+        url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
+        async with self._upstream.send(scope["method"], url, _to(place, given), body) as answer:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
@@ -113,7 +127,7 @@ class Relay:
             assigned.first_token()
             measured.first_token()
             measured.status = answer.status
-            self._say_where(assigned, reply)
+            _say_where(assigned, reply)
             await reply.whole(answer.status, _back(answer), data)
 
     async def _stream(
@@ -126,20 +140,27 @@ class Relay:
                 assigned.first_token()
                 measured.first_token()
                 measured.status = answer.status
-                self._say_where(assigned, reply)
+                _say_where(assigned, reply)
                 await reply.begin(answer.status, _back(answer))
             events = chunk.count(_EVENT_END)
             assigned.output(events)
             measured.output(events)
             await reply.part(chunk)
         if first:
-            raise EngineFault(assigned.url, "its stream was empty", begun=True)
+            raise EngineFault(assigned.place.url, "its stream was empty", begun=True)
         await reply.end()
 
-    def _say_where(self, assigned: Assigned, reply: Reply) -> None:
-        worker = f"{assigned.instance:x}.{assigned.dp_rank}"
-        reply.extra.append((_WORKER, worker.encode()))
-        reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
+
+def _to(place: Place, given: Given) -> Given:
+    if place.dp_size == 1:
+        return given
+    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
+
+
+def _say_where(assigned: Assigned, reply: Reply) -> None:
+    worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
+    reply.extra.append((_WORKER, worker.encode()))
+    reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
 
 
 def _back(answer: Answer) -> list[tuple[bytes, bytes]]:

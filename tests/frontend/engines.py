@@ -129,26 +129,28 @@ class Engine:
 
 
 @dataclass
-class Given:
-    """An assignment that notes what it is told."""
-
-    engine: Engine
-    notes: list[str] = field(default_factory=list)
-    cached_tokens: int = 32
-    dp_rank: int = 0
+class Worker:
+    instance: int
+    url: str
     dp_size: int = 1
-
-    @property
-    def instance(self) -> int:
-        return self.engine.instance
-
-    @property
-    def url(self) -> str:
-        return self.engine.url
+    dp_rank: int = 0
 
     @property
     def transport(self) -> str:
-        return self.engine.url
+        return self.url
+
+
+@dataclass
+class Given:
+    """An assignment that notes what it is told."""
+
+    place: Worker
+    prefill: Worker | None = None
+    notes: list[str] = field(default_factory=list)
+    cached_tokens: int = 32
+
+    def prefilled(self) -> None:
+        self.notes.append("prefilled")
 
     def first_token(self) -> None:
         self.notes.append("first")
@@ -179,6 +181,7 @@ class InTurn:
         self.given: list[Given] = []
         self.jobs: list[Job] = []
         self.dp_size = 1
+        self.prefill: Worker | None = None
         self._text = text
 
     def models(self) -> Sequence[ModelInfo]:
@@ -196,7 +199,8 @@ class InTurn:
         self.jobs.append(job)
         for engine in self.engines:
             if engine.instance not in job.excluded:
-                self.given.append(Given(engine, dp_size=self.dp_size))
+                place = Worker(engine.instance, engine.url, self.dp_size)
+                self.given.append(Given(place, self.prefill))
                 return self.given[-1]
         raise overloaded("there is no engine", 1)
 

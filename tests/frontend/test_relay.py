@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from frontend.gate import Gate
-from tests.frontend.engines import MODEL, Asked, Running, Wire, frontend
+from tests.frontend.engines import MODEL, Asked, Running, Wire, Worker, frontend
 
 COMPLETION = {"model": MODEL, "prompt": "hello", "max_tokens": 4}
 EVENTS = [b'data: {"n":%d}\n\n' % n for n in range(5)] + [b"data: [DONE]\n\n"]
@@ -269,6 +269,21 @@ async def test_a_rank_is_named_where_there_are_several() -> None:
         running.fleet.dp_size = 2
         await post(running)
         assert running.fleet.engines[0].asked[0].headers["x-data-parallel-rank"] == "0"
+
+
+@pytest.mark.parametrize("prefill", [answer, refuse])
+async def test_a_prompt_is_computed_elsewhere_first(prefill: Any) -> None:
+    async with frontend(answer, prefill) as running:
+        first, second = running.fleet.engines
+        running.fleet.prefill = Worker(second.instance, second.url)
+        more = {"stream": True, "stream_options": {"include_usage": True}, "own": [1]}
+        reply = await post(running, {**COMPLETION, **more})
+        assert reply.status == 200
+        sent = second.asked[0].json
+        assert (sent["max_tokens"], sent["stream"], sent["own"]) == (1, False, [1])
+        assert "stream_options" not in sent
+        assert first.asked[0].json == {**COMPLETION, **more}
+        assert running.fleet.given[0].notes == ["prefilled", "first", "end"]
 
 
 async def test_a_worker_that_is_asked_for() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.frontend.engines import MODEL
+from tests.frontend.engines import MODEL, Worker
 from tests.frontend.test_tokenizer import byte_level_once
 from tests.frontend.token_engines import Asking, TokenEngine, token_frontend
 
@@ -165,6 +165,18 @@ async def test_a_long_sequence_is_not_computed_again() -> None:
         found = await ask(asking, COMPLETION, status=502)
         assert "too long" in found["error"]["message"]
         assert not engines[1].asked
+
+
+@pytest.mark.parametrize("crash_after", [None, 0])
+async def test_a_prompt_is_computed_elsewhere_first(crash_after: int | None) -> None:
+    decode, prefill = TokenEngine(1, ANSWER), TokenEngine(2, ANSWER, crash_after=crash_after)
+    async with token_frontend(decode, prefill) as asking:
+        asking.fleet.prefill = Worker(2, prefill.url)
+        assert (await ask(asking, COMPLETION))["choices"][0]["text"] == ANSWER
+        (first,) = prefill.asked
+        assert first.token_ids == decode.asked[0].token_ids
+        assert first.sampling.max_tokens == 1
+        assert asking.given[0].notes[0] == "prefilled"
 
 
 async def test_an_engine_lost_after_its_last_token_lost_nothing() -> None:
