@@ -16,7 +16,7 @@ import numpy as np
 from frontend.errors import bad_request
 from frontend.request import ChatRequest, CompletionRequest, Content
 from frontend.template import ChatTemplate, TemplateError
-from frontend.tokenizer import Tokenizer, Tokens
+from frontend.tokenizer import CACHE_BYTES, Tokenizer, Tokens
 
 NO_TOKENS: Tokens = np.empty(0, np.uint32)
 _TOKEN_MAX: Final = (1 << 32) - 1
@@ -31,9 +31,9 @@ class PromptMaker:
         self.template = template
 
     @classmethod
-    def load(cls, folder: Path) -> PromptMaker:
+    def load(cls, folder: Path, cache_bytes: int = CACHE_BYTES) -> PromptMaker:
         """From a model's folder. Raises TokenizerError or TemplateError."""
-        return cls(Tokenizer.load(folder), ChatTemplate.load(folder))
+        return cls(Tokenizer.load(folder, cache_bytes=cache_bytes), ChatTemplate.load(folder))
 
     def of_chat(self, request: ChatRequest) -> Tokens:
         """Raises ApiError if the template refuses the messages."""

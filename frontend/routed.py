@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -29,14 +29,17 @@ class RoutedFleet:
     def __init__(
         self,
         assembly: Assembly,
-        texts: Mapping[str, PromptMaker],
+        text_of: Callable[[str], PromptMaker | None],
         *,
         tokens_for: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`texts` by model. Models in `tokens_for` are given tokens even if they need not be."""
+        """`text_of` a model, where it is known.
+
+        Models in `tokens_for` are given tokens even if they need not be.
+        """
         self._assembly = assembly
-        self._texts = dict(texts)
+        self._text_of = text_of
         self._tokens_for = frozenset(tokens_for)
         self._clock = clock
         self._started_s = int(time.time())
@@ -51,7 +54,7 @@ class RoutedFleet:
 
     def text(self, model: str) -> PromptMaker | None:
         self._router(model)
-        return self._texts.get(model)
+        return self._text_of(model)
 
     def takes_tokens(self, model: str) -> bool:
         """Also if it need not be passed through: its engines have no OpenAI server."""

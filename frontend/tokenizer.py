@@ -24,6 +24,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 Tokens = NDArray[np.uint32]
 
+CACHE_BYTES: Final = 64 << 20
 _PIECE_CHARS: Final = 256
 _ENTRY_BYTES: Final = 400  # what a remembered piece takes besides its characters and tokens
 _WORDS: Final = r"(?<=[^\W\d_])(?= [^\W\d_])"
@@ -44,7 +45,7 @@ class CacheStatus:
 class Tokenizer:
     """A model's tokenizer. Not thread-safe. `cache_bytes` bounds what is remembered."""
 
-    def __init__(self, fast: FastTokenizer, *, cache_bytes: int = 64 << 20) -> None:
+    def __init__(self, fast: FastTokenizer, *, cache_bytes: int = CACHE_BYTES) -> None:
         self._fast = fast
         self._cache_bytes = cache_bytes
         self._pieces: OrderedDict[str, Tokens] = OrderedDict()
@@ -58,7 +59,7 @@ class Tokenizer:
         self._around = self._specials()
 
     @classmethod
-    def load(cls, folder: Path, *, cache_bytes: int = 64 << 20) -> Tokenizer:
+    def load(cls, folder: Path, *, cache_bytes: int = CACHE_BYTES) -> Tokenizer:
         """From a model's `tokenizer.json`. Raises TokenizerError."""
         path = folder / "tokenizer.json"
         try:
