@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,7 +24,7 @@ from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 
 
-def make_app(
+def make_exchanges(
     fleet: Fleet,
     gate: Gate,
     meter: Meter,
@@ -31,17 +32,24 @@ def make_app(
     tokens: TokenRoutes | None = None,
     *,
     migrations_max: int,
-) -> FastAPI:
-    """`tokens` answers for models whose engines take tokens; all others are passed through."""
-    app = FastAPI(title="kvbm frontend", docs_url=None, redoc_url=None)
+) -> dict[str, Exchange]:
+    """What answers each path. `tokens` does for models whose engines take tokens; all others are
+    passed through."""
     own: dict[str, Handler] = {}
     if tokens is not None:
         own = {"/v1/chat/completions": tokens.chat, "/v1/completions": tokens.completions}
+    made = {}
     for path, reader in readers(fleet).items():
         handler: Handler = Relay(reader, fleet, upstream, migrations_max=migrations_max)
         if path in own:
             handler = ByModel(fleet, own[path], handler)
-        exchange = Exchange(path, handler, gate, meter)
+        made[path] = Exchange(path, handler, gate, meter)
+    return made
+
+
+def make_app(exchanges: Mapping[str, Exchange], fleet: Fleet, gate: Gate, meter: Meter) -> FastAPI:
+    app = FastAPI(title="kvbm frontend", docs_url=None, redoc_url=None)
+    for path, exchange in exchanges.items():
         app.router.routes.append(Route(path, exchange, methods=["POST"]))
     _add_models(app, fleet, gate)
     _add_probes(app, fleet, meter)

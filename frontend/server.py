@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import importlib.metadata
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
-from frontend.app import make_app
+from frontend.app import make_app, make_exchanges
+from frontend.exchange import Exchange
 from frontend.gate import Gate
 from frontend.generate import Generation, RequestPlaneEngines
+from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
 from frontend.routed import RoutedFleet
 from frontend.settings import FrontendSettings, OpenAiSettings
@@ -40,36 +43,73 @@ async def serving(
 
     Raises ListenError.
     """
-    metrics = RouterMetrics(importlib.metadata.version(DISTRIBUTION), settings.name)
+    metrics = RouterMetrics(_version(), settings.name)
     async with running(settings, environ, metrics) as assembly:
         texts = Texts(settings.model_paths, settings.tokenizer_cache)
         await texts.read_named()
         watching = asyncio.create_task(texts.watch(lambda: _paths(assembly)), name="texts")
         upstream = Upstream(settings.openai.silence)
         await upstream.open()
-        clients = _for_clients(settings, assembly, texts, upstream)
-        http = settings.http
-        operators = WebServer(
-            create_app(RouterService(assembly)),
-            http.host,
-            http.port,
-            section="http",
-            concurrency_max=http.concurrency,
-        )
+        parts = _parts(settings, assembly, texts, upstream)
         try:
-            await operators.start()
-            await clients.start()
-            yield clients, operators
+            async with _servers(settings, assembly, parts) as servers:
+                yield servers
         finally:
-            await clients.stop()
-            await operators.stop()
             await upstream.close()
             watching.cancel()
 
 
-def _for_clients(
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    fleet: RoutedFleet
+    gate: Gate
+    meter: Meter
+    exchanges: Mapping[str, Exchange]
+
+
+@contextlib.asynccontextmanager
+async def _servers(
+    settings: FrontendSettings, assembly: Assembly, parts: _Parts
+) -> AsyncIterator[tuple[WebServer, WebServer]]:
+    http, openai = settings.http, settings.openai
+    operators = WebServer(
+        create_app(RouterService(assembly)),
+        http.host,
+        http.port,
+        section="http",
+        concurrency_max=http.concurrency,
+    )
+    clients = WebServer(
+        make_app(parts.exchanges, parts.fleet, parts.gate, parts.meter),
+        openai.host,
+        openai.port,
+        section="openai",
+        concurrency_max=None,  # the gate counts, and says so as OpenAI does
+        stop_timeout_s=round(openai.drain),
+        tls=_tls(openai),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        await operators.start()
+        stack.push_async_callback(operators.stop)
+        if settings.kserve is not None:
+            completions = parts.exchanges["/v1/completions"]
+            service = InferenceService(parts.fleet, completions, _version())
+            kserve = await start_server(
+                service,
+                settings.kserve.host,
+                settings.kserve.port,
+                bytes_max=openai.body_max,
+                tls=_tls(openai),
+            )
+            stack.push_async_callback(kserve.stop, openai.drain)
+        await clients.start()
+        stack.push_async_callback(clients.stop)
+        yield clients, operators
+
+
+def _parts(
     settings: FrontendSettings, assembly: Assembly, texts: Texts, upstream: Upstream
-) -> WebServer:
+) -> _Parts:
     openai = settings.openai
     fleet = RoutedFleet(assembly, texts.get, tokens_for=settings.tokens_for)
     endpoint = f"{assembly.namespace}.{COMPONENT}.{ENDPOINT}"
@@ -80,23 +120,16 @@ def _for_clients(
         migration_tokens_max=openai.migration_tokens_max,
     )
     keys = [key.get_secret_value() for key in openai.api_keys]
-    app = make_app(
+    gate, meter = Gate(keys, openai.requests_max, openai.body_max), Meter()
+    exchanges = make_exchanges(
         fleet,
-        Gate(keys, openai.requests_max, openai.body_max),
-        Meter(),
+        gate,
+        meter,
         upstream,
         TokenRoutes(fleet, generation),
         migrations_max=openai.migrations,
     )
-    return WebServer(
-        app,
-        openai.host,
-        openai.port,
-        section="openai",
-        concurrency_max=None,  # the gate counts, and says so as OpenAI does
-        stop_timeout_s=round(openai.drain),
-        tls=_tls(openai),
-    )
+    return _Parts(fleet, gate, meter, exchanges)
 
 
 def _tls(openai: OpenAiSettings) -> ServerTls | None:
@@ -111,3 +144,7 @@ def _paths(assembly: Assembly) -> dict[str, str]:
         name: next((e.card.path for e in model.engines.values() if e.card.path), "")
         for name, model in assembly.models.items()
     }
+
+
+def _version() -> str:
+    return importlib.metadata.version(DISTRIBUTION)

@@ -82,11 +82,21 @@ class OpenAiSettings(Section):
         return self
 
 
+class KserveSettings(Section):
+    host: str = Field(default="127.0.0.1", description="Address of the gRPC server.")
+    port: int = Field(default=8001, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
+
+
 class FrontendSettings(RouterSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
     openai: OpenAiSettings = Field(
         default=OpenAiSettings(), description="The server that clients ask."
+    )
+    kserve: KserveSettings | None = Field(
+        default=None,
+        description="KServe's open inference protocol over gRPC, with the keys, limits and TLS of "
+        "`openai`.",
     )
     model_paths: dict[str, Path] = Field(
         default={},

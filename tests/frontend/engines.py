@@ -13,7 +13,7 @@ from typing import Any, Self
 import httptools
 import uvicorn
 
-from frontend.app import make_app
+from frontend.app import make_app, make_exchanges
 from frontend.errors import model_not_found, overloaded
 from frontend.fleet import Assigned, Job, ModelInfo
 from frontend.gate import Gate
@@ -244,7 +244,8 @@ async def frontend(
     fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
-    app = make_app(fleet, gate, meter, upstream, migrations_max=migrations_max)
+    exchanges = make_exchanges(fleet, gate, meter, upstream, migrations_max=migrations_max)
+    app = make_app(exchanges, fleet, gate, meter)
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
     server = _Server(config)
     task = asyncio.ensure_future(server.serve())

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from frontend.app import make_app
+from frontend.app import make_app, make_exchanges
+from frontend.exchange import Exchange
 from frontend.gate import Gate
 from frontend.generate import Generation, RequestPlaneEngines
 from frontend.meter import Meter
@@ -108,6 +109,7 @@ class Asking:
     fleet: TokenFleet
     meter: Meter
     gate: Gate
+    exchanges: dict[str, Exchange]
 
     @property
     def given(self) -> list[Given]:
@@ -134,11 +136,14 @@ async def token_frontend(
     )
     meter, gate = Meter(), Gate((), 64, 1 << 20)
     routes = TokenRoutes(fleet, generation)
-    app = make_app(fleet, gate, meter, Upstream(10.0), routes, migrations_max=migrations_max)
+    exchanges = make_exchanges(
+        fleet, gate, meter, Upstream(10.0), routes, migrations_max=migrations_max
+    )
+    app = make_app(exchanges, fleet, gate, meter)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://frontend") as http:
         try:
-            yield Asking(http, fleet, meter, gate)
+            yield Asking(http, fleet, meter, gate, exchanges)
         finally:
             await client.close()
             for engine in engines:
