@@ -1,89 +1,105 @@
-"""What the frontend counts: requests, their tokens, and how long everything took."""
+"""What the frontend counts: requests, their tokens, and how long everything took.
+
+`python -m frontend.meter` prints docs/FRONTEND_METRICS.md.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from frontend.errors import ApiError
 from frontend.fleet import Assigned
+from runtime.metrics import Spec, metrics_page
 
-_TTFT_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_ITL_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_P: Final = "kvbm_frontend_"
+_BY: Final = ("model", "route")
 _DURATION_S: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_STAGE_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1)
-_TOKENS: Final = tuple(4**n for n in range(1, 10))
+
+_BUCKETS: Final[dict[str, tuple[float, ...]]] = {
+    f"{_P}request_duration_seconds": _DURATION_S,
+    f"{_P}time_to_first_token_seconds": (0.01, 0.025, *_DURATION_S[:10]),
+    f"{_P}inter_token_latency_seconds": (0.001, 0.0025, 0.005, 0.01, 0.025, *_DURATION_S[:5]),
+    f"{_P}stage_duration_seconds": (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1),
+    f"{_P}input_sequence_tokens": tuple(4**n for n in range(1, 10)),
+}
+SPECS: Final = (
+    Spec(f"{_P}requests_total", "counter", "Requests that ended, by how.", (*_BY, "outcome")),
+    Spec(f"{_P}inflight_requests", "gauge", "Requests under way.", ("route",)),
+    Spec(
+        f"{_P}request_duration_seconds",
+        "histogram",
+        "From the first byte in to the last one out.",
+        _BY,
+    ),
+    Spec(
+        f"{_P}time_to_first_token_seconds",
+        "histogram",
+        "From the first byte in to the engine's first word of answer.",
+        _BY,
+    ),
+    Spec(
+        f"{_P}inter_token_latency_seconds",
+        "histogram",
+        "Of a streamed request, the mean time between events.",
+        _BY,
+    ),
+    Spec(
+        f"{_P}stage_duration_seconds",
+        "histogram",
+        "What the frontend itself takes: `prepare` (decoding, template, tokens) and `route`, "
+        "waiting for an engine included.",
+        ("stage",),
+    ),
+    Spec(f"{_P}input_sequence_tokens", "histogram", "Tokens of prompts.", ("model",)),
+    Spec(
+        f"{_P}cached_tokens_total",
+        "counter",
+        "Of those, tokens that the chosen engine was expected to have in some tier.",
+        ("model",),
+    ),
+    Spec(
+        f"{_P}output_events_total",
+        "counter",
+        "Events of streams passed on, or tokens where answers are made here.",
+        ("model",),
+    ),
+    Spec(
+        f"{_P}migrations_total",
+        "counter",
+        "Requests sent again because an engine failed.",
+        ("model",),
+    ),
+)
 
 
 class Meter:
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
-        name = "kvbm_frontend"
-        by = ["model", "route"]
-        self.requests = Counter(
-            f"{name}_requests",
-            "Requests that ended, by outcome.",
-            [*by, "outcome"],
-            registry=self.registry,
-        )
-        self.inflight = Gauge(
-            f"{name}_inflight_requests", "Requests under way.", ["route"], registry=self.registry
-        )
-        self.duration = Histogram(
-            f"{name}_request_duration_seconds",
-            "From the first byte in to the last one out.",
-            by,
-            buckets=_DURATION_S,
-            registry=self.registry,
-        )
-        self.ttft = Histogram(
-            f"{name}_time_to_first_token_seconds",
-            "From the first byte in to the engine's first byte of answer.",
-            by,
-            buckets=_TTFT_S,
-            registry=self.registry,
-        )
-        self.itl = Histogram(
-            f"{name}_inter_token_latency_seconds",
-            "Mean of a streamed request's times between events.",
-            by,
-            buckets=_ITL_S,
-            registry=self.registry,
-        )
-        self.stage = Histogram(
-            f"{name}_stage_duration_seconds",
-            "What the frontend itself takes: `prepare` (decode, template, tokens), `route`.",
-            ["stage"],
-            buckets=_STAGE_S,
-            registry=self.registry,
-        )
-        self.input_tokens = Histogram(
-            f"{name}_input_sequence_tokens",
-            "Tokens of prompts.",
-            ["model"],
-            buckets=_TOKENS,
-            registry=self.registry,
-        )
-        self.cached_tokens = Counter(
-            f"{name}_cached_tokens",
-            "Of those, tokens the chosen engine was expected to have.",
-            ["model"],
-            registry=self.registry,
-        )
-        self.output_events = Counter(
-            f"{name}_output_events",
-            "Events of streams passed on: about a token each.",
-            ["model"],
-            registry=self.registry,
-        )
-        self.migrations = Counter(
-            f"{name}_migrations",
-            "Requests sent again because their engine failed.",
-            ["model"],
-            registry=self.registry,
-        )
+        made = {spec.name.removeprefix(_P): self._made(spec) for spec in SPECS}
+        self.requests = made["requests_total"]
+        self.inflight = made["inflight_requests"]
+        self.duration = made["request_duration_seconds"]
+        self.ttft = made["time_to_first_token_seconds"]
+        self.itl = made["inter_token_latency_seconds"]
+        self.stage = made["stage_duration_seconds"]
+        self.input_tokens = made["input_sequence_tokens"]
+        self.cached_tokens = made["cached_tokens_total"]
+        self.output_events = made["output_events_total"]
+        self.migrations = made["migrations_total"]
+
+    def _made(self, spec: Spec) -> Any:
+        given = (spec.name, spec.help, spec.labels)
+        match spec.kind:
+            case "counter":
+                return Counter(*given, registry=self.registry)
+            case "gauge":
+                return Gauge(*given, registry=self.registry)
+            case "histogram":
+                return Histogram(*given, registry=self.registry, buckets=_BUCKETS[spec.name])
 
     def begin(self, route: str) -> Measured:
         return Measured(self, route)
@@ -147,3 +163,21 @@ class Measured:
         now = time.perf_counter()
         self._meter.stage.labels(stage).observe(now - self._latest)
         self._latest = now
+
+
+def frontend_metrics_page() -> str:
+    """docs/FRONTEND_METRICS.md."""
+    return metrics_page("Metrics of kvbm-frontend", _INTRODUCTION, SPECS)
+
+
+_INTRODUCTION: Final = """\
+Served at `/metrics` of the address that clients use, in Prometheus's text format. The router in
+the frontend has its own, at `/metrics` of the operators' address
+([ROUTER_METRICS.md](ROUTER_METRICS.md)). `outcome` is `success`, `cancelled`, the engine's status
+as `engine_400`, or the `code` of the frontend's own error. Generated:
+`python -m frontend.meter > docs/FRONTEND_METRICS.md`.
+"""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(frontend_metrics_page())
