@@ -25,13 +25,14 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     """One engine instance; all its data-parallel ranks are alike."""
 
     model: str  # as requests name it
-    url: str  # of its OpenAI server, without /v1: http://HOST:PORT
+    url: str  # of its OpenAI server, without /v1: http://HOST:PORT; empty if it has none
     block_tokens: int
     kv_blocks: int = 0  # of each rank; 0: not known
     batch_tokens: int = 0  # most that one step computes; 0: not known
     context_tokens: int = 0  # longest sequence; 0: not known
     dp_size: int = 1
     role: Role = "aggregated"
+    path: str = ""  # the model's folder, or its name at a hub, as the engine was given it
 
     def labels(self) -> dict[str, str]:
         return {field: str(value) for field, value in msgspec.to_builtins(self).items()}

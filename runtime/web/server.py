@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
-from typing import Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,6 +22,15 @@ _POLL_S: Final = 0.005
 
 class ListenError(Exception):
     """The HTTP server cannot listen; the message says where, why, and which setting to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """Files in PEM. With `client_ca` clients must show a certificate that it signed."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -39,29 +51,37 @@ class WebServer:
         port: int,
         *,
         section: str,
-        concurrency_max: int = CONCURRENCY_MAX,
+        concurrency_max: int | None = CONCURRENCY_MAX,
+        stop_timeout_s: int = STOP_TIMEOUT_S,
+        tls: ServerTls | None = None,
     ) -> None:
         """`section` names the settings that `host` and `port` came from.
 
-        More requests than `concurrency_max` at a time are answered with 503.
+        More requests than `concurrency_max` at a time are answered with 503; None: the app counts
+        itself. Raises ListenError if the files of `tls` cannot be used.
         """
         self._section = section
         self._host = host
         self._port = port
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
-        self._server = _Uvicorn(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                limit_concurrency=concurrency_max,
-                timeout_graceful_shutdown=STOP_TIMEOUT_S,
-            )
+        self._scheme = "http" if tls is None else "https"
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            limit_concurrency=concurrency_max,
+            timeout_graceful_shutdown=stop_timeout_s,
+            **_options(tls),
         )
+        self._server = _Uvicorn(config)
+        try:
+            config.load()
+        except OSError as error:  # ssl.SSLError is one
+            raise ListenError(f"the TLS files of {section} cannot be used: {error}") from error
 
     @property
     def port(self) -> int:
@@ -71,7 +91,7 @@ class WebServer:
     @property
     def url(self) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
+        return f"{self._scheme}://{host}:{self._port}"
 
     async def start(self) -> None:
         """Return when requests are answered; raises ListenError."""
@@ -105,6 +125,15 @@ class WebServer:
         finally:
             if self._socket is not None:
                 self._socket.close()
+
+
+def _options(tls: ServerTls | None) -> dict[str, Any]:
+    if tls is None:
+        return {}
+    found: dict[str, Any] = {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
+    if tls.client_ca is not None:
+        found |= {"ssl_ca_certs": str(tls.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return found
 
 
 async def _listen(host: str, port: int, section: str) -> socket.socket:

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API before a fleet: routed on tokens, passed through or made from tokens."""

@@ -1,0 +1,193 @@
+"""Pass-through: a request goes as it came to the engine that was chosen, its answer comes back.
+
+The engine's own OpenAI server makes the answer; not a byte of it is changed. Until the first byte
+has gone to the client, an engine that fails is replaced (`frontend.attempts`). A stream that breaks
+later ends with an error event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import structlog
+
+from frontend import headers as names
+from frontend.attempts import Attempts
+from frontend.errors import bad_request, engine_lost
+from frontend.fleet import Assigned, Fleet, Job, Place
+from frontend.gate import Scope
+from frontend.meter import Measured
+from frontend.respond import Reply
+from frontend.upstream import Answer, EngineFault, Upstream
+
+_WORKER: Final = b"x-kvbm-worker"
+_CACHED: Final = b"x-kvbm-cached-tokens"
+_EVENT_END: Final = b"\n\n"
+_FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
+
+Given = list[tuple[str, str]]
+"""Headers for the engine."""
+
+_log = structlog.get_logger("kvbm.frontend")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a route made of a request's body."""
+
+    model: str
+    job: Callable[[str], Job]  # of the request's id; may take long, and raise ApiError
+
+
+class Relay:
+    """A handler of one route. `read` raises ApiError."""
+
+    def __init__(
+        self,
+        read: Callable[[bytes, Scope], Read],
+        fleet: Fleet,
+        upstream: Upstream,
+        *,
+        migrations_max: int,
+    ) -> None:
+        self._read = read
+        self._fleet = fleet
+        self._upstream = upstream
+        self._migrations_max = migrations_max
+
+    async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
+        read = self._read(body, scope)
+        measured.model = read.model
+        job = read.job(reply.request_id)
+        measured.prepared(len(job.tokens))
+        await self._serve(scope, body, job, reply, measured)
+
+    async def _serve(
+        self, scope: Scope, body: bytes, job: Job, reply: Reply, measured: Measured
+    ) -> None:
+        given = [
+            *names.onward(scope["headers"]),
+            ("x-request-id", reply.request_id),
+            ("traceparent", names.traceparent(scope["headers"])),
+        ]
+        attempts = Attempts(self._fleet, self._migrations_max, measured)
+        while True:
+            with await attempts.assign(job) as assigned:
+                try:
+                    if assigned.prefill is not None:
+                        await self._prefill(assigned, assigned.prefill, scope["path"], given, body)
+                    return await self._ask(assigned, scope, given, body, reply, measured)
+                except EngineFault as fault:
+                    if reply.status is not None:
+                        assigned.failed()
+                        raise engine_lost("The engine broke off before its answer's end") from fault
+                    attempts.failed(assigned, fault)
+
+    async def _prefill(
+        self, assigned: Assigned, place: Place, path: str, given: Given, body: bytes
+    ) -> None:
+        """Have the prompt computed elsewhere; its KV comes to the engine through the tiers.
+
+        If that fails the engine computes it itself.
+        """
+        asked = {**msgspec.json.decode(body), **_FIRST_TOKEN_ONLY}
+        asked.pop("stream_options", None)
+        if "max_completion_tokens" in asked:
+            asked["max_completion_tokens"] = 1
+        data = msgspec.json.encode(asked)
+        try:
+            async with self._upstream.send(
+                "POST", place.url + path, _to(place, given), data
+            ) as answer:
+                await answer.read()
+        except EngineFault as fault:
+            _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
+        assigned.prefilled()
+
+    async def _ask(
+        self,
+        assigned: Assigned,
+        scope: Scope,
+        given: Given,
+        body: bytes,
+        reply: Reply,
+        measured: Measured,
+    ) -> None:
+        place = assigned.place
+        query = scope.get("query_string") or b""
+        url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
+        async with self._upstream.send(scope["method"], url, _to(place, given), body) as answer:
+            if answer.is_stream:
+                await self._stream(assigned, answer, reply, measured)
+                return
+            data = await answer.read()
+            assigned.first_token()
+            measured.first_token()
+            measured.status = answer.status
+            _say_where(assigned, reply)
+            await reply.whole(answer.status, _back(answer), data)
+
+    async def _stream(
+        self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
+    ) -> None:
+        first = True
+        async for chunk in answer.chunks():
+            if first:
+                first = False
+                assigned.first_token()
+                measured.first_token()
+                measured.status = answer.status
+                _say_where(assigned, reply)
+                await reply.begin(answer.status, _back(answer))
+            events = chunk.count(_EVENT_END)
+            assigned.output(events)
+            measured.output(events)
+            await reply.part(chunk)
+        if first:
+            raise EngineFault(assigned.place.url, "its stream was empty", begun=True)
+        await reply.end()
+
+
+def _to(place: Place, given: Given) -> Given:
+    if place.dp_size == 1:
+        return given
+    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
+
+
+def _say_where(assigned: Assigned, reply: Reply) -> None:
+    worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
+    reply.extra.append((_WORKER, worker.encode()))
+    reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
+
+
+def _back(answer: Answer) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in answer.headers if name not in _NOT_BACK]
+
+
+_NOT_BACK: Final = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"transfer-encoding", b"content-length"),
+        *(b"date", b"server", names.REQUEST_ID),
+    }
+)
+
+
+def read_session(scope: Scope) -> str | None:
+    """The session that the client says its request is part of."""
+    given = names.first(scope["headers"], names.SESSION)
+    return given.decode("latin-1") if given else None
+
+
+def read_pinned(scope: Scope) -> int | None:
+    """The instance that the client wants and no other. Raises ApiError."""
+    given = names.first(scope["headers"], names.INSTANCE)
+    if given is None:
+        return None
+    try:
+        return int(given, 16)
+    except ValueError as error:
+        said = f"{given.decode('latin-1')!r} is no instance: a hexadecimal number"
+        raise bad_request(said, names.INSTANCE.decode(), "invalid_value") from error

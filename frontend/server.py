@@ -1,0 +1,150 @@
+"""The frontend put together: its router, the server for clients, the one for operators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from frontend.app import make_app, make_exchanges
+from frontend.exchange import Exchange
+from frontend.gate import Gate
+from frontend.generate import Generation, RequestPlaneEngines
+from frontend.kserve.service import InferenceService, start_server
+from frontend.meter import Meter
+from frontend.routed import RoutedFleet
+from frontend.settings import FrontendSettings, OpenAiSettings
+from frontend.texts import Texts
+from frontend.token_routes import TokenRoutes
+from frontend.upstream import Upstream
+from router.app import create_app
+from router.assembly import Assembly, running
+from router.metrics import RouterMetrics
+from router.service import RouterService
+from runtime.engine_card import COMPONENT, ENDPOINT
+from runtime.web.server import ServerTls, WebServer
+
+PROGRAM: Final = "kvbm-frontend"
+DISTRIBUTION: Final = "kvbm-daemon"
+
+_log = structlog.get_logger("kvbm.frontend")
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    settings: FrontendSettings, environ: Mapping[str, str]
+) -> AsyncIterator[tuple[WebServer, WebServer]]:
+    """The servers for clients and for operators, for as long as the context lasts.
+
+    Raises ListenError.
+    """
+    metrics = RouterMetrics(_version(), settings.name)
+    async with running(settings, environ, metrics) as assembly:
+        texts = Texts(settings.model_paths, settings.tokenizer_cache)
+        await texts.read_named()
+        watching = asyncio.create_task(texts.watch(lambda: _paths(assembly)), name="texts")
+        upstream = Upstream(settings.openai.silence)
+        await upstream.open()
+        parts = _parts(settings, assembly, texts, upstream)
+        try:
+            async with _servers(settings, assembly, parts) as servers:
+                yield servers
+        finally:
+            await upstream.close()
+            watching.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    fleet: RoutedFleet
+    gate: Gate
+    meter: Meter
+    exchanges: Mapping[str, Exchange]
+
+
+@contextlib.asynccontextmanager
+async def _servers(
+    settings: FrontendSettings, assembly: Assembly, parts: _Parts
+) -> AsyncIterator[tuple[WebServer, WebServer]]:
+    http, openai = settings.http, settings.openai
+    operators = WebServer(
+        create_app(RouterService(assembly)),
+        http.host,
+        http.port,
+        section="http",
+        concurrency_max=http.concurrency,
+    )
+    clients = WebServer(
+        make_app(parts.exchanges, parts.fleet, parts.gate, parts.meter),
+        openai.host,
+        openai.port,
+        section="openai",
+        concurrency_max=None,  # the gate counts, and says so as OpenAI does
+        stop_timeout_s=round(openai.drain),
+        tls=_tls(openai),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        await operators.start()
+        stack.push_async_callback(operators.stop)
+        if settings.kserve is not None:
+            completions = parts.exchanges["/v1/completions"]
+            service = InferenceService(parts.fleet, completions, _version())
+            kserve = await start_server(
+                service,
+                settings.kserve.host,
+                settings.kserve.port,
+                bytes_max=openai.body_max,
+                tls=_tls(openai),
+            )
+            stack.push_async_callback(kserve.stop, openai.drain)
+        await clients.start()
+        stack.push_async_callback(clients.stop)
+        yield clients, operators
+
+
+def _parts(
+    settings: FrontendSettings, assembly: Assembly, texts: Texts, upstream: Upstream
+) -> _Parts:
+    openai = settings.openai
+    fleet = RoutedFleet(assembly, texts.get, tokens_for=settings.tokens_for)
+    endpoint = f"{assembly.namespace}.{COMPONENT}.{ENDPOINT}"
+    generation = Generation(
+        fleet,
+        RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+        migrations_max=openai.migrations,
+        migration_tokens_max=openai.migration_tokens_max,
+    )
+    keys = [key.get_secret_value() for key in openai.api_keys]
+    gate, meter = Gate(keys, openai.requests_max, openai.body_max), Meter()
+    exchanges = make_exchanges(
+        fleet,
+        gate,
+        meter,
+        upstream,
+        TokenRoutes(fleet, generation),
+        migrations_max=openai.migrations,
+    )
+    return _Parts(fleet, gate, meter, exchanges)
+
+
+def _tls(openai: OpenAiSettings) -> ServerTls | None:
+    if openai.tls_cert is None or openai.tls_key is None:
+        return None
+    return ServerTls(openai.tls_cert, openai.tls_key, openai.tls_client_ca)
+
+
+def _paths(assembly: Assembly) -> dict[str, str]:
+    """What engines say of their models' folders."""
+    return {
+        name: next((e.card.path for e in model.engines.values() if e.card.path), "")
+        for name, model in assembly.models.items()
+    }
+
+
+def _version() -> str:
+    return importlib.metadata.version(DISTRIBUTION)

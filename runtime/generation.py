@@ -1,0 +1,79 @@
+"""Tokens in, tokens out: what a program that generates is asked on the request plane, and answers.
+
+The endpoint is `runtime.engine_card.ENDPOINT`; a question is one `Generate`, an answer items of
+`Generated`, of which the last says why it is the last. Names and meanings of what governs sampling
+are vLLM's, which are OpenAI's where OpenAI has them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Finish = Literal["stop", "length"]
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """None: the engine's own choice."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+
+
+class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    token_ids: list[int]
+    sampling: Sampling
+    model: str = ""
+    dp_rank: int = 0
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Generated(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """The tokens that have come since the item before."""
+
+    token_ids: list[int]
+    finish_reason: Finish | None = None  # in the last item
+    stop_token: int | None = None  # that ended it, which is not among the tokens
+    cached_tokens: int | None = None  # of the prompt; said once, in any item
+
+
+class GenerationRefused(ValueError):
+    """Bytes that are no question or answer of this form."""
+
+
+def encode(message: Generate | Generated) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_generate(data: bytes) -> Generate:
+    """Raises GenerationRefused."""
+    try:
+        return _questions.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise GenerationRefused(str(error)) from error
+
+
+def decode_generated(data: bytes) -> Generated:
+    """Raises GenerationRefused."""
+    try:
+        return _answers.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise GenerationRefused(str(error)) from error
+
+
+_encoder = msgspec.msgpack.Encoder()
+_questions = msgspec.msgpack.Decoder(Generate)
+_answers = msgspec.msgpack.Decoder(Generated)

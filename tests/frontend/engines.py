@@ -1,0 +1,263 @@
+"""Engines whose every answer is written down, and fleets of them without a router."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import httptools
+import uvicorn
+
+from frontend.app import make_app, make_exchanges
+from frontend.errors import model_not_found, overloaded
+from frontend.fleet import Assigned, Job, ModelInfo
+from frontend.gate import Gate
+from frontend.meter import Meter
+from frontend.prompt import PromptMaker
+from frontend.upstream import Upstream
+
+MODEL = "test/model"
+
+
+@dataclass
+class Asked:
+    """A request as the engine got it."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.body)
+        return found
+
+
+Script = Callable[["Wire", Asked], Awaitable[None]]
+
+
+class Wire(asyncio.Protocol):
+    """One connection to the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.gone = asyncio.Event()
+        self._engine = engine
+        self._parser: Any = httptools.HttpRequestParser(self)
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.gone.set()
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self._url, self._body, self._headers = b"", b"", {}
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode().lower()] = value.decode()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+
+    def on_message_complete(self) -> None:
+        method = self._parser.get_method().decode()
+        self._engine.take(self, Asked(method, self._url.decode(), self._headers, self._body))
+
+    def whole(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(head.encode() + b"server: uvicorn\r\n\r\n" + body)
+
+    def begin(self) -> None:
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+        )
+
+    def part(self, data: bytes) -> None:
+        self.transport.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def end(self) -> None:
+        self.transport.write(b"0\r\n\r\n")
+
+    def break_off(self) -> None:
+        self.transport.abort()
+
+
+class Engine:
+    """A server that does what its script says."""
+
+    def __init__(self, instance: int, script: Script) -> None:
+        self.instance = instance
+        self.script = script
+        self.asked: list[Asked] = []
+        self.wires: list[Wire] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connected, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        self._server.close()
+        for wire in self.wires:
+            wire.transport.abort()
+        for task in self._tasks:
+            task.cancel()
+
+    def take(self, wire: Wire, asked: Asked) -> None:
+        self.asked.append(asked)
+        task = asyncio.ensure_future(self.script(wire, asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _connected(self) -> Wire:
+        self.wires.append(Wire(self))
+        return self.wires[-1]
+
+
+@dataclass
+class Worker:
+    instance: int
+    url: str
+    dp_size: int = 1
+    dp_rank: int = 0
+
+    @property
+    def transport(self) -> str:
+        return self.url
+
+
+@dataclass
+class Given:
+    """An assignment that notes what it is told."""
+
+    place: Worker
+    prefill: Worker | None = None
+    notes: list[str] = field(default_factory=list)
+    cached_tokens: int = 32
+
+    def prefilled(self) -> None:
+        self.notes.append("prefilled")
+
+    def first_token(self) -> None:
+        self.notes.append("first")
+
+    def output(self, tokens: int) -> None:
+        self.notes.append(f"output {tokens}")
+
+    def failed(self) -> None:
+        self.notes.append("failed")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.notes.append("end")
+
+
+class InTurn:
+    """A fleet that takes its engines in order, but those that are excluded."""
+
+    def __init__(self, engines: Sequence[Engine], text: PromptMaker | None = None) -> None:
+        self.engines = engines
+        self.given: list[Given] = []
+        self.jobs: list[Job] = []
+        self.dp_size = 1
+        self.prefill: Worker | None = None
+        self._text = text
+
+    def models(self) -> Sequence[ModelInfo]:
+        return [ModelInfo(MODEL, 1, len(self.engines), 4096)] if self.engines else []
+
+    def text(self, model: str) -> PromptMaker | None:
+        if model != MODEL:
+            raise model_not_found(model, [MODEL])
+        return self._text
+
+    def takes_tokens(self, model: str) -> bool:
+        return False
+
+    async def assign(self, job: Job) -> Assigned:
+        self.jobs.append(job)
+        for engine in self.engines:
+            if engine.instance not in job.excluded:
+                place = Worker(engine.instance, engine.url, self.dp_size)
+                self.given.append(Given(place, self.prefill))
+                return self.given[-1]
+        raise overloaded("there is no engine", 1)
+
+
+@dataclass
+class Running:
+    """A frontend that listens, and its parts."""
+
+    url: str
+    fleet: InTurn
+    gate: Gate
+    meter: Meter
+
+    def outcomes(self) -> dict[str, float]:
+        return {
+            sample.labels["outcome"]: sample.value
+            for metric in self.meter.requests.collect()
+            for sample in metric.samples
+            if sample.name.endswith("_total")
+        }
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def frontend(
+    *scripts: Script,
+    gate: Gate | None = None,
+    text: PromptMaker | None = None,
+    migrations_max: int = 1,
+    silence_s: float = 30.0,
+) -> AsyncIterator[Running]:
+    """With one engine for each script."""
+    engines = [Engine(number, script) for number, script in enumerate(scripts, 1)]
+    for engine in engines:
+        await engine.start()
+    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
+    gate = gate or Gate((), 64, 1 << 20)
+    await upstream.open()
+    exchanges = make_exchanges(fleet, gate, meter, upstream, migrations_max=migrations_max)
+    app = make_app(exchanges, fleet, gate, meter)
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
+    server = _Server(config)
+    task = asyncio.ensure_future(server.serve())
+    while not server.started:
+        assert not task.done(), task
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(f"http://127.0.0.1:{port}", fleet, gate, meter)
+    finally:
+        server.should_exit = True
+        for engine in engines:
+            await engine.stop()
+        await task
+        await upstream.close()

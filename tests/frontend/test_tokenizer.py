@@ -1,0 +1,194 @@
+"""Tokens of a text in pieces are the tokens of the whole, for tokenizers of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from frontend.tokenizer import Tokenizer, TokenizerError
+
+SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "[UNK]"]
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, doesn't it? 12345 times",
+    "naïve Zürich 图书馆 Каждый охотник желает знать где сидит фазан",
+    "def main(argv):\n    return [x for x in argv if x]\n\n\nmain(['a', 'b'])\n",
+] * 20
+
+
+def byte_level() -> FastTokenizer:
+    made = FastTokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def crossing_words() -> FastTokenizer:
+    """Byte-level without words: tokens learn to reach over spaces."""
+    made = FastTokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def metaspace(scheme: str) -> FastTokenizer:
+    made = FastTokenizer(models.BPE(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[arg-type]
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[arg-type]
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def prepending() -> FastTokenizer:
+    """As Llama 2 has it: a space is put before whatever text is given."""
+    made = metaspace("never")
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return made
+
+
+def unigram() -> FastTokenizer:
+    made = FastTokenizer(models.Unigram())
+    made.normalizer = normalizers.NFKC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=SPECIAL, unk_token="[UNK]", show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+def word_piece() -> FastTokenizer:
+    made = FastTokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIAL, show_progress=False)
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+FAMILIES: dict[str, Callable[[], FastTokenizer]] = {
+    "byte-level": byte_level,
+    "crossing words": crossing_words,
+    "metaspace first": lambda: metaspace("first"),
+    "metaspace always": lambda: metaspace("always"),
+    "prepending": prepending,
+    "unigram": unigram,
+    "word piece": word_piece,
+}
+MADE = {name: Tokenizer(make()) for name, make in FAMILIES.items()}
+WORDS = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "the",
+        " quick",
+        "fox ",
+        "ü",
+        "a\u0301",
+        "图书馆",
+        "don't",
+        "42",
+        "?!",
+        *SPECIAL,
+    ]
+)
+TEXTS = st.lists(WORDS | st.text(max_size=6), max_size=400).map("".join)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(text=TEXTS, more=TEXTS)
+@example(text="the fox " * 100, more=" and on")
+@settings(deadline=None, max_examples=60)
+def test_pieces_give_the_tokens_of_the_whole(name: str, text: str, more: str) -> None:
+    tokenizer = MADE[name]
+    for given_text in (text, text + more, text):
+        whole = tokenizer.fast.encode(given_text, add_special_tokens=False).ids
+        assert tokenizer.encode(given_text).tolist() == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "cuts"), [("byte-level", True), ("metaspace first", True), ("word piece", True)]
+)
+def test_families_in_use_are_cut(name: str, cuts: bool) -> None:
+    assert MADE[name].cuts is cuts
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_cut() -> None:
+    assert not MADE["prepending"].cuts
+
+
+def test_words_that_tokens_cross_are_no_places_to_cut() -> None:
+    crossing = MADE["crossing words"]
+    text = "the quick brown fox jumps over the lazy dog " * 40
+    crossing.encode(text)
+    assert crossing.status().pieces == 0
+
+
+def test_a_conversation_that_has_grown_costs_what_is_new() -> None:
+    tokenizer = Tokenizer(byte_level())
+    text = "the quick brown fox jumps over the lazy dog " * 100
+    first = tokenizer.encode(text)
+    before = tokenizer.status()
+    grown = tokenizer.encode(text + "and runs away")
+    after = tokenizer.status()
+    hits = after.hit_tokens_total - before.hit_tokens_total
+    assert hits > 0.9 * len(first)
+    assert hits + after.miss_tokens_total - before.miss_tokens_total == len(grown)
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    tokenizer = Tokenizer(byte_level(), cache_bytes=20_000)
+    for number in range(50):
+        tokenizer.encode(f"{number} " + f"the fox of number {number} jumps " * 40)
+        assert tokenizer.status().used_bytes <= 20_000
+    assert tokenizer.status().pieces > 0
+    kept = sum(2 * len(p) + t.nbytes + 400 for p, t in tokenizer._pieces.items())
+    assert kept == tokenizer.status().used_bytes
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "$A <|im_end|>", "<s> $A <|im_end|>", "$A"])
+@given(text=TEXTS)
+@settings(deadline=None, max_examples=20)
+def test_special_tokens_of_the_model_come_where_they_are_asked_for(
+    template: str, text: str
+) -> None:
+    fast = byte_level_once()
+    special = [(token, fast.token_to_id(token)) for token in SPECIAL]
+    fast.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = Tokenizer(fast)
+    assert tokenizer.encode(text, add_special_tokens=True).tolist() == fast.encode(text).ids
+    plain = fast.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text).tolist() == plain
+
+
+@cache
+def byte_level_once() -> FastTokenizer:
+    return byte_level()
