@@ -37,6 +37,7 @@ from runtime.native import READ_U64, kernel, load64, prefetch, store64
 
 CHAIN = 2048
 STORED = 1 << 20
+MILLION = 488 * CHAIN
 SEARCHED = 1 << 21
 CAPACITY = 1 << 24
 COLD_CHAINS = 200
@@ -296,7 +297,7 @@ def memory_child(workers: int, own: bool) -> None:
     store(warm, WorkerId(1), events(CHAIN, 128, own))
     warm.remove_worker(WorkerId(1))
     warm.find(random_words(1, 1))
-    given = events(1_000_000, 125, own)
+    given = events(MILLION, 128, own)
     before = resident_bytes()
     index = Index(CAPACITY)
     for number in range(workers):
@@ -316,7 +317,7 @@ def memory(workers: int, own: bool) -> list[Row]:
     told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
     before, full, after, left = json.loads(told)
     assert left == 0
-    each = (full - before) / (1_000_000 * workers)
+    each = (full - before) / (MILLION * workers)
     back = (full - after) / (full - before)
     of = f"{workers} workers, names of their own" if own else f"{workers} workers"
     return [

@@ -71,8 +71,8 @@ def node(llama: Path, s3: EmbeddedS3, engines: StartEngines, make_daemon: MakeDa
     events = {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
-        "endpoint": f"tcp://127.0.0.1:{ports[0]}",
-        "replay_endpoint": f"tcp://127.0.0.1:{ports[1]}",
+        "endpoint": f"tcp://*:{ports[0]}",
+        "replay_endpoint": f"tcp://*:{ports[1]}",
     }
     with_events = {**config, "arguments": ("--kv-events-config", json.dumps(events))}
     a, b = engines(a=with_events, b=config)

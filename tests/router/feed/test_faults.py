@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from router import holdings
 from router.index import Tier, WorkerId
 from router.node_feed import NodeState
 from runtime.events.node_stream import Rows, encode_catch_up
@@ -172,6 +173,31 @@ async def test_a_daemon_that_was_restarted_is_another_run(world: World, keep: bo
         await node.serve()
         life.live(30)
         await router.equals(node)
+
+
+async def test_a_daemon_that_lost_everything_leaves_nothing(world: World) -> None:
+    node, _ = await lived(world)
+    async with world.router() as router:
+        await until(router.is_live)
+        node.begin(keep=False)
+        node.readers = {}
+        await node.relabel()
+        await router.equals(node)
+        assert len(router.index) == 0 and set(router.index.workers) == {None}
+
+
+async def test_a_replay_with_a_hole_is_not_believed(world: World) -> None:
+    node, life = await lived(world)
+    async with world.router() as router:
+        await until(router.is_live)
+        node.send = lambda _: None
+        life.live(9)
+        del node._ring[-4]
+        node.send = node._publish
+        life.live(1)
+        await router.equals(node)
+        status = router.feeds.status.nodes[0]
+        assert (status.failures_total, status.snapshots_total) == (1, 2)
 
 
 async def test_a_daemon_that_was_killed_and_came_back_is_followed_beside_its_old_record(
@@ -421,6 +447,22 @@ async def test_a_worker_that_joins_an_owner_gets_its_blocks_and_loses_them_when_
             assert expected(WorkerId(0x11, 0))
         await router.equals(node)
         assert node.snapshots == 1
+
+
+async def test_workers_join_and_leave_while_blocks_come_and_go(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holdings, "SLICE_BLOCKS", 2)
+    node, life = await lived(world, 300)
+    async with world.router() as router:
+        await until(router.is_live)
+        for owner in (7, 8, None, 7):
+            node.readers = dict(READERS) | ({(0x99, 0): owner} if owner else {})
+            await node.relabel()
+            for _ in range(300):  # turns of the event loop, of which each slice takes one
+                life.live(1)
+                await asyncio.sleep(0)
+            await router.equals(node)
 
 
 def node_lower(node: FakeNode, owner: int) -> list[int]:
