@@ -78,7 +78,7 @@ class Engine:
     def __init__(self) -> None:
         self._pool = BlockPool(64, True, BLOCK, enable_kv_cache_events=True)
         self._blocks = self._pool.get_new_blocks(32)
-        self._router = EngineRouter(worker_id=1, dp_rank=0, block_size=BLOCK)
+        self._router = EngineRouter(BLOCK)
         self._cached = 0
 
     def cache(self, request: Request, blocks: int) -> np.ndarray:
@@ -86,9 +86,9 @@ class Engine:
         self._pool.cache_full_blocks(request, self._blocks, self._cached, blocks, BLOCK, 0)
         self._cached = blocks
         wire = msgspec.msgpack.encode(EventBatch(0.0, self._pool.take_events(), 0))
-        [event] = self._router.translate(decode_engine_batch(wire))
-        assert isinstance(event.event.data, Stored)
-        return event.event.data.tokens_hashes
+        [stored] = self._router.translate(decode_engine_batch(wire))
+        assert isinstance(stored, Stored)
+        return stored.tokens_hashes
 
 
 def noted(notes: RequestNotes, start: int, end: int) -> Note:
