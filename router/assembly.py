@@ -36,6 +36,7 @@ from router.workers import Worker, Workers
 from runtime.component import Runtime
 from runtime.discovery import create_discovery
 from runtime.discovery.store import Store
+from runtime.event_peers import joined
 from runtime.events import EventPlane, create_event_plane
 from runtime.requests import create_request_plane
 
@@ -314,7 +315,10 @@ async def running(
     try:
         discovery = create_discovery(settings.discovery, environ, memory)
         requests = create_request_plane(settings.requests, PROGRAM)
-        async with Runtime(discovery, requests) as runtime:
+        async with (
+            Runtime(discovery, requests) as runtime,
+            joined(runtime.discovery, plane, settings.events, publishes=True, listens=True),
+        ):
             assembly = Assembly(settings, runtime, plane, metrics)
             async with asyncio.TaskGroup() as tasks:
                 task = tasks.create_task(assembly.run(), name="router")

@@ -163,6 +163,19 @@ async def test_replicas_count_the_same_and_one_that_is_killed_is_forgotten(
         assert other.end() == 0 and third.end() == 0
 
 
+async def test_routers_without_a_broker_find_each_other(tmp_path: Path) -> None:
+    async with a_site(tmp_path, 1) as site:
+        one = site.start("one", events__plane="zmq")
+        await one.ready(1)
+        await one.route(request="early")
+        other = site.start("other", events__plane="zmq")
+        await other.ready(1)
+        await other.route(request="late")
+        for router in (one, other):
+            await router.sees({"1.0": 2})
+        assert one.end() == 0 and other.end() == 0
+
+
 async def test_a_router_that_starts_again_has_its_index_from_the_snapshot(tmp_path: Path) -> None:
     settings = {"index__predicted_ttl": "60s", "snapshot__path": tmp_path / "index"}
     async with a_site(tmp_path, 3) as site:
