@@ -47,8 +47,12 @@ class EmbeddedNats:
         jetstream: bool = False,
         tls: TlsSettings | None = None,
         log_directory: Path | None = None,
+        login: tuple[str, str] | None = None,
     ) -> None:
-        """`port` pins the port, which then must be free; by default any free one is taken."""
+        """`port` pins the port, which then must be free; by default any free one is taken.
+
+        `login` is user and password; by default they are made up.
+        """
         self._directory = directory.absolute()
         self._log_directory = (log_directory or directory).absolute()
         self._pinned = port
@@ -57,8 +61,7 @@ class EmbeddedNats:
         self._process: ServerProcess | None = None
         self._name = f"kvbm-{secrets.token_hex(8)}"  # tells it from another that has the port
         self.port = port or 0  # 0 until started
-        self.user = "kvbm"
-        self.password = secrets.token_hex(16)
+        self.user, self.password = login or ("kvbm", secrets.token_hex(16))
 
     @property
     def url(self) -> str:
@@ -104,10 +107,11 @@ class EmbeddedNats:
         self.stop()
 
     def _configuration(self) -> str:
+        login = f"user: {json.dumps(self.user)}, password: {json.dumps(self.password)}"
         lines = [
             f'listen: "{LOOPBACK}:{self.port}"',
             f'server_name: "{self._name}"',
-            f'authorization {{ user: "{self.user}", password: "{self.password}" }}',
+            f"authorization {{ {login} }}",
         ]
         if self._jetstream:
             store = json.dumps(str(self._directory / "jetstream"))

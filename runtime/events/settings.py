@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from runtime.hosts import is_loopback
 from runtime.settings import Section
 from runtime.tls import TlsSettings
 from runtime.units import Duration, Secret, Size
@@ -34,6 +36,12 @@ class EventPlaneSettings(Section):
     nats_credentials: Path | None = Field(
         default=None,
         description="NATS credentials file (JWT and key), instead of user and password.",
+    )
+    nats_embedded: bool = Field(
+        default=False,
+        description="The daemon starts the NATS server itself, out of the package "
+        "`kvbm-daemon[embedded]`, for programs on this machine: `nats_url` is then a loopback "
+        "address with a port, and `nats_user` and `nats_password` are what it asks for.",
     )
     nats_durable: bool = Field(
         default=False,
@@ -112,6 +120,8 @@ class EventPlaneSettings(Section):
             raise ValueError("give nats_credentials or nats_user with nats_password, not both")
         if self.nats_durable and self.plane != "nats":
             raise ValueError(f"nats_durable needs plane nats; it is {self.plane}")
+        if self.nats_embedded:
+            self._check_embedded()
         for url in self.nats_urls:
             if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
                 raise ValueError(f"nats_url: {url!r} is no NATS URL; accepted: nats://HOST:PORT")
@@ -119,6 +129,17 @@ class EventPlaneSettings(Section):
             if not address.startswith(("tcp://", "ipc://")):
                 raise ValueError(f"{address!r} is no ZMQ address; accepted: tcp://HOST:PORT")
         return self
+
+    def _check_embedded(self) -> None:
+        found = urlsplit(self.nats_url)
+        if self.plane != "nats" or self.tls is not None:
+            raise ValueError("nats_embedded needs plane nats, without tls")
+        if self.nats_password is None:
+            raise ValueError("nats_embedded needs nats_user and nats_password")
+        if found.scheme != "nats" or not is_loopback(found.hostname or "") or not found.port:
+            raise ValueError(
+                f"nats_embedded: nats_url {self.nats_url!r} is not nats://127.0.0.1:PORT"
+            )
 
     @property
     def nats_urls(self) -> list[str]:
