@@ -34,7 +34,7 @@ class Bay:
         self.heard = self.plane.subscribe(blocks_subject("default"))
         self.speeds = self.plane.subscribe(speeds_subject("default"))
         settings = EventPlaneSettings(plane="memory", linger=0.0)
-        self.announcer = Announcer(self.plane, settings, "node", RecordingEvents())
+        self.announcer = Announcer(self.plane, settings, "node", RecordingEvents(), listens=False)
         self.engines: list[Connected] = []
 
     @asynccontextmanager

@@ -20,7 +20,7 @@ from runtime.embedded import EmbeddedNats
 from runtime.server_process import free_ports
 from tests.router.service.world import MODEL, Engines
 
-WAIT_S = 60.0
+WAIT_S = 240.0  # a fresh checkout compiles its kernels first
 PROMPT = list(range(100, 420))
 ROOT = Path(__file__).parents[3]
 
