@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from frontend.generate import Generate
 from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard
+from runtime.generation import Generate
 from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
