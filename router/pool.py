@@ -61,7 +61,7 @@ class Pool:
 
 
 def create_pool(around: Surroundings, model: str, name: PoolName, block_tokens: int) -> Pool:
-    settings, workers = around.settings, Workers()
+    settings, workers = around.settings, Workers(around.clock)
     active = ActiveSequences(workers)
     load = around.load_for(model, name, workers, active)
     of_prefill = settings.prefill_policy if name == "prefill" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ async def test_an_explanation_names_the_worker_that_is_chosen_next(
     for instance in range(1, 6):
         await world.engines.add(instance)
     await router.see(*(f"{n}.0" for n in range(1, 6)))
+    now = time.monotonic()
+    for pool in router.assembly.models[MODEL].pools.values():
+        pool.workers.clock = lambda: now  # what waits is computed meanwhile: another question
     for number in range(20):
         prompt = PROMPT[number:]
         told = (await router.post("/v1/route/explain", tokens=prompt)).json()
@@ -109,7 +113,7 @@ async def test_an_explanation_says_why_others_are_not_taken(world: World) -> Non
     told = (await router.post("/v1/route/explain", tokens=PROMPT, taints=["gpu"])).json()
     assert told["worker"] == "2.0"
     [candidate] = told["decode"]["candidates"]
-    assert set(candidate["terms"]) == {"wait", "load", "compute", "decode"}
+    assert set(candidate["terms"]) == {"wait", "load", "compute", "decode", "room"}
     assert candidate["speed"]["prefill_from"] == "assumed"
     why = {one["worker"]: one["why"] for one in told["decode"]["excluded"]}
     assert why == {
