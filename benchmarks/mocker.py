@@ -17,8 +17,8 @@ from typing import Final
 
 from kvbm.cli.figures import Row, bounded, tell
 from mocker.engine import EngineSettings
-from mocker.policies import LeastLoaded
 from mocker.replay import FleetSettings, Replay
+from mocker.routing import RouterPolicy, Routing
 from mocker.timing import PRESETS
 from mocker.trace import TraceEntry, faster, read_trace, requests
 
@@ -44,7 +44,12 @@ def measure(
         g2_blocks=G2_TOKENS // block_size if tiers else 0,
         g3_blocks=G3_TOKENS // block_size if tiers else 0,
     )
-    replay = Replay(fleet, LeastLoaded(), requests(entries, block_size), listen=tiers)
+    replay = Replay(
+        fleet,
+        RouterPolicy(fleet, Routing("least-loaded"), 1),
+        requests(entries, block_size),
+        listen=tiers,
+    )
     began_s = time.process_time()
     result = replay.run()
     cpu_s = time.process_time() - began_s

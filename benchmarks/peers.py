@@ -23,6 +23,7 @@ from typing import Any
 
 from kvbm.cli.figures import Row, compared, tell
 from kvbm.meter import CountingMeter
+from kvbm.note_dict import NoteDict
 from kvbm.onboard import BATCH_BYTES, BATCH_CHUNKS
 from kvbm.peers.contents import Contents
 from kvbm.peers.network import PeerNetwork
@@ -60,7 +61,8 @@ class Node:
 
     def __init__(self, arena_bytes: int, mover: str, nodes: list[str]) -> None:
         self.dram = DramTier(Arena.create(arena_bytes), SilentListener())
-        self.contents = Contents(_NoEvents())
+        notes = NoteDict(_NoEvents())
+        self.contents = Contents(notes)
         settings = {
             "port": 0,
             "mover": mover,
@@ -72,6 +74,7 @@ class Node:
             PeerSettings.model_validate(settings),
             self.dram,
             self.contents,
+            notes,
             CountingMeter(),
             listener=SilentListener(),
             check=_sound,

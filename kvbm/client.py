@@ -50,6 +50,7 @@ from kvbm.protocol import (
 from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Key
 
+CHUNKS_PER_COMMIT_MAX: Final = 256  # with the longest notes, half a frame
 LEASE_RETRY_S: Final = 0.05
 LEASE_UNANSWERED_S: Final = 1.0
 UNANSWERED_MAX: Final = 3
@@ -98,6 +99,7 @@ class Filled:
     parent: Key | None
     position: int
     slot: Slot
+    note: bytes = b""
 
 
 class _Inbox:
@@ -255,15 +257,8 @@ class SchedulerClient:
 
     def commit(self, filled: Sequence[Filled]) -> None:
         """These leased slots hold chunks now."""
-        none = bytes(KEY_BYTES)
-        self._send(
-            Commit(
-                b"".join(item.key for item in filled),
-                b"".join(item.parent or none for item in filled),
-                [item.position for item in filled],
-                pack_slots((i, 0, item.slot) for i, item in enumerate(filled)),
-            )
-        )
+        for first in range(0, len(filled), CHUNKS_PER_COMMIT_MAX):
+            self._send(_commit_of(filled[first : first + CHUNKS_PER_COMMIT_MAX]))
         self._refill()
 
     def give_back(self, slots: Sequence[Slot]) -> None:
@@ -372,3 +367,14 @@ class SchedulerClient:
             ]
         if surplus:
             self._send(GiveBack(pack_slots((i, 0, slot) for i, slot in enumerate(surplus))))
+
+
+def _commit_of(filled: Sequence[Filled]) -> Commit:
+    none = bytes(KEY_BYTES)
+    return Commit(
+        b"".join(item.key for item in filled),
+        b"".join(item.parent or none for item in filled),
+        [item.position for item in filled],
+        pack_slots((i, 0, item.slot) for i, item in enumerate(filled)),
+        [item.note for item in filled],
+    )

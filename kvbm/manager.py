@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvbm.governor import NOTHING, Governor, Mode, Verdict
 from kvbm.meter import Meter
+from kvbm.note import NoteBook
 from kvbm.offload import LaneSettings, Offloader
 from kvbm.onboard import BYTES_IN_FLIGHT, NO_ROOM, Onboarder
 from kvbm.protocol import COMING, HERE, MISS, PRESENT, SLOT_RECORD, SOURCES, Pace
@@ -86,13 +87,19 @@ class _Found:
 class Catalogue:
     """Residencies of the tiers as told by them; the listener that every tier is built with."""
 
-    def __init__(self, events: BlockEvents) -> None:
+    def __init__(self, events: BlockEvents, notes: NoteBook) -> None:
         self._events = events
+        self._notes = notes
         self.quarantine = Quarantine()
         self.removals = Removals()
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
+        if notes:
+            self._notes.learn(keys, notes)
         self._events.stored(tier, keys)
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        self._notes.learn(keys, notes)
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         if tier is not TierName.PEER:  # what another node keeps is for it to announce
@@ -112,6 +119,7 @@ class BlockManager:
         events: BlockEvents,
         meter: Meter,
         *,
+        notes: NoteBook,
         lease_bytes_max: int,
         onboard_bytes_max: int = BYTES_IN_FLIGHT,
         quarantine: Quarantine | None = None,
@@ -125,16 +133,18 @@ class BlockManager:
         self.dram = dram
         self.tiers: list[Tier] = [tier for tier, _ in lower]
         self._events = events
+        self.notes = notes
         self._meter = meter
         self.lease_bytes_max = lease_bytes_max
         self.quarantine = Quarantine() if quarantine is None else quarantine
         written = [(tier, lane) for tier, lane in lower if lane is not None]
-        self.offloader = Offloader(dram, written, self._offloaded, meter, self.quarantine)
+        self.offloader = Offloader(dram, written, self._offloaded, meter, self.quarantine, notes)
         self.onboarder = Onboarder(
             dram,
             self.tiers,
             self._landed,
             meter,
+            notes,
             quarantine=self.quarantine,
             bytes_in_flight=onboard_bytes_max,
         )
@@ -230,6 +240,7 @@ class BlockManager:
 
     def commit(self, filled: Sequence[tuple[Slot, Chunk]]) -> None:
         """Leased slots that now hold chunks (checksum not known yet) become residencies."""
+        kept: list[Chunk] = []
         added: list[Key] = []
         known: list[Key] = []
         for slot, chunk in filled:
@@ -239,6 +250,7 @@ class BlockManager:
                 self._meter.dropped("store", reason, 1)
                 continue
             outcome = self.dram.commit(slot, chunk)
+            kept.append(chunk)
             if isinstance(outcome, Known):
                 known.append(chunk.key)
                 continue
@@ -246,6 +258,7 @@ class BlockManager:
             self.offloader.offer(chunk)
         self.dram.touch(known[::-1])
         self._meter.transfer(TierName.HBM.value, TierName.DRAM.value, _total(filled), 0.0)
+        self._learn(kept)
         if added:
             self._events.stored(TierName.DRAM, added)
 
@@ -330,11 +343,15 @@ class BlockManager:
         for ticket, arrival in arrivals.values():
             ticket.notify(arrival)
 
-    def _offloaded(self, tier: Tier, keys: Sequence[Key]) -> None:
+    def _offloaded(self, tier: Tier, chunks: Sequence[Chunk]) -> None:
         # By now the tier may have evicted some of them for others of the same batch.
-        found = zip(keys, tier.find(keys), strict=True)
-        if kept := [key for key, chunk in found if chunk is not None]:
-            self._events.stored(tier.name, kept)
+        found = zip(chunks, tier.find([chunk.key for chunk in chunks]), strict=True)
+        if kept := [chunk for chunk, there in found if there is not None]:
+            self._learn(kept)  # known, unless the chunk was in no tier for a moment
+            self._events.stored(tier.name, [chunk.key for chunk in kept])
+
+    def _learn(self, chunks: Sequence[Chunk]) -> None:
+        self.notes.learn([chunk.key for chunk in chunks], [chunk.note for chunk in chunks])
 
     def check_integrity(self) -> None:
         """Assert that claims, tickets and waiters agree. Cost: linear in tickets and residents."""

@@ -11,14 +11,16 @@ block's tokens.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from runtime.hashing import Hashes, sequence_hashes
+from storage_tiers.base import Key
 
 VERSION: Final = 1
 BLOCKS_MAX: Final = 4096  # in one chunk
@@ -45,11 +47,8 @@ class Note:
         return sequence_hashes(np.concatenate([head, self.tokens_hashes]))[1:]
 
     def encode(self) -> bytes:
-        count = len(self.tokens_hashes)
-        assert 0 < count <= BLOCKS_MAX
-        has_parent = self.parent is not None
-        head = _HEAD.pack(VERSION, has_parent, count, 0, self.domain, self.parent or 0)
-        return head + self.tokens_hashes.astype("<u8", copy=False).tobytes()
+        hashes = self.tokens_hashes.astype("<u8", copy=False).tobytes()
+        return pack_note(self.domain, self.parent, hashes)
 
     @classmethod
     def decode(cls, note: bytes) -> Self:
@@ -63,6 +62,52 @@ class Note:
             raise NoteError(f"a note of {len(note)} bytes with {count} blocks")
         hashes: NDArray[np.uint64] = np.frombuffer(note, "<u8", offset=_HEAD.size)
         return cls(domain, parent if has_parent else None, hashes.astype(np.uint64, copy=False))
+
+
+def pack_note(domain: int, parent: int | None, tokens_hashes: bytes) -> bytes:
+    """`Note.encode` of hashes that are little-endian bytes already."""
+    count = len(tokens_hashes) // 8
+    assert 0 < count <= BLOCKS_MAX
+    return _HEAD.pack(VERSION, parent is not None, count, 0, domain, parent or 0) + tokens_hashes
+
+
+class NoteBook(Protocol):
+    """Notes of the chunks that this node keeps in any tier. On the daemon's event loop.
+
+    It hears of residencies as a `kvbm.manager.BlockEvents` does, and forgets the notes of chunks
+    that are in no tier any more.
+    """
+
+    def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        """One note a key, empty where there is none; what is no note is skipped.
+
+        Called just before `stored` tells that the keys are in a tier, or later, for keys that are
+        in one: a tier found their notes only then. A key's note never changes.
+        """
+        ...
+
+    def note_of(self, key: Key) -> bytes:
+        """As it was learnt; empty if there is none."""
+        ...
+
+
+class NoNotes:
+    """Nobody is told of what this node keeps: it keeps no notes."""
+
+    def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        pass
+
+    def note_of(self, key: Key) -> bytes:
+        return b""
+
+
+def is_note(note: bytes) -> bool:
+    """Whether `Note.decode` takes these bytes. Costs no copy."""
+    if len(note) < _HEAD.size:
+        return False
+    version, _, count, _, _, _ = _HEAD.unpack_from(note)
+    whole: bool = version == VERSION and len(note) == _HEAD.size + 8 * count
+    return whole and 0 < count <= BLOCKS_MAX
 
 
 def domain_of(namespace: bytes, salt: bytes, tag: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -22,6 +22,7 @@ import structlog
 from kvbm.complaints import Complaints
 from kvbm.lane import Lane
 from kvbm.meter import Meter
+from kvbm.note import NoteBook
 from kvbm.quarantine import Quarantine
 from storage_tiers.base import (
     Chunk,
@@ -46,7 +47,7 @@ SEARCHED_AT_ONCE: Final = 2048
 
 _log = structlog.get_logger("kvbm.offload")
 
-StoredCallback = Callable[[Tier, Sequence[Key]], None]
+StoredCallback = Callable[[Tier, Sequence[Chunk]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Offloader:
         stored: StoredCallback,
         meter: Meter,
         quarantine: Quarantine,
+        notes: NoteBook,
     ) -> None:
         self._dram = dram
         self._tiers = [tier for tier, _ in tiers]
@@ -80,6 +82,7 @@ class Offloader:
         self._stored = stored
         self._meter = meter
         self._quarantine = quarantine
+        self._notes = notes
         self._to_seal = Lane(max((s.queue_chunks for s in self._settings), default=4096))
         self._lanes = [Lane(settings.queue_chunks) for settings in self._settings]
         self._attempts: dict[tuple[int, Key], int] = {}
@@ -306,8 +309,8 @@ class Offloader:
                 if record is not None:
                     records.append(record)
                     if dram.is_sealed(record):  # else it came anew, and is offered once it is
-                        data = dram.view(dram.slot(record))
-                        items.append(StoreItem(dram.chunk(record), data))
+                        noted = self._noted(dram.chunk(record))
+                        items.append(StoreItem(noted, dram.view(dram.slot(record))))
                 elif (item := await self._reread(index, chunk)) is not None:
                     items.append(item)
                 else:
@@ -321,7 +324,7 @@ class Offloader:
         if stored:
             size = sum(chunk.length for chunk in stored)
             self._meter.transfer(dram.name.value, tier.name.value, size, seconds)
-            self._stored(tier, [chunk.key for chunk in stored])
+            self._stored(tier, stored)
         failed = False
         for item, outcome in zip(items, outcomes, strict=True):
             match outcome:
@@ -344,13 +347,18 @@ class Offloader:
             buffer = memoryview(bytearray(found.length))
             (outcome,) = await tier.load([LoadItem(chunk.key, buffer)])
             if isinstance(outcome, Loaded):
-                return StoreItem(outcome.chunk, buffer)
+                return StoreItem(self._noted(outcome.chunk), buffer)
             if isinstance(outcome, Corrupt):
                 name, key = tier.name.value, chunk.key.hex()
                 _log.error("chunk_damaged", tier=name, key=key, reason=outcome.reason)
                 self._meter.error(f"load_{name}", "corrupt")
                 self._quarantine.explain(tier.name, chunk.key, outcome.reason)
         return None
+
+    def _noted(self, chunk: Chunk) -> Chunk:
+        """With its note, which goes with it wherever it is written."""
+        note = chunk.note or self._notes.note_of(chunk.key)
+        return replace(chunk, note=note) if note else chunk
 
     def _try_again(self, index: int, chunk: Chunk) -> None:
         tier, key = self._tiers[index], chunk.key

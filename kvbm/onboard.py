@@ -18,6 +18,7 @@ import structlog
 from kvbm.complaints import Complaints
 from kvbm.lane import Lane
 from kvbm.meter import Meter
+from kvbm.note import NoteBook
 from kvbm.pace import TierPace
 from kvbm.quarantine import Quarantine
 from storage_tiers.arena import Slot
@@ -48,6 +49,7 @@ class Onboarder:
         tiers: Sequence[Tier],
         landed: Landed,
         meter: Meter,
+        notes: NoteBook,
         *,
         quarantine: Quarantine | None = None,
         queue_chunks: int = QUEUE_CHUNKS,
@@ -57,6 +59,7 @@ class Onboarder:
         self._tiers = tiers
         self._landed = landed
         self._meter = meter
+        self._notes = notes
         self._quarantine = Quarantine() if quarantine is None else quarantine
         self._lanes = [Lane(queue_chunks) for _ in tiers]
         self._complaints = Complaints(_log)
@@ -167,6 +170,8 @@ class Onboarder:
                     ended.append((chunk.key, FAILED))
         if loaded_bytes:
             self._meter.transfer(tier.name.value, self._dram.name.value, loaded_bytes, seconds)
+        noted = [o.chunk for o in outcomes if isinstance(o, Loaded) and o.chunk.note]
+        self._notes.learn([chunk.key for chunk in noted], [chunk.note for chunk in noted])
         self._end(ended)
 
     def _pass_on(self, chunk: Chunk, start: int) -> bool:

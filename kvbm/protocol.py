@@ -30,6 +30,11 @@ KEYS_PER_MATCH_MAX: Final = 1 << 17
 POSITIONS_MAX: Final = 1 << 31
 GROUPS_MAX: Final = 64
 RANKS_MAX: Final = 1024
+WORKER_ID_MAX: Final = (1 << 64) - 1
+DP_RANKS_MAX: Final = 1 << 16
+BLOCK_TOKENS_MAX: Final = 1 << 20
+NAMESPACE_BYTES_MAX: Final = 64
+ENDPOINT_CHARS_MAX: Final = 512
 REQUEST_CHARS_MAX: Final = 256
 
 # Of an `Outcome`.
@@ -71,7 +76,7 @@ class Routing(msgspec.Struct, frozen=True, array_like=True):
     dp_rank: int
     namespace: bytes  # that its keys are made with
     block_tokens: int  # in one of its own blocks: what notes and events count in
-    group: int  # the cache group whose chunks carry notes
+    group: int  # the cache group whose chunks carry notes, as its own events number it
     events: str = ""  # of its ZMQ publisher, for this rank; none: it has none
     replay: str = ""
     topic: str = ""

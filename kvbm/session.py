@@ -12,19 +12,26 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
+from kvbm.note import domain_of, is_note
 from kvbm.protocol import (
+    BLOCK_TOKENS_MAX,
+    DP_RANKS_MAX,
+    ENDPOINT_CHARS_MAX,
     GROUPS_MAX,
     KEYS_PER_MATCH_MAX,
+    NAMESPACE_BYTES_MAX,
     POSITIONS_MAX,
     RANKS_MAX,
     REQUEST_CHARS_MAX,
     SLOT_RECORD,
     VERSION,
+    WORKER_ID_MAX,
     Arrived,
     Commit,
     Fence,
@@ -42,6 +49,7 @@ from kvbm.protocol import (
     Outcome,
     Pace,
     Ready,
+    Routing,
     Share,
     Unmatch,
     pack_slots,
@@ -65,6 +73,16 @@ _log = structlog.get_logger("kvbm.session")
 
 class Refusal(Exception):
     """The peer cannot be a member; the message tells its operator why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """An engine that is ready, as routers are to know it."""
+
+    routing: Routing
+    domain: int  # of the KV it stores and reads: see `kvbm.note`
+    pace: Pace
+    token_bytes: float  # that loading one more token of a prefix moves; 0 before the first lookup
 
 
 class Member(Protocol):
@@ -104,6 +122,7 @@ class Session:
         self._tickets: dict[int, tuple[Ticket, Receipt]] = {}
         self._lengths: tuple[int, ...] = ()
         self._share_bytes = 0
+        self._token_bytes = 0.0
 
     @property
     def members(self) -> list[Member]:
@@ -112,6 +131,15 @@ class Session:
     @property
     def is_ready(self) -> bool:
         return self._scheduler is not None and len(self._workers) == self.world_size
+
+    @property
+    def connected(self) -> Connected | None:
+        """What routers are to be told of it; None unless it is ready and has said who it is."""
+        routing = None if self._scheduler is None else self._scheduler.hello.routing
+        if routing is None or not self.is_ready or self.ending:
+            return None
+        domain = domain_of(routing.namespace, self.tenant.salt, self.tenant.tag)
+        return Connected(routing, domain, self.pace, self._token_bytes)
 
     @property
     def leased_bytes(self) -> int:
@@ -243,6 +271,8 @@ class Session:
         if not message.pace.is_sound or len(request) > REQUEST_CHARS_MAX:
             raise FrameError("a match with a pace that is no number, or a name too long")
         self.pace = message.pace
+        whole = [group for group in groups if not group.window]
+        self._token_bytes = sum(group.chunk_bytes / group.tokens_per_chunk for group in whole)
         if number in self._tickets:
             raise FrameError(f"ticket {number} is open already")
         assert self._scheduler is not None
@@ -302,13 +332,16 @@ class Session:
             raise FrameError("a commit of another tenant's keys")
         if not all(0 <= position < POSITIONS_MAX for position in message.positions):
             raise FrameError("a commit with a position out of range")
+        notes = message.notes or [b""] * count
+        if len(notes) != count or not all(is_note(note) for note in notes if note):
+            raise FrameError("a commit with notes that are none, or not one for each chunk")
         slots = self._take_leased(message.slots)
         filled: list[tuple[Slot, Chunk]] = []
-        for slot, key, parent, position in zip(
-            slots, keys, parents, message.positions, strict=True
+        for slot, key, parent, position, note in zip(
+            slots, keys, parents, message.positions, notes, strict=True
         ):
             before = None if parent == _NO_PARENT else Key(parent)
-            filled.append((slot, Chunk(key, slot.length, 0, before, position)))
+            filled.append((slot, Chunk(key, slot.length, 0, before, position, note)))
         self._manager.commit(filled)
 
     def _loaded(self, message: Loaded) -> None:
@@ -349,7 +382,10 @@ class Sessions:
         manager: BlockManager,
         tenants: Tenants | None = None,
         removals: Removals | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """`changed` is called when `connected` may have changed."""
+        self._changed = changed
         self._manager = manager
         self._tenants = Tenants() if tenants is None else tenants
         self.receipts = Receipts([tier.name for tier in manager.tiers], removals)
@@ -362,6 +398,12 @@ class Sessions:
         """Send every engine away; each is out of `all` once none of its members is left."""
         for session in self.all:
             session.end()
+
+    @property
+    def connected(self) -> list[Connected]:
+        """Engines that are ready and have said who they are to routers."""
+        found = [session.connected for session in self._forming.values()]
+        return [engine for engine in found if engine is not None]
 
     @property
     def all(self) -> list[Session]:
@@ -389,6 +431,7 @@ class Sessions:
         self._forming[hello.engine] = session
         self._of[id(member)] = session
         self._share_out()
+        self._changed()
         return session
 
     def drain(self) -> None:
@@ -409,6 +452,7 @@ class Sessions:
             del self._forming[session.engine]
         session.leave(member)
         self._share_out()
+        self._changed()
 
     def _share_out(self) -> None:
         """Every engine may lease the same part, so that none can keep another from storing."""
@@ -418,6 +462,21 @@ class Sessions:
             session.set_share(budget_bytes // len(ready))
 
 
+def _unsound(routing: Routing) -> str | None:
+    texts = (routing.events, routing.replay, routing.topic)
+    if not 0 < routing.worker_id <= WORKER_ID_MAX:
+        return f"worker id {routing.worker_id}"
+    if not 0 <= routing.dp_rank < DP_RANKS_MAX:
+        return f"data-parallel rank {routing.dp_rank}"
+    if not 0 < routing.block_tokens <= BLOCK_TOKENS_MAX:
+        return f"{routing.block_tokens} tokens in a block"
+    if not 0 <= routing.group < GROUPS_MAX or len(routing.namespace) > NAMESPACE_BYTES_MAX:
+        return "the cache group or the namespace"
+    if any(len(text) > ENDPOINT_CHARS_MAX for text in texts):
+        return "where its events are heard"
+    return None
+
+
 def _check(hello: Hello, capacity_bytes: int) -> None:
     if hello.version != VERSION:
         raise Refusal(f"protocol {hello.version} is not the daemon's {VERSION}: upgrade both sides")
@@ -425,6 +484,8 @@ def _check(hello: Hello, capacity_bytes: int) -> None:
         raise Refusal(f"unknown role {hello.role!r}")
     if not 0 < hello.world_size <= RANKS_MAX:
         raise Refusal(f"world size {hello.world_size} is out of range")
+    if hello.routing is not None and (why := _unsound(hello.routing)) is not None:
+        raise Refusal(f"what it says for routers is out of range: {why}")
     if hello.role == "worker":
         sizes = hello.group_bytes
         if not 0 < len(sizes) <= GROUPS_MAX or any(size <= 0 for size in sizes):

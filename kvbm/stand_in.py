@@ -26,6 +26,7 @@ from kvbm.protocol import (
     MatchGroup,
     Outcome,
     Pace,
+    Routing,
     State,
     Welcome,
 )
@@ -40,7 +41,16 @@ _names = itertools.count()
 class StandIn:
     """Stores and fetches chunks as the connector does. A context manager; calls wait, bounded."""
 
-    def __init__(self, socket: Path, chunk_bytes: int, *, lease_chunks: int = 16) -> None:
+    def __init__(
+        self,
+        socket: Path,
+        chunk_bytes: int,
+        *,
+        lease_chunks: int = 16,
+        routing: Routing | None = None,
+    ) -> None:
+        """`routing`: who it is for routers; its chunks' notes are then taken."""
+        self._routing = routing
         self._engine = f"stand-in-{os.getpid()}-{next(_names)}"
         self._chunk_bytes = chunk_bytes
         self._arena: Arena | None = None
@@ -81,7 +91,7 @@ class StandIn:
         for slot, item in zip(slots, items, strict=False):
             arena.view(slot.offset, slot.length)[:] = item.data
             chunk = item.chunk
-            filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot))
+            filled.append(Filled(chunk.key, chunk.parent, chunk.position, slot, chunk.note))
         if filled:
             self.client.commit(filled)
         return len(filled)
@@ -163,4 +173,5 @@ class StandIn:
 
     def _hello(self, role: str) -> Hello:
         sizes = [self._chunk_bytes] if role == "worker" else []
-        return Hello(VERSION, role, self._engine, 0, 1, {}, sizes, False, os.getpid())
+        routing = self._routing if role == "scheduler" else None
+        return Hello(VERSION, role, self._engine, 0, 1, {}, sizes, False, os.getpid(), routing)

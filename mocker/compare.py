@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from mocker.engine import EngineSettings
-from mocker.policies import Policy, policy_named
 from mocker.replay import FleetSettings, Replay
 from mocker.results import ReplayResult
-from mocker.routing import RouterPolicy
+from mocker.routing import RouterPolicy, Routing
 from mocker.timing import PRESETS
 from mocker.trace import TraceEntry, requests
 from router.selector import PolicyName
 
-SIMPLE: Final = ("round-robin", "random", "least-loaded", "power-of-two")
-POLICIES: Final = (*SIMPLE, "kv-blocks", "kv")
+BLIND: Final[tuple[PolicyName, ...]] = ("round-robin", "random", "least-loaded", "power-of-two")
+POLICIES: Final[tuple[PolicyName, ...]] = (*BLIND, "kv-blocks", "kv")
 HEADINGS: Final = (
     *("policy", "TTFT mean", "p50", "p90", "p99 s", "ITL p50", "p99 ms"),
-    *("G1", "G2", "G3", "G4 %", "imbalance", "busy"),
+    *("G1", "G2", "G3", "G4 %", "work peak", "busy peak", "busy"),
 )
 
 
@@ -60,35 +58,34 @@ class Scene:
 
 
 def replay(
-    scene: Scene, entries: Sequence[TraceEntry], policy: str, *, events: bool = True
+    scene: Scene,
+    entries: Sequence[TraceEntry],
+    routing: PolicyName | Routing,
+    *,
+    events: bool = True,
 ) -> ReplayResult:
-    """One policy's run; without `events` a router knows of load alone, and of no block.
-
-    Raises ValueError for a policy that is none.
-    """
+    """One run; without `events` a router knows of load alone, and of no block."""
+    if not isinstance(routing, Routing):
+        routing = Routing(routing)
     fleet = scene.fleet()
-    chosen: Policy
-    if policy in SIMPLE:
-        chosen = policy_named(policy, random.Random(scene.seed).randrange(1 << 32))
-    elif policy in POLICIES:
-        chosen = RouterPolicy(fleet, cast("PolicyName", policy), scene.seed)
-    else:
-        raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
+    policy = RouterPolicy(fleet, routing, scene.seed)
     arrivals = requests(entries, scene.block_tokens)
-    return Replay(fleet, chosen, arrivals, listen=events and policy not in SIMPLE).run()
+    return Replay(fleet, policy, arrivals, listen=events and routing.policy not in BLIND).run()
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
+def table(figures: Mapping[str, dict[str, Any]]) -> str:
     """For people: a line for each policy."""
-    lines = ["  ".join(f"{heading:>9}" for heading in HEADINGS)]
+    width = max(map(len, figures), default=9)
+    lines = ["  ".join([f"{HEADINGS[0]:>{width}}", *(f"{name:>9}" for name in HEADINGS[1:])])]
     for policy, told in figures.items():
         ttft, itl = told["ttft_s"], told["itl_s"]
         cells = [
             *(ttft[name] for name in ("mean", "p50", "p90", "p99")),
             *(1000 * itl[name] for name in ("p50", "p99")),
             *(100 * share for share in told["hit_rate"].values()),
-            told["tokens_variation"],
+            told["tokens_peak"],
+            told["busy_peak"],
             told["utilisation"],
         ]
-        lines.append("  ".join([f"{policy:>9}", *(f"{cell:9.3f}" for cell in cells)]))
+        lines.append("  ".join([f"{policy:>{width}}", *(f"{cell:9.3f}" for cell in cells)]))
     return "\n".join(lines)

@@ -30,7 +30,7 @@ from mocker.cache import BlockPool
 from mocker.events import BlocksRemoved, Emit
 from mocker.plan import Plan
 from mocker.sequence import Outcome, Record, Request, Sequence, StepLog
-from mocker.tiers import Found, Link, NodeTiers, emit_runs
+from mocker.tiers import Found, Link, LowerTiers, emit_runs
 from mocker.timing import StepTiming, TierTiming, pairs
 
 WAITING_MAX: Final = 1_000_000
@@ -81,7 +81,7 @@ class Engine:
         settings: EngineSettings,
         *,
         index: int = 0,
-        tiers: NodeTiers | None = None,
+        tiers: LowerTiers | None = None,
         emit: Emit | None = None,
         on_end: Callable[[Record], None] | None = None,
     ) -> None:
@@ -118,6 +118,10 @@ class Engine:
         """Tokens of prompts that are not computed yet, cached or not."""
         everybody = (*self._waiting, *self._running)
         return sum(max(s.request.prompt_tokens - s.computed, 0) for s in everybody)
+
+    def outputs(self) -> Iterator[tuple[int, int]]:
+        """Ids of running requests and how many tokens of each answer have come out."""
+        return ((s.request.request_id, s.generated) for s in self._running)
 
     @property
     def end_ps(self) -> int | None:

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 
-from mocker.content import TokenContent, mixed
+from mocker.content import TokenContent, mixed_one
 from mocker.engine import Engine, EngineSettings
 from mocker.events import Emit
-from mocker.sequence import Request
-from mocker.tiers import NodeTiers
+from mocker.sequence import Record, Request
+from mocker.tiers import LowerTiers
 from mocker.timing import PS_PER_S
 
 LATE_S: Final = 0.25
@@ -43,6 +43,29 @@ class EngineClosed(Exception):
     """The engine was closed before the answer was complete."""
 
 
+class Listener(Protocol):
+    """Who is told of one answer; called from the event loop, and must not wait or raise."""
+
+    def token(self, token: int, record: Record | None) -> None:
+        """The next token has come out; the last one brings what became of the request."""
+        ...
+
+    def closed(self) -> None:
+        """The engine was closed: no more will come."""
+        ...
+
+
+class _Waiting:
+    def __init__(self, tokens: int) -> None:
+        self.arrived: asyncio.Queue[int | None] = asyncio.Queue(tokens + 1)
+
+    def token(self, token: int, record: Record | None) -> None:
+        self.arrived.put_nowait(token)
+
+    def closed(self) -> None:
+        self.arrived.put_nowait(None)
+
+
 class RealtimeEngine:
     """Use as an async context manager, or call `close`."""
 
@@ -52,8 +75,9 @@ class RealtimeEngine:
         *,
         speedup: float = 1.0,
         index: int = 0,
-        tiers: NodeTiers | None = None,
+        tiers: LowerTiers | None = None,
         emit: Emit | None = None,
+        on_end: Callable[[Record], None] | None = None,
         vocabulary: int = VOCABULARY,
         token_deadline_s: float = TOKEN_DEADLINE_S,
     ) -> None:
@@ -62,7 +86,10 @@ class RealtimeEngine:
                 f"a speedup of {speedup}: above 0 and at most {SPEEDUP_MAX:g} is possible"
             )
         # A row of steps would give only its last tokens.
-        self.engine = Engine(replace(settings, bulk=False), index=index, tiers=tiers, emit=emit)
+        self.engine = Engine(
+            replace(settings, bulk=False), index=index, tiers=tiers, emit=emit, on_end=self._ended
+        )
+        self._on_end = on_end
         self.late_total = 0
         self._loop = asyncio.get_running_loop()
         self._vocabulary = vocabulary
@@ -71,14 +98,15 @@ class RealtimeEngine:
         self._began_s = self._loop.time()
         self._now_ps = 0  # how far the engine has come
         self._timer: asyncio.Handle | None = None
-        self._answers: dict[int, asyncio.Queue[int | None]] = {}
+        self._answers: dict[int, tuple[list[int], Listener]] = {}
+        self._records: dict[int, Record] = {}  # of answers whose last token is being told
         self._next_id = 0
         self._closed = False
 
-    async def generate(self, prompt: Sequence[int], tokens: int) -> AsyncGenerator[int, None]:
-        """The answer's tokens. Closing the generator, or cancelling who waits, ends the request.
+    def ask(self, prompt: Sequence[int], tokens: int, listener: Listener) -> int:
+        """Begin an answer; the request's id, to leave it by. Raises RequestRefused, EngineClosed.
 
-        Raises RequestRefused, EngineClosed, or TimeoutError where a token takes too long.
+        The listener is called from the engine's timer, once for each token: that is the cheap way.
         """
         if self._closed:
             raise EngineClosed
@@ -93,28 +121,42 @@ class RealtimeEngine:
             raise RequestRefused(refused.reason)
         if self.engine.end_ps is None:
             self._now_ps = moment_ps
-        arrived: asyncio.Queue[int | None] = asyncio.Queue(tokens + 1)
-        self._answers[request_id] = arrived
+        self._answers[request_id] = answer, listener
         self._look()
+        return request_id
+
+    def leave(self, request_id: int) -> None:
+        """Nobody wants the rest of the answer. Idempotent."""
+        if self._answers.pop(request_id, None) and self.engine.cancel(
+            request_id, self._moment_ps()
+        ):
+            self._look()
+
+    async def generate(self, prompt: Sequence[int], tokens: int) -> AsyncGenerator[int, None]:
+        """The answer's tokens. Closing the generator, or cancelling who waits, ends the request.
+
+        Raises RequestRefused, EngineClosed, or TimeoutError where a token takes too long.
+        """
+        waiting = _Waiting(tokens)
+        request_id = self.ask(prompt, tokens, waiting)
         try:
             for _ in range(tokens):
                 async with asyncio.timeout(self._token_deadline_s):
-                    number = await arrived.get()
-                if number is None:
+                    token = await waiting.arrived.get()
+                if token is None:
                     raise EngineClosed
-                yield answer[number]
+                yield token
         finally:
-            del self._answers[request_id]
-            if self.engine.cancel(request_id, self._moment_ps()):
-                self._look()
+            self.leave(request_id)
 
     def close(self) -> None:
         """End all answers with EngineClosed. Idempotent."""
         self._closed = True
         if self._timer:
             self._timer.cancel()
-        for arrived in self._answers.values():
-            arrived.put_nowait(None)
+        answers, self._answers = self._answers, {}
+        for _, listener in answers.values():
+            listener.closed()
 
     async def __aenter__(self) -> Self:
         return self
@@ -126,6 +168,12 @@ class RealtimeEngine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _ended(self, record: Record) -> None:
+        if record.outcome == "finished":
+            self._records[record.request_id] = record
+        if self._on_end:
+            self._on_end(record)
 
     def _wall_ps(self) -> int:
         return int((self._loop.time() - self._began_s) * self._ps_per_s)
@@ -161,7 +209,16 @@ class RealtimeEngine:
         assert end_ps is not None
         self._now_ps = end_ps
         for output in self.engine.finish():
-            self._answers[output.request_id].put_nowait(output.number)
+            # A listener may leave, its own request or another's.
+            found = self._answers.get(output.request_id)
+            if found is None:
+                continue
+            answer, listener = found
+            if output.last:
+                del self._answers[output.request_id]
+                listener.token(answer[output.number], self._records.pop(output.request_id))
+            else:
+                listener.token(answer[output.number], None)
         late_s = self._loop.time() - self._at_s(end_ps)
         if late_s > LATE_S:
             self.late_total += 1
@@ -179,7 +236,7 @@ def answer_to(prompt: Sequence[int], tokens: int, vocabulary: int = VOCABULARY) 
     state = int(np.sum((given + np.uint64(1)) * powers[: len(prompt)], dtype=np.uint64))
     answer: list[int] = []
     for power in powers[len(prompt) :].tolist():
-        token = mixed(np.array([state], np.uint64))[0] % vocabulary
+        token = mixed_one(state) % vocabulary
         answer.append(token)
         state = (state + (token + 1) * power) % (1 << 64)
     return answer

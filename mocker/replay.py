@@ -131,8 +131,8 @@ class Replay:
         worker = self.workers[index]
         if worker.engine.submit(request, now_ps):
             self._refused += 1
+            self._policy.on_refused(request.request_id)
         else:
-            worker.requests += 1
             self._expect(index, now_ps)
         self._arrive_next()
 
@@ -164,5 +164,4 @@ class Replay:
 
     def _ended(self, record: Record) -> None:
         self._records.append(record)
-        self.workers[record.engine].requests -= 1
         self._policy.on_end(record)

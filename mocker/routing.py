@@ -2,55 +2,101 @@
 
 What is left out is what needs a clock of its own: replicas, waiting for room, memory of routes.
 Workers' speeds are the mock engine's own, as a router that measures would come to know them; how
-long an answer will be is guessed from those that have ended.
+long an answer will be is guessed from those that have ended. Output is told of as a frontend would,
+but only when somebody is about to ask.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
+from mocker.engine import EngineSettings
 from mocker.events import BlockEvent, BlocksStored
 from mocker.policies import Worker as MockWorker
 from mocker.replay import FleetSettings
 from mocker.sequence import Record, Request
-from mocker.timing import PS_PER_S
+from mocker.timing import PS_PER_S, TierTiming
+from router.cost import BlocksCost, SecondsCost
 from router.index import Hashes, Index, Outcome, Tier, WorkerId
 from router.load import ActiveSequences
-from router.router import Prompt, Query, Router
+from router.router import Prompt, Query, Routed, Router
 from router.selector import Chosen, PolicyName, Selector
 from router.workers import Capacity, Speed, Worker, Workers
 
-ANSWER_MEMORY = 1 / 64  # of the mean answer, the share of the latest
+ANSWER_MEMORY: Final = 1 / 64  # of the mean answer, the share of the latest
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a router under trial is set up; `events_late_s` and the errors make it know less."""
+
+    policy: PolicyName = "kv"
+    seconds: SecondsCost | None = None
+    blocks: BlocksCost | None = None
+    hears_output: bool = True
+    waits_pass: bool = True  # no: a prompt is waited for in full until its first token
+    events_late_s: float = 0.0  # from what happened to when the router hears of it
+    prefill_error: float = 1.0  # times the true seconds of prefill,
+    step_error: float = 1.0  # and of a decode step
+
+
+class AnswerLength:
+    """How long an answer will be: a moving mean of those that have ended."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+
+    @property
+    def expected(self) -> int:
+        return round(self._tokens)
+
+    def ended(self, tokens: int) -> None:
+        gain = ANSWER_MEMORY if self._tokens else 1.0
+        self._tokens += gain * (tokens - self._tokens)
 
 
 class RouterPolicy:
     """Worker `n` of the fleet is instance `n`."""
 
-    def __init__(self, fleet: FleetSettings, policy: PolicyName, seed: int) -> None:
+    def __init__(self, fleet: FleetSettings, routing: Routing, seed: int) -> None:
         engine = fleet.engine
         blocks = fleet.engines * engine.num_blocks
         blocks += (fleet.g2_blocks + fleet.g3_blocks) * fleet.engines + fleet.g4_blocks
         self._per_node = fleet.engines_per_node
         self._engines = fleet.engines
         self._block_tokens = engine.block_size
+        self._hears_output = routing.hears_output
+        self._late_ps = round(routing.events_late_s * PS_PER_S)
+        self._late: deque[BlockEvent] = deque()
         self._index = Index(blocks)
-        workers = Workers()
+        self._now_s = 0.0
+        workers = Workers(lambda: self._now_s if routing.waits_pass else 0.0)
         self._active = ActiveSequences(workers)
         self.router = Router(
             workers,
             self._index,
             self._active,
-            Selector(workers, policy, dice=random.Random(seed)),
+            Selector(
+                workers,
+                routing.policy,
+                seconds=routing.seconds,
+                blocks=routing.blocks,
+                dice=random.Random(seed),
+            ),
             block_tokens=engine.block_size,
         )
         capacity = Capacity(engine.num_blocks, engine.max_num_batched_tokens)
+        speed = mistaken(speed_of(engine, fleet.tiers), routing)
         for number in range(fleet.engines):
-            self.router.add_worker(Worker(WorkerId(number), speed_of(fleet), capacity))
-        self._answer_tokens = 0.0
+            self.router.add_worker(Worker(WorkerId(number), speed, capacity))
+        self._answers = AnswerLength()
+        self._routed: dict[int, tuple[Routed, int]] = {}  # and the output told of
 
     @property
     def outcomes(self) -> Counter[Outcome]:
@@ -65,14 +111,45 @@ class RouterPolicy:
         return found
 
     def choose(self, request: Request, workers: Sequence[MockWorker], now_ps: int) -> int:
-        query = self._query(request)
-        decision = self.router.decide(query)
-        assert isinstance(decision, Chosen), decision
-        begun = self._active.begin(query.request, self.router.active_of(query, decision))
-        assert begun, query.request
-        return decision.worker.instance
+        self._now_s = now_ps / PS_PER_S
+        while self._late and self._late[0].at_ps + self._late_ps <= now_ps:
+            self._apply(self._late.popleft())
+        for worker in workers if self._hears_output else ():
+            for request_id, tokens in worker.engine.outputs():
+                self._output(request_id, tokens)
+        routed = self.router.send(self._query(request))
+        assert isinstance(routed, Routed), routed
+        self._routed[request.request_id] = routed, 0
+        return routed.worker.instance
 
     def on_event(self, event: BlockEvent) -> None:
+        if self._late_ps:
+            self._late.append(event)
+        else:
+            self._apply(event)
+
+    def on_first_token(self, request_id: int, worker: int, now_ps: int) -> None:
+        self._now_s = now_ps / PS_PER_S
+        routed = self._routed.get(request_id)
+        if routed is not None:  # an answer of one token has ended by now
+            routed[0].first_token()
+
+    def on_end(self, record: Record) -> None:
+        if record.finished_ps is not None:
+            self._now_s = record.finished_ps / PS_PER_S
+        self._routed.pop(record.request_id)[0].end()
+        self._answers.ended(record.output_tokens)
+
+    def on_refused(self, request_id: int) -> None:
+        self._routed.pop(request_id)[0].end()
+
+    def _output(self, request_id: int, tokens: int) -> None:
+        routed, told = self._routed[request_id]
+        if tokens > told:
+            routed.output(tokens - told)
+            self._routed[request_id] = routed, tokens
+
+    def _apply(self, event: BlockEvent) -> None:
         tier = Tier[event.tier]
         names = _words(event.block_hashes)
         for number in self._whose(event):
@@ -83,14 +160,6 @@ class RouterPolicy:
             else:
                 self._index.removed(worker, tier, names)
 
-    def on_first_token(self, request_id: int, worker: int, now_ps: int) -> None:
-        self._active.prefilled(str(request_id))
-
-    def on_end(self, record: Record) -> None:
-        self._active.end(str(record.request_id))
-        gain = ANSWER_MEMORY if self._answer_tokens else 1.0
-        self._answer_tokens += gain * (record.output_tokens - self._answer_tokens)
-
     def _query(self, request: Request) -> Query:
         blocks = request.prompt_tokens // self._block_tokens
         request.chain.extend(blocks)
@@ -99,8 +168,7 @@ class RouterPolicy:
             _words(request.chain.locals[:blocks]),
             _words(request.chain.hashes[:blocks]),
         )
-        expected = round(self._answer_tokens)
-        return Query(str(request.request_id), prompt, expected_output_tokens=expected)
+        return Query(str(request.request_id), prompt, expected_output_tokens=self._answers.expected)
 
     def _whose(self, event: BlockEvent) -> range:
         """Engines that can use the blocks."""
@@ -112,19 +180,30 @@ class RouterPolicy:
         return range(first, min(first + self._per_node, self._engines))
 
 
-def speed_of(fleet: FleetSettings) -> Speed:
-    """What the mock engine's timing says, in the router's terms."""
-    step, links = fleet.engine.timing, (fleet.tiers.g2, fleet.tiers.g3, fleet.tiers.g4)
-    block_bytes = fleet.engine.kv_bytes_per_token * fleet.engine.block_size
-    g2, g3, g4 = (block_bytes / link.bytes_per_s for link in links)
-    late2, late3, late4 = (link.latency_ps / PS_PER_S for link in links)
+def speed_of(engine: EngineSettings, tiers: TierTiming, speedup: float = 1.0) -> Speed:
+    """What the mock engine's timing says, in the router's terms and by the wall clock."""
+    step, links = engine.timing, (tiers.g2, tiers.g3, tiers.g4)
+    block_bytes = engine.kv_bytes_per_token * engine.block_size
+    g2, g3, g4 = (block_bytes / link.bytes_per_s / speedup for link in links)
+    late2, late3, late4 = (link.latency_ps / PS_PER_S / speedup for link in links)
+    per_s = PS_PER_S * speedup
     return Speed(
-        prefill_s_per_token=step.token_ps / PS_PER_S,
-        prefill_s_per_token2=step.pair_ps / PS_PER_S,
-        step_s=(step.overhead_ps + step.weights_ps) / PS_PER_S,
-        step_s_per_block=step.kv_token_ps * fleet.engine.block_size / PS_PER_S,
+        prefill_s_per_token=step.token_ps / per_s,
+        prefill_s_per_token2=step.pair_ps / per_s,
+        step_s=(step.overhead_ps + step.weights_ps) / per_s,
+        step_s_per_block=step.kv_token_ps * engine.block_size / per_s,
         load_s_per_block=(g2, g3, g4),
         load_latency_s=(late2, late3, late4),
+    )
+
+
+def mistaken(speed: Speed, routing: Routing) -> Speed:
+    return replace(
+        speed,
+        prefill_s_per_token=speed.prefill_s_per_token * routing.prefill_error,
+        prefill_s_per_token2=speed.prefill_s_per_token2 * routing.prefill_error,
+        step_s=speed.step_s * routing.step_error,
+        step_s_per_block=speed.step_s_per_block * routing.step_error,
     )
 
 

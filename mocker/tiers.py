@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mocker.content import Chain
 from mocker.events import BlocksRemoved, BlocksStored, Emit, Tier
@@ -81,6 +82,28 @@ class Found:
 
     tier: Tier
     blocks: int
+
+
+class LowerTiers(Protocol):
+    """What an engine asks of the tiers below it."""
+
+    @property
+    def node(self) -> int: ...
+
+    @property
+    def timing(self) -> TierTiming: ...
+
+    def find(self, hashes: Sequence[int], first: int, end: int) -> list[Found]: ...
+
+    def load(
+        self, now_ps: int, bus: Link, runs: Sequence[Found], hashes: Sequence[int], block_bytes: int
+    ) -> int: ...
+
+    def promote(self, at_ps: int, engine: int, chain: Chain, first: int, end: int) -> None: ...
+
+    def store(self, at_ps: int, engine: int, chain: Chain, first: int, end: int) -> None: ...
+
+    def check_integrity(self) -> None: ...
 
 
 @dataclass

@@ -16,12 +16,7 @@ from typing import Annotated
 import structlog
 import typer
 
-from router.app import create_app
-from router.assembly import PROGRAM, running
-from router.component import serve_component
-from router.metrics import RouterMetrics
-from router.service import RouterService
-from router.settings import RouterSettings
+from router.settings import PROGRAM, RouterSettings
 from runtime import telemetry
 from runtime.settings import Loaded, SettingsError, parse_assignments
 from runtime.web.server import ListenError, WebServer
@@ -91,6 +86,13 @@ def main() -> None:
 
 
 async def _serve(settings: RouterSettings) -> None:
+    # What only serving needs takes a second to import.
+    from router.app import create_app
+    from router.assembly import running
+    from router.component import serve_component
+    from router.metrics import RouterMetrics
+    from router.service import RouterService
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,9 +17,9 @@ from fastapi import Path as InPath
 from fastapi.responses import PlainTextResponse, Response
 
 from router.asks import NAME_MAX, AskRefused, Happened, schemas
-from router.assembly import PROGRAM
 from router.reports import index_report, replicas_report, samples, workers_report
 from router.service import Kind, NotRouted, RouterService
+from router.settings import PROGRAM
 from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import operators, readers
 from runtime.web.problems import described, handle_problems, problem

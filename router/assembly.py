@@ -29,7 +29,7 @@ from router.pool import PoolName, Surroundings
 from router.replica import ReplicatedLoad
 from router.reservations import SWEEP_S, Reservations
 from router.router import Load
-from router.settings import RouterSettings
+from router.settings import PROGRAM, RouterSettings
 from router.snapshots import Snapshots
 from router.speeds import Speeds
 from router.workers import Worker, Workers
@@ -39,7 +39,6 @@ from runtime.discovery.store import Store
 from runtime.events import EventPlane, create_event_plane
 from runtime.requests import create_request_plane
 
-PROGRAM: Final = "kvbm-router"
 MODELS_MAX: Final = 1024
 RANKS_MAX: Final = 1 << 32
 """Above are ranks that feeds use for themselves."""

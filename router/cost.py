@@ -62,10 +62,13 @@ class SecondsCost:
     wait: what is assigned to the worker and not computed yet. load: the blocks that lower tiers
     have, as far as loading is quicker than computing; a tier's blocks can be used only behind those
     of the tiers above. compute: the rest of the prompt; at least one token, as engines do. decode:
-    `decode_weight` times the expected output times the step time with this request in the batch.
+    `decode_weight` times the expected output times the step time with this request in the batch;
+    below 1, because what is computed here holds up others as well, and decoding does not.
+    room: until the worker's memory has room, where the blocks of all that was sent there and of
+    this are more than it has; by Little's law it frees its blocks once in an answer's time.
     """
 
-    decode_weight: float = 1.0
+    decode_weight: float = 0.5
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.decode_weight) and self.decode_weight >= 0.0):
@@ -77,10 +80,11 @@ class SecondsCost:
         self, request: Request, workers: Workers, eligible: npt.NDArray[np.bool_]
     ) -> Costs:
         rows = slice(workers.rows)
-        wait = workers.prefill_s[rows].copy()
-        decode = self._decode(request, workers)
+        wait = workers.waits_s()
+        decode, room = self._decode(request, workers)
         if request.decode_only:
-            return Costs(wait + decode, {"wait": wait, "decode": decode}, "s")
+            terms = {"wait": wait, "room": room, "decode": decode}
+            return Costs(wait + room + decode, terms, "s")
         a, q = workers.prefill_a[rows], workers.prefill_q[rows]
         tokens = float(request.tokens)
         ends = np.minimum(request.covered * float(request.block_tokens), max(tokens - 1, 0))
@@ -102,19 +106,20 @@ class SecondsCost:
         every = np.arange(workers.rows)
         loading = np.where(best > 0, loads[np.maximum(best, 1) - 1, every], 0.0)
         prefill = options[best, every]
-        return Costs(
-            wait + prefill + decode,
-            {"wait": wait, "load": loading, "compute": prefill - loading, "decode": decode},
-            "s",
-        )
+        terms = {"wait": wait, "room": room, "load": loading}
+        terms |= {"compute": prefill - loading, "decode": decode}
+        return Costs(wait + room + prefill + decode, terms, "s")
 
-    def _decode(self, request: Request, workers: Workers) -> Floats:
+    def _decode(self, request: Request, workers: Workers) -> tuple[Floats, Floats]:
+        """Seconds of decoding, and of waiting for room."""
         rows = slice(workers.rows)
         step, per_request, per_block = workers.step[:, rows]
+        wanted = workers.blocks[rows] + request.blocks
         step_s = step + per_request * (workers.requests[rows] + 1)
-        step_s = step_s + per_block * (workers.blocks[rows] + request.blocks)
-        decode: Floats = (self.decode_weight * request.expected_output_tokens) * step_s
-        return decode
+        answer_s = request.expected_output_tokens * (step_s + per_block * wanted)
+        # Rows that are free have no memory; workers that have not said are never over theirs.
+        over = np.maximum(wanted / np.maximum(workers.kv_blocks[rows], 1.0) - 1.0, 0.0)
+        return self.decode_weight * answer_s, over * answer_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from typing import Final
 import structlog
 
 from router.feed_settings import FeedSettings
-from router.holdings import Holdings
 from router.index import Index, WorkerId
-from router.node_feed import TURN_BLOCKS, NodeFeed, NodeState, NodeStatus
+from router.index_writer import IndexWriter
+from router.node_feed import TURN_BLOCKS, TURN_EVENTS, NodeFeed, NodeState, NodeStatus
 from router.speeds import Speeds
 from router.worker_feed import WorkerFeeds, WorkerFeedStatus
 from runtime.component import Runtime
@@ -44,7 +44,6 @@ from runtime.events.node_stream import (
 from runtime.instances import InstanceRecord, Instances
 from runtime.names import EndpointName, InstanceName
 
-TURN_MESSAGES: Final = 256
 NODES_MAX: Final = 4096
 WATCH_S: Final = 0.25
 
@@ -84,7 +83,7 @@ class NodeFeeds:
     ) -> None:
         self._runtime = runtime
         self._plane = plane
-        self._index = index
+        self._writer = IndexWriter(index)
         self._namespace = namespace
         self._settings = settings
         self._speeds = speeds
@@ -94,7 +93,7 @@ class NodeFeeds:
         self._records: dict[str, dict[InstanceName, InstanceRecord]] = {}  # by node
         self._nodes: dict[str, NodeFeed] = {}
         self._by_publisher: dict[int, NodeFeed] = {}
-        self._workers = WorkerFeeds(index, self._is_of_a_node)
+        self._workers = WorkerFeeds(self._writer, self._is_of_a_node)
         self._turns = asyncio.Semaphore(settings.asks_at_once)
         self._tasks: asyncio.TaskGroup | None = None
         self._messages: Subscription | None = None
@@ -128,7 +127,7 @@ class NodeFeeds:
 
     def worker_added(self, worker: WorkerId) -> None:
         """The router has met a worker, perhaps again: what the index forgot with it is fetched."""
-        if sum(self._index.held_blocks(worker)) == 0:
+        if sum(self._writer.settled().held_blocks(worker)) == 0:
             for node in self._nodes.values():
                 if worker in node.holdings.workers:
                     node.refresh()
@@ -149,17 +148,19 @@ class NodeFeeds:
     # -- events --------------------------------------------------------------------------
 
     async def _hear_events(self, messages: Subscription) -> None:
-        while batch := await messages.take(TURN_MESSAGES):
+        while batch := await messages.take(TURN_EVENTS):
             blocks = 0
             for message in batch:
                 blocks += self._hear(message)
                 if blocks >= TURN_BLOCKS:
+                    self._writer.flush()
                     blocks = 0
                     await asyncio.sleep(0)
+            self._writer.flush()
             await asyncio.sleep(0)
 
     def _hear(self, message: Message) -> int:
-        """Decoded and applied without a pause, so that nothing comes in between. Blocks applied."""
+        """One message, gathered for the index; how many blocks it is about."""
         try:
             envelope = decode_envelope(message.payload)
         except WireError as error:
@@ -198,7 +199,10 @@ class NodeFeeds:
                 await asyncio.sleep(0)
 
     async def _watch(self, messages: Subscription) -> None:
-        """Whatever tells of a loss makes all nodes be asked; the rest their probes find."""
+        """Whatever tells of a loss makes all nodes be asked; the rest their probes find.
+
+        And what the index put off is done.
+        """
         before = None
         while True:
             status = self._plane.status()
@@ -212,6 +216,8 @@ class NodeFeeds:
                 for node in self._nodes.values():
                     node.probe()
             before = now
+            while self._writer.settled().upkeep():
+                await asyncio.sleep(0)
             await asyncio.sleep(WATCH_S)
 
     # -- nodes ---------------------------------------------------------------------------
@@ -249,7 +255,7 @@ class NodeFeeds:
         if feed is None:
             feed = self._nodes[node] = NodeFeed(
                 node,
-                Holdings(self._index),
+                self._writer,
                 self._runtime.client,
                 str(self._endpoint),
                 self._settings,

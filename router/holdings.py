@@ -15,11 +15,10 @@ from typing import Final
 
 import numpy as np
 
-from router.index import Hashes, Index, Tier, WorkerId
-from router.worker_feed import TIER_OF
+from router.index import WORKERS_MAX, Hashes, Tier, WorkerId
+from router.index_writer import TIER_OF, IndexWriter
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import Cleared, Removed, RouterEvent, Stored
-from runtime.hashing import sequence_hashes
 
 SLICE_BLOCKS: Final = 16384
 """Of many blocks, so many are worked on in one turn of the event loop."""
@@ -36,108 +35,139 @@ _OWNED: Final = "cache_owner"
 class Holdings:
     """All methods are called from one event loop."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, writer: IndexWriter) -> None:
+        self._writer = writer
         self.readers: dict[Worker, int] = {}
         self.workers: set[WorkerId] = set()  # that hold, or held, or read something
         self.owners: set[int] = set()
+        self.refused_total = 0  # events and rows of one more worker or owner than a node may have
+        self._fans: dict[WorkerId, tuple[WorkerId, ...]] = {}
 
     @property
     def blocks(self) -> int:
         """Counted once for each owner, and for each worker's own memory."""
-        held = self._index.held_blocks
+        held = self._writer.settled().held_blocks
         owned = sum(sum(held(_owner(owner))) for owner in self.owners)
         return owned + sum(held(worker)[Tier.G1] for worker in self.workers)
 
-    def apply(self, event: RouterEvent) -> int:
-        """How many blocks changed hands, or were to."""
+    def gather(self, event: RouterEvent) -> int:
+        """Put an event down with those to be applied next; how many blocks it is about."""
         owned = event.residency_domain == _OWNED
-        workers = self._held_by(event.worker_id, event.event.dp_rank, owned=owned)
-        tier = TIER_OF[event.storage_tier]
+        fan = self._fan(event.worker_id, event.event.dp_rank, owned=owned)
+        if fan is None:
+            self.refused_total += 1
+            return 0
+        tier, changes = TIER_OF[event.storage_tier], self._writer.changes
         match event.event.data:
             case Stored() as stored:
-                store(self._index, workers, tier, stored)
-                return len(stored.tokens_hashes)
+                names, tokens = stored.block_hashes, stored.tokens_hashes
+                changes.stored(fan, tier, stored.parent_hash, names, tokens)
+                return len(names)
             case Removed(names):
-                for worker in workers:
-                    self._index.removed(worker, tier, names)
+                changes.removed(fan, tier, names)
                 return len(names)
             case Cleared():
-                for worker in workers:
-                    for one in LOWER if owned else (Tier.G1,):
-                        self._index.removed(worker, one, self._index.held(worker, one))
-                return 0
+                return self._clear(fan, LOWER if owned else (Tier.G1,))
+
+    def _clear(self, fan: tuple[WorkerId, ...], tiers: Iterable[Tier]) -> int:
+        """Those that read an owner hold what it holds, so its list is theirs."""
+        count = 0
+        for tier in tiers:
+            names = self._writer.settled().held(fan[0], tier)
+            self._writer.changes.removed(fan, tier, names)
+            count += len(names)
+        return count
 
     async def follow(self, readers: Mapping[Worker, int]) -> None:
         """Other workers read the owners now. No event may be applied meanwhile."""
         before, self.readers = self.readers, dict(readers)
+        self._fans.clear()
         for reader, owner in before.items():
             if readers.get(reader) != owner:
-                worker = WorkerId(*reader)
                 for tier in LOWER:
-                    for names in _sliced(self._index.held(worker, tier)):
-                        self._index.removed(worker, tier, names)
+                    for names in _sliced(self._writer.settled().held(WorkerId(*reader), tier)):
+                        self._writer.settled().removed(WorkerId(*reader), tier, names)
                         await asyncio.sleep(0)
         for reader, owner in readers.items():
             self.workers.add(WorkerId(*reader))
             if before.get(reader) != owner:
                 for tier in LOWER:
-                    for names in _sliced(self._index.held(_owner(owner), tier)):
-                        add(self._index, [WorkerId(*reader)], tier, names)
+                    for names in _sliced(self._writer.settled().held(_owner(owner), tier)):
+                        # A block by its sequence hash is a first block of that tokens' hash.
+                        none = np.zeros(len(names), np.uint64)
+                        self._writer.settled().stored_rows([WorkerId(*reader)], tier, none, names)
                         await asyncio.sleep(0)
 
     async def forget(self) -> None:
         """Nothing is held any more."""
         gone = [*self.workers, *map(_owner, self.owners)]
-        self.workers, self.owners = {WorkerId(*reader) for reader in self.readers}, set()
+        self.became(set(), set())
         for worker in gone:
-            self._index.remove_worker(worker)
+            self._writer.settled().remove_worker(worker)
             await asyncio.sleep(0)
+
+    def became(self, workers: set[WorkerId], owners: set[int]) -> None:
+        """Of whom something is held now, besides those that read."""
+        self._fans.clear()
+        self.workers = workers | {WorkerId(*reader) for reader in self.readers}
+        self.owners = owners
 
     @asynccontextmanager
     async def stage(self) -> AsyncIterator[Staged]:
         """Room for everything the node holds, beside what is held now; what is not taken over by
         the end is dropped."""
-        staged = Staged(self._index, self)
+        staged = Staged(self._writer, self)
         try:
             yield staged
         finally:
             await staged.drop()
 
-    def _held_by(self, worker_id: int, dp_rank: int, *, owned: bool) -> list[WorkerId]:
-        """Whom an event is put down for."""
-        if not owned:
-            worker = WorkerId(worker_id, dp_rank)
-            self.workers.add(worker)
-            return [worker]
-        self.owners.add(worker_id)
-        return [_owner(worker_id), *self.reading(worker_id)]
+    def _fan(self, worker_id: int, dp_rank: int, *, owned: bool) -> tuple[WorkerId, ...] | None:
+        """Whom an event is put down for; None for one worker or owner too many."""
+        key = _owner(worker_id) if owned else WorkerId(worker_id, dp_rank)
+        fan = self._fans.get(key)
+        if fan is None:
+            if len(self._fans) >= WORKERS_MAX:
+                return None
+            fan = self._fans[key] = self.fan(key)
+        if owned:
+            self.owners.add(worker_id)
+        else:
+            self.workers.add(key)
+        return fan
 
-    def reading(self, owner: int) -> list[WorkerId]:
-        return [WorkerId(*reader) for reader, read in self.readers.items() if read == owner]
+    def fan(self, key: WorkerId) -> tuple[WorkerId, ...]:
+        """A worker, or an owner and those that read it."""
+        if key.dp_rank != OWNER:
+            return (key,)
+        return (key, *(WorkerId(*r) for r, read in self.readers.items() if read == key.instance))
 
 
 class Staged:
     """A node's snapshot while it comes."""
 
-    def __init__(self, index: Index, holdings: Holdings) -> None:
-        self._index = index
+    def __init__(self, writer: IndexWriter, holdings: Holdings) -> None:
+        self._writer = writer
         self._holdings = holdings
         self._workers: set[WorkerId] = set()
         self._owners: set[int] = set()
 
     async def add(self, rows: Rows) -> None:
-        workers = [WorkerId(rows.worker_id, rows.dp_rank)]
-        if rows.residency_domain == _OWNED:
+        owned = rows.residency_domain == _OWNED
+        key = _owner(rows.worker_id) if owned else WorkerId(rows.worker_id, rows.dp_rank)
+        if key not in self._workers and len(self._workers) >= WORKERS_MAX:
+            self._holdings.refused_total += 1
+            return
+        if owned:
             self._owners.add(rows.worker_id)
-            workers = [_owner(rows.worker_id), *self._holdings.reading(rows.worker_id)]
+        workers = self._holdings.fan(key)
         self._workers.update(workers)
+        staged = [_staged(worker) for worker in workers]
         tier = TIER_OF[rows.storage_tier]
         parents, tokens = _words(rows.parents), _words(rows.tokens)
-        staged = [_staged(worker) for worker in workers]
         for first in range(0, len(tokens), SLICE_BLOCKS):
             some = slice(first, first + SLICE_BLOCKS)
-            add_rows(self._index, staged, tier, parents[some], tokens[some])
+            self._writer.settled().stored_rows(staged, tier, parents[some], tokens[some])
             await asyncio.sleep(0)
 
     def take_over(self) -> None:
@@ -146,37 +176,14 @@ class Staged:
         found = {worker for worker in self._workers if worker.dp_rank < OWNER}
         self._workers |= holdings.workers | set(map(_owner, holdings.owners))
         for worker in self._workers:
-            self._index.exchange(worker, _staged(worker))
-        holdings.owners = self._owners
-        holdings.workers = found | {WorkerId(*reader) for reader in holdings.readers}
+            self._writer.settled().exchange(worker, _staged(worker))
+        holdings.became(found, self._owners)
 
     async def drop(self) -> None:
         """What is staged, which after `take_over` is what was held before."""
         for worker in self._workers:
-            self._index.remove_worker(_staged(worker))
+            self._writer.settled().remove_worker(_staged(worker))
             await asyncio.sleep(0)
-
-
-def store(index: Index, workers: list[WorkerId], tier: Tier, stored: Stored) -> None:
-    parent = [] if stored.parent_hash is None else [stored.parent_hash]
-    chain = sequence_hashes(np.array([*parent, *stored.tokens_hashes.tolist()], np.uint64))
-    add(index, workers, tier, chain[len(parent) :])
-
-
-def add_rows(
-    index: Index, workers: list[WorkerId], tier: Tier, parents: Hashes, tokens: Hashes
-) -> None:
-    names = [
-        sequence_hashes(np.array([p, t] if p else [t], np.uint64))[-1]
-        for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)
-    ]
-    add(index, workers, tier, np.array(names, np.uint64))
-
-
-def add(index: Index, workers: list[WorkerId], tier: Tier, names: Hashes) -> None:
-    for worker in workers:
-        for n in range(len(names)):
-            index.stored(worker, tier, None, names[n : n + 1], names[n : n + 1])
 
 
 def _owner(owner: int) -> WorkerId:

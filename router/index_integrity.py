@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router import index_changes as changes
+from router import index_build as build
 from router import index_tables as t
 from router.index_memory import IndexMemory
 
@@ -21,20 +21,25 @@ def check(memory: IndexMemory, workers: tuple[WorkerId | None, ...]) -> None:
     live = np.flatnonzero(memory.holders)
     held = memory.holders[live]
     which = held & np.uint32(t.SET_MASK)
-    used = np.flatnonzero(memory.alias_lanes != t.FREE_LANE)
+    used = np.flatnonzero(memory.alias_lanes)
     assert len(live) == state[t.LIVE] <= state[t.CAPACITY], "live records"
     assert len(used) == state[t.ALIASES_LIVE], "live aliases"
     assert len(live) + len(used) <= state[t.CAPACITY], "capacity"
     assert (which > 0).all(), "a record without holders is free"
     _check_sets(memory, which, workers)
     _check_aliases(memory, which, live, used)
-    named = int((held & np.uint32(t.UNNAMED) == 0).sum())
+    named = int((held & np.uint32(t.NAMED) != 0).sum())
+    assert named == state[t.NAMED_LIVE], "records with names of their own"
     entries = (len(live), named, int(state[t.SETS_LIVE]), len(used), len(used))
     for table, count in enumerate(entries):
-        filled = memory.tables[table] != 0
-        assert int(filled.sum()) == count, f"entries of table {table}"
-        assert changes.check_table(state, table), f"an entry of table {table} is lost"
-    assert changes.check_names(state), "a worker's name for two blocks"
+        filled = memory.table(table) != 0
+        assert int(filled.sum()) == count == state[_count_word(table)], f"entries of table {table}"
+        assert build.check_table(state, table), f"an entry of table {table} is lost"
+    assert build.check_names(state), "a worker's name for two blocks"
+
+
+def _count_word(table: int) -> int:
+    return t.TABLES + t.TABLE_WORDS * table + t.COUNT
 
 
 def _bits(memory: IndexMemory) -> NDArray[Any]:
@@ -56,6 +61,8 @@ def _check_sets(
     assert not references[~live].any(), "a set that is free"
     sets = np.flatnonzero(live)
     known = np.array([w is not None for w in workers], dtype=bool)
+    living = known.copy()
+    known[list(memory.dying)] = True
     blocks = np.zeros((memory.row_words // t.LAYERS * 64, t.ALIAS_LAYER), dtype=np.int64)
     bits = _bits(memory)[sets]
     assert not bits[:, :, len(known) :].any(), "members that are no workers"
@@ -64,18 +71,18 @@ def _check_sets(
     held = bits[:, : t.ALIAS_LAYER].any(axis=1)
     assert not (bits[:, t.ALIAS_LAYER] & ~held & 1).any(), "an alias of who holds nothing"
     blocks += np.einsum("slw,s->wl", bits[:, : t.ALIAS_LAYER].astype(np.int64), references[sets])
-    counted = memory.lane_blocks.reshape(-1, t.ALIAS_LAYER)
-    assert (counted.astype(np.int64) == blocks).all(), "blocks by worker"
+    counted = memory.lane_blocks.reshape(-1, t.ALIAS_LAYER)[: len(living)][living]
+    assert (counted.astype(np.int64) == blocks[: len(living)][living]).all(), "blocks by worker"
     if blocks[:, 1:].any():
         assert memory.state[t.LOWER], "lower tiers are not looked at"
-    assert changes.check_hashes(memory.state), "hashes of sets"
+    assert build.check_hashes(memory.state), "hashes of sets"
 
 
 def _check_aliases(
     memory: IndexMemory, which: NDArray[Any], live: NDArray[Any], used: NDArray[Any]
 ) -> None:
     """Each alias's lane is in the alias layer of its record, and the other way round."""
-    records, lanes = memory.alias_records[used], memory.alias_lanes[used].astype(np.int64)
+    records, lanes = memory.alias_records[used], memory.alias_lanes[used].astype(np.int64) - 1
     assert (memory.holders[records] != 0).all(), "an alias of a free record"
     owned = memory.holders[records] & np.uint32(t.SET_MASK)
     words = int(memory.state[t.LANE_WORDS])
@@ -84,7 +91,3 @@ def _check_aliases(
     assert (members & np.uint64(1) == 1).all(), "an alias that its set does not know"
     known = _bits(memory)[which, t.ALIAS_LAYER].sum() if len(live) else 0
     assert int(known) == len(used), "as many aliases as sets know"
-    unnamed = np.flatnonzero(memory.holders[live] & np.uint32(t.UNNAMED))
-    bits = _bits(memory)[which[unnamed]]
-    held = bits[:, : t.ALIAS_LAYER].any(axis=1)
-    assert (held == (bits[:, t.ALIAS_LAYER] == 1)).all(), "nobody has the name of an unnamed one"

@@ -1,20 +1,22 @@
-"""The index's arrays: they nearly double when full and go back to the system when mostly empty.
+"""The index's arrays: they nearly double when full, in place, and shrink when mostly empty.
 
 `state` is the word array that kernels take (`index_tables.S`). Between kernels every array is
 reachable from here; a kernel runs to its end before the next resize, so addresses in `state` are
-always those of live arrays.
+always those of live arrays. No resize copies what is big or builds a table anew.
 """
 
 from __future__ import annotations
 
+import secrets
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router import index_changes as changes
+from router import index_build as build
 from router import index_tables as t
-from runtime.native import address, zeros
+from router import index_upkeep as kernels
+from runtime.native import Growing, address
 
 RECORDS_MIN: Final = 64
 SETS_MIN: Final = 32
@@ -23,6 +25,7 @@ CAPACITY_MAX: Final = 1 << 30
 WORD_LANES: Final = 64
 
 _BIG: Final = 1 << 16
+_SWEPT_FOR_ROOM: Final = 1 << 14
 _PINNED: Final = 1 << 60  # references of the empty set, which is never given up
 
 U64 = NDArray[np.uint64]
@@ -32,30 +35,62 @@ U32 = NDArray[np.uint32]
 class IndexMemory:
     """Room for `capacity` blocks at most, names of their own included."""
 
+    sequences: U64
+    names: U64
+    holders: U32
+    rows: U64
+    references: U64
+    set_hashes: U64
+    alias_names: U64
+    alias_records: U32
+    alias_lanes: U32  # plus 1
+    lane_blocks: U64
+    lane_numbers: U32
+    dying_lanes: U64
+
     def __init__(self, capacity: int) -> None:
         assert 0 < capacity <= CAPACITY_MAX
         self.state: NDArray[np.int64] = np.zeros(t.WORD_COUNT, dtype=np.int64)
+        self._records_max = capacity * 8 // 7 + RECORDS_MIN
         self.state[t.CAPACITY] = capacity
-        self.state[t.LANE_WORDS] = 1
-        self.tables: list[U32] = [zeros(1, np.uint32) for _ in range(t.TABLE_COUNT)]
-        self.sequences: U64 = zeros(0, np.uint64)
-        self.names: U64 = zeros(0, np.uint64)
-        self.holders: U32 = zeros(0, np.uint32)
-        self.rows: U64 = zeros(0, np.uint64)
-        self.references: U64 = zeros(0, np.uint64)
-        self.set_hashes: U64 = zeros(0, np.uint64)
-        self.alias_names: U64 = zeros(0, np.uint64)
-        self.alias_records: U32 = zeros(0, np.uint32)
-        self.alias_lanes: U32 = zeros(0, np.uint32)
-        self.lane_blocks: U64 = zeros(WORD_LANES * t.ALIAS_LAYER, np.uint64)
-        self._publish()
-        self.resize_aliases(ALIASES_MIN)
-        self.resize_sets(SETS_MIN)
+        self.state[t.BITS] = self._records_max.bit_length()
+        self.state[t.SALT] = secrets.randbits(63)
+        self.state[t.LANE_WORDS] = self.state[t.SETS_END] = self.state[t.SETS_LIVE] = 1
+        self.state[[t.AT_LANE, t.SLIDE, t.MEMO, t.SETS_FREE, t.ALIASES_FREE]] = -1
+        self.dying: set[int] = set()
+        self._sweeping: set[int] = set()
+        self._growing = {name: Growing(kind) for name, _, kind in _ARRAYS}
+        self._growing |= {f"table {n}": Growing(np.uint32) for n in range(t.TABLE_COUNT)}
+        self._resize_lanes(1)
         self.resize_records(RECORDS_MIN)
+        self.resize_sets(SETS_MIN)
+        self.resize_aliases(ALIASES_MIN)
+        self.references[0] = _PINNED
+        for table in range(t.TABLE_COUNT):
+            build.begin_table(self.state, table)
+        build.fill_table(self.state, t.BY_MEMBERS)
 
     @property
     def live(self) -> int:
         return int(self.state[t.LIVE])
+
+    @property
+    def held(self) -> int:
+        """Records that somebody holds who is not gone."""
+        if not self.dying:
+            return self.live
+        end = int(self.state[t.SETS_END])
+        going = np.zeros(int(self.state[t.LANE_WORDS]), dtype=np.uint64)
+        for lane in self.dying:
+            going[lane // WORD_LANES] |= np.uint64(1 << lane % WORD_LANES)
+        rows = self.rows.reshape(-1, t.LAYERS, len(going))[1:end]
+        gone = ~(rows & ~going).any(axis=(1, 2)) & (self.set_hashes[1:end] != 0)
+        return self.live - int(self.references[1:end][gone].sum())
+
+    @property
+    def is_crowded(self) -> bool:
+        """As many workers are to be swept out as have ever been here at once."""
+        return 2 * len(self.dying) > int(self.state[t.LANE_WORDS]) * WORD_LANES
 
     @property
     def row_words(self) -> int:
@@ -64,116 +99,82 @@ class IndexMemory:
     @property
     def allocated_bytes(self) -> int:
         """Address space of all arrays; pages never touched cost nothing."""
-        return sum(array.nbytes for array in self._arrays())
+        return sum(growing.array.nbytes for growing in self._growing.values())
+
+    def table(self, number: int) -> U32:
+        """Its segments, one behind the other."""
+        return self._growing[f"table {number}"].array
 
     def make_room(self, lacking: int) -> None:
         """After a kernel stopped for this reason."""
-        if lacking == changes.NEEDS_RECORDS:
+        if lacking == t.NEEDS_RECORDS:
             self.resize_records(_grown(len(self.sequences)))
-        elif lacking == changes.NEEDS_SETS:
+        elif lacking == t.NEEDS_SETS:
             self.resize_sets(_grown(len(self.references)))
-        else:
-            assert lacking == changes.NEEDS_ALIASES
+        elif lacking == t.NEEDS_ALIASES:
             self.resize_aliases(_grown(len(self.alias_names)))
-
-    def give_back(self) -> None:
-        """Shrink what is mostly empty. Costs as much as the removals that made it so."""
-        if _is_sparse(self.live, len(self.sequences), RECORDS_MIN):
-            self.resize_records(max(RECORDS_MIN, 2 * self.live))
-        sets = int(self.state[t.SETS_LIVE])
-        if _is_sparse(sets, len(self.references), SETS_MIN):
-            self.resize_sets(max(SETS_MIN, 2 * sets))
-        aliases = int(self.state[t.ALIASES_LIVE])
-        if _is_sparse(aliases, len(self.alias_names), ALIASES_MIN):
-            self.resize_aliases(max(ALIASES_MIN, 2 * aliases))
-
-    def resize_records(self, count: int) -> None:
-        """To fewer: the live ones move together, in their order."""
-        self._drop_tables(t.BY_SEQUENCE, t.BY_NAME)
-        if count < len(self.sequences):
-            live = np.flatnonzero(self.holders)
-            moved = zeros(len(self.holders), np.uint32)
-            moved[live] = np.arange(len(live), dtype=np.uint32)
-            used = self.alias_lanes != t.FREE_LANE
-            self.alias_records[used] = moved[self.alias_records[used]]
-            kept: Any = live
-            self.state[t.CURSOR] = len(live)
         else:
-            kept = slice(None)
-            self.state[t.CURSOR] = len(self.sequences)
-        self.sequences = _copied(self.sequences, kept, count)
-        self.names = _copied(self.names, kept, count)
-        self.holders = _copied(self.holders, kept, count)
-        self.state[t.RECORDS] = count
+            assert lacking == t.NEEDS_SWEEP and self.dying
+            self.upkeep(_SWEPT_FOR_ROOM)
+
+    def bury(self, lane: int) -> None:
+        """Its worker is gone: the lane is to be swept out, and nobody's until then."""
+        self.dying.add(lane)
+        self.state[t.DYING] = len(self.dying)
+        self.state[t.SLIDE], self.state[t.UPKEEP] = -1, 1
+
+    def upkeep(self, records: int) -> None:
+        """Do some of what was put off, a pass over so many records of it."""
+        state = self.state
+        if self.dying:
+            self._sweep(records)
+        elif state[t.SLIDE] >= 0:
+            kernels.slide(state, records)
+            if state[t.SLIDE] == state[t.RECORDS]:
+                self.resize_records(
+                    max(RECORDS_MIN, 2 * self.live, int(state[t.CURSOR]) + 1), keep_cursor=True
+                )
+                self._give_back()
+        elif self.live == 0:
+            self.resize_records(RECORDS_MIN)
+            self._give_back()
+            state[t.CURSOR] = 0
+        elif self.live < state[t.SPARSE]:
+            state[t.SLIDE] = state[t.CURSOR] = 0
+        else:
+            state[t.UPKEEP] = 0
+
+    def finish_sweeps(self) -> None:
+        while self.dying:
+            self._sweep(len(self.sequences))
+
+    def resize_records(self, count: int, *, keep_cursor: bool = False) -> None:
+        """To fewer: those that are left out must be free."""
+        count = min(count, self._records_max)
+        if not keep_cursor:
+            self.state[t.CURSOR] = min(count, int(self.state[t.RECORDS]))
+        for name in ("sequences", "names", "holders"):
+            self._resize(name, count)
+        self.state[t.RECORDS], self.state[t.SLIDE] = count, -1
         self.state[t.LIVE_MAX] = min(count * 7 // 8, int(self.state[t.CAPACITY]) + 1)
-        self._make_tables(count * 11 // 10, count, t.BY_SEQUENCE, t.BY_NAME)
-        self._build(t.BY_SEQUENCE, t.BY_NAME)
-        self._make_tables(len(self.alias_names) * 3 // 2, len(self.alias_names), t.BY_OWNER)
-        self._build(t.BY_OWNER)
+        self.state[t.SPARSE] = count // 4 if count > RECORDS_MIN else 0
+        self._resize_tables(count, t.BY_SEQUENCE, t.BY_NAME)
 
     def resize_sets(self, count: int) -> None:
-        self._drop_tables(t.BY_MEMBERS)
-        used = self.set_hashes != 0
-        used[:1] = True
-        kept = np.flatnonzero(used)
-        if count < len(self.references):
-            moved = np.zeros(len(used), dtype=np.uint32)
-            moved[kept] = np.arange(len(kept), dtype=np.uint32)
-            unnamed = self.holders & np.uint32(t.UNNAMED)
-            self.holders[:] = moved[self.holders & np.uint32(t.SET_MASK)] | unnamed
-            targets = np.arange(len(kept))
-        else:
-            targets = kept
-        rows = zeros(count * self.row_words, np.uint64).reshape(count, -1)
-        rows[targets] = self.rows.reshape(-1, self.row_words)[kept]
-        hashes, references = zeros(count, np.uint64), zeros(count, np.uint64)
-        hashes[targets] = self.set_hashes[kept]
-        references[targets] = self.references[kept]
-        self.rows, self.set_hashes, self.references = rows.reshape(-1), hashes, references
-        if not len(kept):
-            self.references[0] = _PINNED
-        self.index_sets()
-
-    def index_sets(self) -> None:
-        """Make the free list and the table anew, from the hashes."""
-        count = len(self.references)
-        free = np.flatnonzero(self.set_hashes == 0)[1:]  # the first is the empty set
-        following = np.zeros(len(free), dtype=np.uint64)
-        following[:-1] = free[1:] + 1
-        self.references[free] = following
-        self.state[t.SETS] = count
-        self.state[t.SETS_LIVE] = count - len(free)
-        self.state[t.SETS_FREE] = free[0] if len(free) else -1
-        self.state[t.MEMO] = -1
-        self._make_tables(2 * count, count, t.BY_MEMBERS)
-        self._build(t.BY_MEMBERS)
+        """To fewer: those that are left out must never have been used."""
+        self._resize("rows", count * self.row_words)
+        self._resize("references", count)
+        self._resize("set_hashes", count)
+        self.state[t.SETS], self.state[t.MEMO] = count, -1
+        self._resize_tables(count, t.BY_MEMBERS)
 
     def resize_aliases(self, count: int) -> None:
-        self._drop_tables(t.BY_ALIAS, t.BY_OWNER)
-        used = np.flatnonzero(self.alias_lanes != t.FREE_LANE)
-        live = len(used)
-        self.alias_names = _copied(self.alias_names, used, count)
-        self.alias_records = _copied(self.alias_records, used, count)
-        self.alias_lanes = _copied(self.alias_lanes, used, count)
-        self.alias_lanes[live:] = t.FREE_LANE
-        self.alias_records[live:] = np.arange(live + 2, count + 2, dtype=np.uint32)
-        self.alias_records[-1:] = 0
+        """To fewer: those that are left out must never have been used."""
+        for name in ("alias_names", "alias_records", "alias_lanes"):
+            self._resize(name, count)
         self.state[t.ALIASES] = count
-        self.state[t.ALIASES_LIVE] = live
-        self.state[t.ALIASES_FREE] = live if live < count else -1
         self.state[t.ALIASES_MAX] = min(count, int(self.state[t.CAPACITY]) + 1)
-        self._make_tables(count * 3 // 2, count, t.BY_ALIAS, t.BY_OWNER)
-        self._build(t.BY_ALIAS, t.BY_OWNER)
-
-    def rebuild(self) -> bool:
-        """Make all tables but the sets' anew from what the arrays hold; False if any is double."""
-        self.resize_aliases(len(self.alias_names))
-        self.resize_records(len(self.sequences))
-        for table in (t.BY_SEQUENCE, t.BY_NAME, t.BY_ALIAS, t.BY_OWNER):
-            self.tables[table][:] = 0
-            if not changes.build_table(self.state, table, True):
-                return False
-        return True
+        self._resize_tables(count, t.BY_ALIAS, t.BY_OWNER)
 
     def widen(self, lanes: int) -> None:
         """Rows of sets with room for so many lanes."""
@@ -183,71 +184,91 @@ class IndexMemory:
             words *= 2
         if words == before:
             return
-        rows = zeros(len(self.references) * t.LAYERS * words, np.uint64)
-        shaped = rows.reshape(-1, t.LAYERS, words)
+        sets = len(self.references)
+        shaped = np.zeros((sets, t.LAYERS, words), dtype=np.uint64)
         shaped[:, :, :before] = self.rows.reshape(-1, t.LAYERS, before)
-        blocks = zeros(words * WORD_LANES * t.ALIAS_LAYER, np.uint64)
-        blocks[: len(self.lane_blocks)] = self.lane_blocks
-        self.rows, self.lane_blocks = rows, blocks
         self.state[t.LANE_WORDS] = words
-        self._publish()
+        self._resize("rows", sets * self.row_words)
+        self.rows[:] = shaped.reshape(-1)
+        self._resize_lanes(words)
 
-    def _drop_tables(self, *tables: int) -> None:
-        """Before their successors are made, so that both never exist at once."""
-        for table in tables:
-            self.tables[table] = zeros(1, np.uint32)
+    def _sweep(self, records: int) -> None:
+        if not self._sweeping:
+            self._sweeping = set(self.dying)
+            self.state[t.SWEEP] = 0
+            for lane in self._sweeping:
+                self.dying_lanes[lane // WORD_LANES] |= np.uint64(1 << lane % WORD_LANES)
+        while not kernels.sweep(self.state, records):
+            self.make_room(t.NEEDS_SETS)
+        if self.state[t.SWEEP] == self.state[t.RECORDS]:
+            blocks = self.lane_blocks.reshape(-1, t.ALIAS_LAYER)
+            blocks[list(self._sweeping)] = 0
+            self.dying_lanes[:] = 0
+            self.dying -= self._sweeping
+            self._sweeping = set()
+            self.state[t.DYING] = len(self.dying)
 
-    def _make_tables(self, slots: int, numbers: int, *tables: int) -> None:
-        for table in tables:
-            self.tables[table] = zeros(slots, np.uint32)
-            at = t.TABLES + 3 * table
-            self.state[at + 1] = slots
-            self.state[at + 2] = numbers.bit_length()
-        self._publish()
-
-    def _build(self, *tables: int) -> None:
-        for table in tables:
-            if table in {t.BY_SEQUENCE, t.BY_NAME}:
-                changes.build_records(self.state, table)
-            else:
-                changes.build_table(self.state, table, False)
-
-    def _publish(self) -> None:
-        """The addresses, after arrays have changed."""
+    def _give_back(self) -> None:
+        """What sets and aliases took, once there are none: their numbers are not moved."""
         state = self.state
-        state[t.SEQUENCES] = address(self.sequences)
-        state[t.NAMES] = address(self.names)
-        state[t.HOLDERS] = address(self.holders)
-        state[t.SET_ROWS] = address(self.rows)
-        state[t.SET_REFERENCES] = address(self.references)
-        state[t.SET_HASHES] = address(self.set_hashes)
-        state[t.ALIAS_NAMES] = address(self.alias_names)
-        state[t.ALIAS_RECORDS] = address(self.alias_records)
-        state[t.ALIAS_LANES] = address(self.alias_lanes)
-        state[t.LANE_BLOCKS] = address(self.lane_blocks)
-        for table, entries in enumerate(self.tables):
-            state[t.TABLES + 3 * table] = address(entries)
+        if state[t.SETS_LIVE] == 1:
+            state[t.SETS_END], state[t.SETS_FREE] = 1, -1
+            self.set_hashes[1:] = 0
+            self.resize_sets(SETS_MIN)
+        if state[t.ALIASES_LIVE] == 0:
+            state[t.ALIASES_END], state[t.ALIASES_FREE] = 0, -1
+            self.alias_lanes[:] = 0
+            self.resize_aliases(ALIASES_MIN)
 
-    def _arrays(self) -> list[NDArray[Any]]:
-        return [
-            *(self.sequences, self.names, self.holders),
-            *(self.rows, self.references, self.set_hashes),
-            *(self.alias_names, self.alias_records, self.alias_lanes),
-            self.lane_blocks,
-            *self.tables,
-        ]
+    def _resize_lanes(self, words: int) -> None:
+        self._resize("lane_blocks", words * WORD_LANES * t.ALIAS_LAYER)
+        self._resize("lane_numbers", words * WORD_LANES)
+        self._resize("dying_lanes", words)
+        self.lane_numbers[:] = np.arange(len(self.lane_numbers))
+
+    def _resize_tables(self, entries: int, *tables: int) -> None:
+        """Room for so many, in an address space that is touched as they come."""
+        for table in tables:
+            at = t.TABLES + t.TABLE_WORDS * table
+            segments = max(segments_for(entries), int(self.state[at + t.SEGMENTS]))
+            growing = self._growing[f"table {table}"]
+            growing.resize(segments * t.SLOTS)
+            self.state[at + t.ADDRESS] = address(growing.array)
+
+    def _resize(self, name: str, count: int) -> None:
+        setattr(self, name, None)
+        growing = self._growing[name]
+        growing.resize(count)
+        setattr(self, name, growing.array)
+        self.state[_WORD_OF[name]] = address(growing.array)
+
+
+_ARRAYS: Final[tuple[tuple[str, int, Any], ...]] = (
+    ("sequences", t.SEQUENCES, np.uint64),
+    ("names", t.NAMES, np.uint64),
+    ("holders", t.HOLDERS, np.uint32),
+    ("rows", t.SET_ROWS, np.uint64),
+    ("references", t.SET_REFERENCES, np.uint64),
+    ("set_hashes", t.SET_HASHES, np.uint64),
+    ("alias_names", t.ALIAS_NAMES, np.uint64),
+    ("alias_records", t.ALIAS_RECORDS, np.uint32),
+    ("alias_lanes", t.ALIAS_LANES, np.uint32),
+    ("lane_blocks", t.LANE_BLOCKS, np.uint64),
+    ("lane_numbers", t.LANE_NUMBERS, np.uint32),
+    ("dying_lanes", t.DYING_LANES, np.uint64),
+)
+_WORD_OF: Final = {name: word for name, word, _ in _ARRAYS}
+
+
+def segments_for(entries: int) -> int:
+    """As many as a table can have by the time it has so many entries; see `index_tables.limit`."""
+    sixteenths = -(-16 * entries // t.SLOTS)
+    whole = 1
+    while 22 * whole < sixteenths:
+        whole *= 2
+    extra = min(max(0, -(-(sixteenths - 11 * whole) // 2)), whole)
+    return whole + extra + 1
 
 
 def _grown(count: int) -> int:
     return 2 * count if count < _BIG else count * 9 // 5
-
-
-def _is_sparse(live: int, count: int, least: int) -> bool:
-    return count > least and live < count // 4
-
-
-def _copied(source: NDArray[Any], kept: Any, count: int) -> NDArray[Any]:
-    taken = source[kept]
-    target = zeros(count, source.dtype)
-    target[: len(taken)] = taken
-    return target

@@ -74,7 +74,7 @@ def _ask_ahead(S, chained, tokens, position, ahead):  # type: ignore[no-untyped-
     for n in range(min(_AHEAD, len(tokens) - position)):
         chained = of_two_words(chained, tokens[position + n], 16, _SEED)
         ahead[n] = chained
-        t.warm(S, t.BY_SEQUENCE, t.mixed(chained))
+        t.warm(S, t.BY_SEQUENCE, t.mixed(S, chained))
     for n in range(min(_AHEAD, len(tokens) - position)):
         record = t.find_record(S, t.BY_SEQUENCE, S[t.SEQUENCES], ahead[n])
         if record < 0:

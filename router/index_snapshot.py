@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from router import index_changes as changes
+from router import index_build as build
 from router import index_tables as t
 from router.index_integrity import check
 from router.index_memory import IndexMemory
@@ -23,7 +23,7 @@ from router.index_memory import IndexMemory
 if TYPE_CHECKING:
     from router.index import WorkerId
 
-VERSION: Final = 1
+VERSION: Final = 2
 _MAGIC: Final = b"KVIX"
 _HEAD: Final = struct.Struct("<4sHxxIxxxxQ")
 _ARRAYS: Final = (
@@ -45,23 +45,24 @@ class _Header(msgspec.Struct, frozen=True, array_like=True):
 
 
 def pack(memory: IndexMemory, workers: tuple[WorkerId | None, ...]) -> bytes:
+    memory.finish_sweeps()
     live = np.flatnonzero(memory.holders)
     sets = np.flatnonzero(memory.set_hashes)
-    used = np.flatnonzero(memory.alias_lanes != t.FREE_LANE)
+    used = np.flatnonzero(memory.alias_lanes)
     record_numbers = np.zeros(len(memory.holders), dtype=np.uint32)
     record_numbers[live] = np.arange(len(live), dtype=np.uint32)
     set_numbers = np.zeros(len(memory.references), dtype=np.uint32)
     set_numbers[sets] = np.arange(1, len(sets) + 1, dtype=np.uint32)
     held = memory.holders[live]
-    unnamed = held & np.uint32(t.UNNAMED)
+    named = held & np.uint32(t.NAMED)
     parts: list[NDArray[Any]] = [
         memory.sequences[live],
-        np.where(unnamed, np.uint64(0), memory.names[live]),
-        set_numbers[held & np.uint32(t.SET_MASK)] | unnamed,
+        np.where(named, memory.names[live], np.uint64(0)),
+        set_numbers[held & np.uint32(t.SET_MASK)] | named,
         memory.rows.reshape(-1, memory.row_words)[sets],
         memory.alias_names[used],
         record_numbers[memory.alias_records[used]],
-        memory.alias_lanes[used],
+        memory.alias_lanes[used] - np.uint32(1),
     ]
     header = msgspec.msgpack.encode(
         _Header(len(live), len(sets), len(used), int(memory.state[t.LANE_WORDS]), list(workers))
@@ -84,8 +85,8 @@ def unpack(
         )
     workers = [None if w is None else WorkerId(*w) for w in header.workers]
     known = [worker for worker in workers if worker is not None]
-    if len(workers) > workers_max or len(set(known)) != len(known):
-        raise SnapshotError(f"{len(workers)} workers, {workers_max} allowed, each once")
+    if len(known) > workers_max or len(set(known)) != len(known):
+        raise SnapshotError(f"{len(known)} workers, {workers_max} allowed, each once")
     try:
         memory = _filled(header, _parts(header, body), capacity)
         check(memory, tuple(workers))
@@ -108,7 +109,7 @@ def _opened(snapshot: bytes, workers_max: int) -> tuple[_Header, memoryview]:
     except msgspec.DecodeError as error:
         raise SnapshotError(f"no header: {error}") from error
     words = header.lane_words
-    fits = words == 1 or (words > 1 and words & (words - 1) == 0 and 32 * words < workers_max)
+    fits = words == 1 or (words > 1 and words & (words - 1) == 0 and 16 * words < workers_max)
     if not fits or len(header.workers) > 64 * words:
         raise SnapshotError(f"more workers than {workers_max}")
     if min(header.records, header.sets, header.aliases) < 0 or header.sets > header.records:
@@ -143,21 +144,27 @@ def _filled(header: _Header, parts: dict[str, NDArray[Any]], capacity: int) -> I
     assert not aliases or lanes.max() < max(1, len(header.workers)), "unknown workers"
     memory = IndexMemory(capacity)
     memory.widen(64 * header.lane_words)
-    memory.resize_sets(max(len(memory.references), (sets + 1) * 5 // 4))
+    memory.resize_sets(max(len(memory.references), (sets + t.SET_ROOM) * 5 // 4))
     memory.resize_aliases(max(len(memory.alias_names), aliases * 5 // 4))
+    memory.resize_records(max(len(memory.sequences), records * 5 // 4 + 8))
     rows = parts["rows"].reshape(sets, memory.row_words)
     memory.rows.reshape(-1, memory.row_words)[1 : sets + 1] = rows
     memory.references[1 : sets + 1] = np.bincount(which, minlength=sets + 1)[1:]
     for name in ("alias_names", "alias_records", "alias_lanes"):
         getattr(memory, name)[:aliases] = parts[name]
-    changes.hash_sets(memory.state, sets)
-    hashes = memory.set_hashes[1 : sets + 1]
-    assert hashes.all() and len(np.unique(hashes)) == sets, "sets that are equal or empty"
-    memory.index_sets()
-    memory.resize_records(max(len(memory.sequences), records * 5 // 4 + 8))
+    memory.alias_lanes[:aliases] += np.uint32(1)
     for name in ("sequences", "names", "holders"):
         getattr(memory, name)[:records] = parts[name]
+    build.hash_sets(memory.state, sets)
+    hashes = memory.set_hashes[1 : sets + 1]
+    assert hashes.all() and len(np.unique(hashes)) == sets, "sets that are equal or empty"
+    memory.state[t.SETS_END] = memory.state[t.SETS_LIVE] = sets + 1
+    memory.state[t.ALIASES_END] = memory.state[t.ALIASES_LIVE] = aliases
     memory.state[t.LIVE] = memory.state[t.CURSOR] = records
-    changes.count_blocks(memory.state)
-    assert memory.rebuild(), "equal blocks, names or aliases"
+    memory.state[t.NAMED_LIVE] = int((parts["holders"] & np.uint32(t.NAMED) != 0).sum())
+    build.count_blocks(memory.state)
+    for table in range(t.TABLE_COUNT):
+        memory.table(table)[:] = 0
+        build.begin_table(memory.state, table)
+        assert build.fill_table(memory.state, table), "equal blocks, names or aliases"
     return memory

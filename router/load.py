@@ -40,6 +40,7 @@ class ActiveSequences:
         self._limit = limit
         self._active: dict[str, Active] = {}
         self._held: dict[int, Counter[int]] = {}  # row -> sequences that hold each prompt block
+        self._queues: dict[int, dict[str, float]] = {}  # row -> prompts not computed, in order
 
     def __len__(self) -> int:
         return len(self._active)
@@ -60,6 +61,11 @@ class ActiveSequences:
         workers.requests[row] += 1
         workers.prefill_tokens[row] += sequence.prefill_tokens
         workers.prefill_s[row] += sequence.prefill_s
+        if sequence.prefill_s > 0.0:
+            queue = self._queues.setdefault(row, {})
+            queue[request] = sequence.prefill_s
+            if len(queue) == 1:
+                self._begin_head(row)
         return True
 
     def prefilled(self, request: str) -> bool:
@@ -67,7 +73,7 @@ class ActiveSequences:
         sequence = self._active.get(request)
         if sequence is None:
             return False
-        self._end_prefill(sequence)
+        self._end_prefill(request, sequence)
         return True
 
     def grow(self, request: str, blocks: int = 1) -> bool:
@@ -83,7 +89,7 @@ class ActiveSequences:
         sequence = self._active.pop(request, None)
         if sequence is None:
             return False
-        self._end_prefill(sequence)
+        self._end_prefill(request, sequence)
         held = self._held[sequence.row]
         before = len(held)
         for block in sequence.prompt:
@@ -121,15 +127,31 @@ class ActiveSequences:
             assert workers.blocks[row] == len(distinct) + sum(one.blocks for one in mine)
             assert abs(workers.prefill_tokens[row] - sum(one.prefill_tokens for one in mine)) < 1e-6
             assert abs(workers.prefill_s[row] - sum(one.prefill_s for one in mine)) < 1e-6
+            queue = self._queues.get(row, {})
+            assert sorted(queue.values()) == sorted(one.prefill_s for one in mine if one.prefill_s)
+            assert workers.head_s[row] == next(iter(queue.values()), 0.0)
 
-    def _end_prefill(self, sequence: Active) -> None:
-        self._workers.prefill_tokens[sequence.row] -= sequence.prefill_tokens
-        self._workers.prefill_s[sequence.row] -= sequence.prefill_s
+    def _end_prefill(self, request: str, sequence: Active) -> None:
+        row = sequence.row
+        self._workers.prefill_tokens[row] -= sequence.prefill_tokens
+        self._workers.prefill_s[row] -= sequence.prefill_s
         sequence.prefill_tokens = sequence.prefill_s = 0.0
+        queue = self._queues.get(row, {})
+        if request in queue:
+            was_head = next(iter(queue)) == request
+            del queue[request]
+            if was_head:
+                self._begin_head(row)
+
+    def _begin_head(self, row: int) -> None:
+        """The worker turns to the next prompt, if there is one."""
+        self._workers.head_s[row] = next(iter(self._queues[row].values()), 0.0)
+        self._workers.head_since_s[row] = self._workers.clock()
 
     def _rest(self, row: int) -> None:
         """Nothing runs there: no rounding error of sums and differences stays behind."""
         self._held.pop(row, None)
+        self._queues.pop(row, None)
         workers = self._workers
-        workers.prefill_tokens[row] = workers.prefill_s[row] = 0.0
+        workers.prefill_tokens[row] = workers.prefill_s[row] = workers.head_s[row] = 0.0
         workers.blocks[row] = workers.requests[row] = 0.0

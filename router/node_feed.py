@@ -24,6 +24,7 @@ import structlog
 
 from router.feed_settings import FeedSettings
 from router.holdings import Holdings
+from router.index_writer import IndexWriter
 from router.place import Place
 from runtime.events.envelope import Envelope, WireError, decode_envelope
 from runtime.events.node_stream import (
@@ -38,7 +39,8 @@ from runtime.events.router_wire import decode_msgpack
 from runtime.requests import RequestClient, RequestError, ResponseStream
 
 TURN_BLOCKS: Final = 8192
-"""Applied in one turn of the event loop, about a millisecond's worth."""
+TURN_EVENTS: Final = 256
+"""Applied in one turn of the event loop: a millisecond's worth or two."""
 
 _log = structlog.get_logger()
 
@@ -78,7 +80,7 @@ class NodeFeed:
     def __init__(
         self,
         node: str,
-        holdings: Holdings,
+        writer: IndexWriter,
         client: RequestClient,
         endpoint: str,
         settings: FeedSettings,
@@ -88,8 +90,9 @@ class NodeFeed:
         """`turns` bounds how many nodes are asked at a time."""
         self.node = node
         self.place = Place(settings.ahead_bytes)
-        self.holdings = holdings
+        self.holdings = Holdings(writer)
         self.address: str | None = None
+        self._writer = writer
         self._client = client
         self._endpoint = endpoint
         self._settings = settings
@@ -147,23 +150,30 @@ class NodeFeed:
     # -- its events ----------------------------------------------------------------------
 
     def hear(self, envelope: Envelope) -> int:
-        """One event of its publisher; how many blocks were applied, also of those that waited."""
+        """One event of its publisher; how many blocks are to be applied, also of those that waited.
+
+        The caller flushes the writer in the same turn of the event loop.
+        """
         self._heard_at = self._clock()
         self._delay_s = max(0.0, time.time() - envelope.published_at / 1000)
-        applied = self._apply(self.place.hear(envelope.sequence, envelope.payload))
+        gathered = self._gather(self.place.hear(envelope.sequence, envelope.payload))
         if self.place.has_gap:
             if self._gap_at is None:
                 self._gap_at = self._heard_at
                 self._wake.set()
         else:
             self._gap_at = None
-        return applied
+        return gathered
 
-    def _apply(self, payloads: Iterable[bytes]) -> int:
+    def _apply(self, payloads: Iterable[bytes]) -> None:
+        self._gather(payloads)
+        self._writer.flush()
+
+    def _gather(self, payloads: Iterable[bytes]) -> int:
         blocks = 0
         for payload in payloads:
             try:
-                blocks += self.holdings.apply(decode_msgpack(payload))
+                blocks += self.holdings.gather(decode_msgpack(payload))
             except WireError as error:
                 if not self._malformed_total:
                     _log.warning("node_event_malformed", node=self.node, reason=str(error))
@@ -194,7 +204,8 @@ class NodeFeed:
             due = self._due()
             if due > now:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), due - now)
+                    async with asyncio.timeout(due - now):
+                        await self._wake.wait()
                 continue
             async with self._turns:
                 await self._ask()
@@ -211,7 +222,7 @@ class NodeFeed:
         if self._gone_at is not None:
             return self._gone_at + settings.gone_for
         if self._failures:
-            pause = settings.backoff * 2 ** min(self._failures - 1, 30)
+            pause = settings.backoff * 2.0 ** min(self._failures - 1, 30)
             due = self._asked_at + min(pause, settings.backoff_max)
             if self._stale_at is not None:
                 due = min(due, self._stale_at + settings.stale_for)
@@ -302,8 +313,9 @@ class NodeFeed:
             if envelope.publisher_id != begins.publisher:
                 raise WireError("an event of another publisher in a replay")
             self._replayed_total += 1
-            turn += self._apply(place.hear(envelope.sequence, envelope.payload))
-            if turn >= TURN_BLOCKS:
+            turn += self._gather(place.hear(envelope.sequence, envelope.payload))
+            if turn >= TURN_BLOCKS or len(self._writer.changes) >= TURN_EVENTS:
+                self._writer.flush()
                 turn = 0
                 await asyncio.sleep(0)
         if place.publisher == begins.publisher and (place.next or 0) < begins.next:

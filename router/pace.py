@@ -9,6 +9,7 @@ them far: one counts as at most `CLIP` times, and at least a `CLIP`-th of, what 
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -17,11 +18,12 @@ from router.workers import Speed
 
 CLIP: Final = 4.0
 KEEP: Final = 1 - 1 / 32  # of the past, with each sample
-SURE_WEIGHT: Final = 3.0  # samples before one can be told to be unlikely
+FIRST: Final = 5  # samples before one can be told to be unlikely
+TOKENS_MAX: Final = 1e9
+SLOPE_PART_MIN: Final = 20.0
 SECONDS_MIN: Final = 1e-6
 SECONDS_MAX: Final = 3600.0
 CHANGE: Final = 0.02  # less is not worth a change of the workers' table
-_SHORT_TOKENS: Final = 64.0  # prompts below this are as good as empty
 _RIDGE: Final = 0.02
 
 
@@ -29,71 +31,90 @@ class PrefillPace:
     """Seconds to the first token as a constant and so many for each token to be computed before it.
 
     Least squares of the relative error, the constant held towards 0: where all prompts are of one
-    length the two cannot be told apart, and all is the tokens'.
+    length the two cannot be told apart, and all is the tokens'. It begins with the median of the
+    first samples, so that none of those misleads it either.
     """
 
-    __slots__ = ("_ones", "_weight", "_x", "_xx", "_xy", "_y")
+    __slots__ = ("_first", "_ones", "_x", "_xx", "_xy", "_y")
 
     def __init__(self) -> None:
-        self._weight = self._ones = 0.0
-        self._x = self._y = self._xx = self._xy = 0.0
+        self._first: list[tuple[float, float]] = []
+        self._ones = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, tokens: float, seconds: float, weight: float = 1.0) -> None:
         """A first token came `seconds` after the request was sent; 0 < weight <= 1."""
-        if not (tokens > 0 and 0 < weight <= 1 and math.isfinite(tokens) and seconds > 0):
+        if not (0 < tokens <= TOKENS_MAX and 0 < weight <= 1 and seconds > 0):
             return
-        seconds = _likely(seconds, self.expected_s(tokens))
-        scale = weight / (tokens + _SHORT_TOKENS) ** 2
-        self._weight = self._weight * KEEP + weight
+        seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
+        if len(self._first) < FIRST:
+            self._first.append((tokens, seconds))
+            if len(self._first) == FIRST:
+                ratio = self._first_ratio()
+                for tokens_, seconds_ in self._first:
+                    likely = _likely(seconds_, ratio * tokens_)
+                    self._add(tokens_, likely, 1 / max(likely, seconds_) ** 2)
+            return
+        constant, slope = self._fit()
+        expected = constant + slope * tokens
+        self._add(tokens, _likely(seconds, expected), weight / expected**2)
+
+    def per_token_s(self) -> float | None:
+        """None before the first sample; else more than 0."""
+        if len(self._first) < FIRST:
+            return self._first_ratio() if self._first else None
+        return self._fit()[1]
+
+    def expected_s(self, tokens: float) -> float | None:
+        """None before there are enough samples."""
+        if len(self._first) < FIRST:
+            return None
+        constant, slope = self._fit()
+        return constant + slope * tokens
+
+    def _first_ratio(self) -> float:
+        return statistics.median(seconds / tokens for tokens, seconds in self._first)
+
+    def _add(self, tokens: float, seconds: float, scale: float) -> None:
         self._ones = self._ones * KEEP + scale
         self._x = self._x * KEEP + scale * tokens
         self._y = self._y * KEEP + scale * seconds
         self._xx = self._xx * KEEP + scale * tokens * tokens
         self._xy = self._xy * KEEP + scale * tokens * seconds
 
-    def per_token_s(self) -> float | None:
-        """None before the first sample; else more than 0."""
-        fit = self._fit()
-        return None if fit is None else fit[1]
-
-    def expected_s(self, tokens: float) -> float | None:
-        """None before there are enough samples."""
-        fit = self._fit()
-        if fit is None or self._weight < SURE_WEIGHT:
-            return None
-        return fit[0] + fit[1] * tokens
-
-    def _fit(self) -> tuple[float, float] | None:
+    def _fit(self) -> tuple[float, float]:
         """The constant, and the seconds per token."""
-        if self._x <= 0.0:
-            return None
         ratio = self._y / self._x
         ones = self._ones * (1 + _RIDGE)
         determinant = ones * self._xx - self._x * self._x
         slope = (ones * self._xy - self._x * self._y) / determinant if determinant > 0 else ratio
-        slope = min(max(slope, ratio / 10), ratio)  # noise may tip the line; no time is negative
+        # Noise may tip the line; computing is never free, and the constant never negative.
+        slope = min(max(slope, ratio / SLOPE_PART_MIN), ratio)
         return max(self._y - slope * self._x, 0.0) / ones, slope
 
 
 class StepPace:
-    """Seconds of a decode step: a moving average of logarithms."""
+    """Seconds of a decode step: a moving average of logarithms, begun with a median."""
 
-    __slots__ = ("_log", "_weight")
+    __slots__ = ("_first", "_log")
 
     def __init__(self) -> None:
-        self._log = self._weight = 0.0
+        self._first: list[float] = []
+        self._log = 0.0
 
     def add(self, seconds: float) -> None:
         """One token came `seconds` after the one before it."""
         if not seconds > 0:
             return
-        expected = self.step_s() if self._weight >= SURE_WEIGHT else None
-        self._weight = self._weight * KEEP + 1.0
-        self._log += (math.log(_likely(seconds, expected)) - self._log) / self._weight
+        seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
+        if len(self._first) < FIRST:
+            self._first.append(math.log(seconds))
+            self._log = statistics.median(self._first)
+            return
+        self._log += (1 - KEEP) * (math.log(_likely(seconds, math.exp(self._log))) - self._log)
 
     def step_s(self) -> float | None:
         """None before the first sample; else more than 0."""
-        return math.exp(self._log) if self._weight else None
+        return math.exp(self._log) if self._first else None
 
 
 @dataclass(slots=True)
@@ -151,10 +172,7 @@ class Paces:
         return _has_changed(known)
 
 
-def _likely(seconds: float, expected: float | None) -> float:
-    seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
-    if expected is None:
-        return seconds
+def _likely(seconds: float, expected: float) -> float:
     return min(max(seconds, expected / CLIP), expected * CLIP)
 
 

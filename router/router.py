@@ -245,9 +245,28 @@ class Router:
                 return rejected
             waited_s = self._clock() - began
         try:
-            return self._send(query, waited_s)
+            return self.send(query, waited_s)
         finally:
             self._advance()  # whoever waits next may have room as well
+
+    def send(self, query: Query, waited_s: float = 0.0) -> Routed | Rejected:
+        """Choose a worker now, whether it has room or not, and count the request there."""
+        match self.decide(query):
+            case NoWorker(why):
+                return Rejected("no-worker", why)
+            case AllBusy(workers):
+                return Rejected("busy", f"all of {workers} workers are over their limits")
+            case Chosen() as chosen:
+                active = self.active_of(query, chosen)
+                waiting_tokens = float(self._workers.prefill_tokens[chosen.row])
+                if not self._load.begin(query.request, active):
+                    return Rejected("duplicate", f"request {query.request!r} is running already")
+                load = 0.0 if chosen.costs is None else chosen.costs.load_s(chosen.row)
+                ahead = Ahead(active.prefill_tokens, waiting_tokens, load, waited_s)
+                if self._memory is not None:
+                    prompt = query.prompt
+                    self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
+                return Routed(self, query, chosen, ahead)
 
     def prefilled(self, request: str) -> None:
         self._load.prefilled(request)
@@ -286,24 +305,6 @@ class Router:
             query.expected_output_tokens,
             query.decode_only,
         )
-
-    def _send(self, query: Query, waited_s: float) -> Routed | Rejected:
-        match self.decide(query):
-            case NoWorker(why):
-                return Rejected("no-worker", why)
-            case AllBusy(workers):
-                return Rejected("busy", f"all of {workers} workers are over their limits")
-            case Chosen() as chosen:
-                active = self.active_of(query, chosen)
-                waiting_tokens = float(self._workers.prefill_tokens[chosen.row])
-                if not self._load.begin(query.request, active):
-                    return Rejected("duplicate", f"request {query.request!r} is running already")
-                load = 0.0 if chosen.costs is None else chosen.costs.load_s(chosen.row)
-                ahead = Ahead(active.prefill_tokens, waiting_tokens, load, waited_s)
-                if self._memory is not None:
-                    prompt = query.prompt
-                    self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
-                return Routed(self, query, chosen, ahead)
 
     def active_of(self, query: Query, chosen: Chosen) -> Active:
         """What the worker has to do for the request that no tier has done."""

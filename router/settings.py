@@ -34,12 +34,13 @@ from runtime.telemetry import LogSettings
 from runtime.units import Duration, Size
 from runtime.web.settings import WebSettings
 
+PROGRAM: Final = "kvbm-router"
 ENV_PREFIX: Final = "KVBM_ROUTER_"
 
 
 class SecondsSettings(Section):
     decode_weight: float = Field(
-        default=1.0,
+        default=0.5,
         ge=0.0,
         description="How much a second of decoding counts beside one of waiting for the first "
         "token; 0 chooses by the first token alone.",

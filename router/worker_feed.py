@@ -14,19 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from router.index import Index, Tier, WorkerId
+from router.index import WorkerId
+from router.index_writer import TIER_OF, IndexWriter
 from runtime.events.envelope import Envelope, WireError
-from runtime.events.router_event import Cleared, Removed, RouterEvent, StorageTier, Stored
+from runtime.events.router_event import Cleared, Removed, RouterEvent, Stored
 from runtime.events.router_wire import decode_msgpack
 
 WORKERS_MAX: Final = 4096
-
-TIER_OF: Final = {
-    StorageTier.DEVICE: Tier.G1,
-    StorageTier.HOST_PINNED: Tier.G2,
-    StorageTier.DISK: Tier.G3,
-    StorageTier.EXTERNAL: Tier.G4,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +41,9 @@ class _Heard:
 class WorkerFeeds:
     """All methods are called from one event loop."""
 
-    def __init__(self, index: Index, is_known: Callable[[WorkerId], bool]) -> None:
+    def __init__(self, writer: IndexWriter, is_known: Callable[[WorkerId], bool]) -> None:
         """`is_known` tells whether a node speaks for a worker."""
-        self._index = index
+        self._writer = writer
         self._is_known = is_known
         self._heard: OrderedDict[WorkerId, _Heard] = OrderedDict()
         self._gaps_total = 0
@@ -58,7 +52,7 @@ class WorkerFeeds:
         self._refused_total = 0
 
     def hear(self, envelope: Envelope) -> int:
-        """How many blocks were applied."""
+        """Gathered for the index; how many blocks it is about."""
         try:
             event = decode_msgpack(envelope.payload)
         except WireError:
@@ -77,35 +71,35 @@ class WorkerFeeds:
         if heard is None:
             if len(self._heard) >= WORKERS_MAX:
                 forgotten, _ = self._heard.popitem(last=False)
-                self._index.remove_worker(forgotten)
-            self._index.cleared(worker)
+                self._writer.settled().remove_worker(forgotten)
+            self._writer.changes.cleared((worker,))
             self._heard[worker] = _Heard(publisher, event_id + 1)
             return True
         self._heard.move_to_end(worker)
         if heard.publisher != publisher:
             self._restarts_total += 1
-            self._index.cleared(worker)
+            self._writer.changes.cleared((worker,))
         elif event_id < heard.next:
             self._duplicates_total += 1
             return False
         elif event_id > heard.next:
             self._gaps_total += 1
-            self._index.cleared(worker)
+            self._writer.changes.cleared((worker,))
         heard.publisher, heard.next = publisher, event_id + 1
         return True
 
     def _apply(self, worker: WorkerId, event: RouterEvent) -> int:
-        tier = TIER_OF[event.storage_tier]
+        tier, changes = TIER_OF[event.storage_tier], self._writer.changes
         match event.event.data:
             case Stored() as stored:
                 hashes, tokens = stored.block_hashes, stored.tokens_hashes
-                self._index.stored(worker, tier, stored.parent_hash, hashes, tokens)
+                changes.stored((worker,), tier, stored.parent_hash, hashes, tokens)
                 return len(hashes)
             case Removed(hashes):
-                self._index.removed(worker, tier, hashes)
+                changes.removed((worker,), tier, hashes)
                 return len(hashes)
             case Cleared():
-                self._index.cleared(worker)
+                self._writer.changes.cleared((worker,))
                 return 0
 
     @property

@@ -7,7 +7,8 @@ worker has gone. Costs are computed over whole columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -73,7 +74,8 @@ class WorkerError(Exception):
 class Workers:
     """One thread calls it. Columns are read by the cost functions and never kept: they grow."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self._rows: dict[WorkerId, int] = {}
         self._free: list[int] = []
         self._workers: list[Worker | None] = []
@@ -111,7 +113,7 @@ class Workers:
         self._rows[worker.id] = row
         self._put(row, worker)
         self._generation += 1
-        self.prefill_tokens[row] = self.prefill_s[row] = 0.0
+        self.prefill_tokens[row] = self.prefill_s[row] = self.head_s[row] = 0.0
         self.blocks[row] = self.requests[row] = 0.0
         return row
 
@@ -155,6 +157,19 @@ class Workers:
                 mask[row] = self.accepting[row]
         return mask
 
+    def waits_s(self) -> Floats:
+        """Seconds until all prompts are computed that were assigned: by the row, as of now.
+
+        Prompts are computed one after another, so what has passed since the latest first token has
+        gone into the one that is first; at most as much as it was expected to take, and nothing
+        where prompts wait for memory.
+        """
+        rows = slice(self.rows)
+        begun = np.minimum(self.clock() - self.head_since_s[rows], self.head_s[rows])
+        begun[self.blocks[rows] > self.kv_blocks[rows]] = 0.0
+        waits: Floats = self.prefill_s[rows] - np.maximum(begun, 0.0)
+        return waits
+
     def check_integrity(self) -> None:
         taken = sorted(self._rows.values())
         assert taken == np.flatnonzero(self.present).tolist()
@@ -189,6 +204,8 @@ class Workers:
         # What it is busy with; `router.load` keeps these.
         self.prefill_tokens: Floats = np.zeros(rows)  # assigned and not computed yet
         self.prefill_s: Floats = np.zeros(rows)  # the same, as time on this worker
+        self.head_s: Floats = np.zeros(rows)  # of the prompt that is computed first,
+        self.head_since_s: Floats = np.zeros(rows)  # and since when, by the clock
         self.blocks: Floats = np.zeros(rows)  # of running sequences, shared ones once
         self.requests: Floats = np.zeros(rows)
 

@@ -21,7 +21,7 @@ from typing import Final, Literal, Self, assert_never
 
 from runtime.discovery import Discovery
 from runtime.instances import InstanceRecord, Instances, Registration, new_instance_id
-from runtime.lifecycle import Lifecycle, State
+from runtime.lifecycle import SERVING, Lifecycle, State
 from runtime.names import EndpointName, InstanceName
 from runtime.requests import (
     Canary,
@@ -186,6 +186,11 @@ class Serving:
         await self._registration.move(State.RUNNING)
         if self._watched:
             self._watching = asyncio.create_task(self._watch(), name=f"health {self.name}")
+
+    async def relabel(self, labels: Mapping[str, str]) -> None:
+        """Say this of it from now on; nothing happens once it is being stopped."""
+        if self.state in SERVING:
+            await self._registration.relabel(labels)
 
     async def stop(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
         """Deregister, let what is in flight end within the time, close. Idempotent."""

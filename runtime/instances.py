@@ -118,6 +118,13 @@ class Registration:
         self.lifecycle.to(state)
         return await self._discovery.put(self.name.key, self.record.encode())
 
+    async def relabel(self, labels: Mapping[str, str]) -> Outcome:
+        """Say this of it from now on instead; it is registered, and not on its way out."""
+        assert len(labels) <= LABELS_MAX
+        assert self.lifecycle.state in {State.REGISTERED, *SERVING}
+        self._labels = dict(labels)
+        return await self._discovery.put(self.name.key, self.record.encode())
+
     async def deregister(self) -> Outcome:
         """Gone for all clients; what it has in hand it may still finish before. Once only."""
         if self.lifecycle.state is not State.STOPPING:

@@ -7,15 +7,21 @@ outlives the call. Importing this module imports numba, so it is imported only b
 
 from __future__ import annotations
 
+import hashlib
 import mmap
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -28,18 +34,63 @@ WORDS: Final = types.Array(types.int64, 1, "C")
 
 
 def kernel(signature: Any, *, keep: bool = True) -> Callable[[Any], Any]:
-    """Compile for one signature now; the result is kept on disk where there is a place for it."""
+    """Compile for one signature now; the result is kept on disk where there is a place for it.
+
+    What is kept is used for as long as the kernel's module, and those whose parts it is made of,
+    are what they were.
+    """
 
     def compiled(function: Any) -> Any:
-        try:
-            return njit(signature, nogil=True, cache=keep)(function)
-        except RuntimeError as error:
-            # numba found no folder it may write to: an install that is read-only, without a home.
-            if not keep or "cannot cache" not in str(error):
-                raise
-            return njit(signature, nogil=True)(function)
+        dispatcher = _kept(function) if keep else None
+        if dispatcher is None:
+            dispatcher = njit(nogil=True)(function)
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
 
     return compiled
+
+
+def _kept(function: Any) -> Any:
+    """None if nothing can be kept."""
+    dispatcher: Any = njit(nogil=True)(function)
+    try:
+        dispatcher.enable_caching()
+        # numba looks at the kernel's own file alone: a constant changed in another would be seen
+        # by some kernels and not by others, and they write to addresses.
+        cache_file = dispatcher._cache._cache_file  # noqa: SLF001 (it has no public way)
+        cache_file._source_stamp = _digest(_sources(function))  # noqa: SLF001
+    except RuntimeError as error:
+        # numba found no folder it may write to: an install that is read-only, without a home.
+        if "cannot cache" not in str(error):
+            raise
+        return None
+    except AttributeError:  # another numba, that keeps its stamp elsewhere
+        return None
+    return dispatcher
+
+
+def _sources(function: Any) -> tuple[str, ...]:
+    """Files of all modules whose compiled parts or constants a kernel's module takes."""
+    modules: dict[str, ModuleType] = {}
+    wanted = [sys.modules[function.__module__]]
+    while wanted:
+        module = wanted.pop()
+        if module.__name__ in modules:
+            continue
+        modules[module.__name__] = module
+        for value in vars(module).values():
+            if isinstance(value, Dispatcher):
+                wanted.append(sys.modules[value.py_func.__module__])
+            elif isinstance(value, ModuleType) and "inlined" in vars(value):
+                wanted.append(value)
+    files = {m.__file__ for m in modules.values() if m.__file__ is not None}
+    return tuple(sorted(files | {__file__}))
+
+
+@cache
+def _digest(files: tuple[str, ...]) -> str:
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def inlined(function: Any) -> Any:
@@ -48,14 +99,50 @@ def inlined(function: Any) -> Any:
 
 
 def zeros(count: int, dtype: Any) -> NDArray[Any]:
+    """An array for good; `Growing` is for one that changes its size."""
     size_bytes = count * np.dtype(dtype).itemsize
     if size_bytes < HUGE_BYTES:
         return np.zeros(count, dtype=dtype)
+    return np.frombuffer(_mapped(size_bytes), dtype=dtype)
+
+
+class Growing:
+    """Zeros that become more or fewer in place: once they are big nothing is copied.
+
+    Nothing else may refer to `array` while it is resized, or BufferError is raised.
+    """
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = np.dtype(dtype)
+        self._mapping: mmap.mmap | None = None
+        self.array: NDArray[Any] = np.zeros(0, dtype=dtype)
+
+    def resize(self, count: int) -> None:
+        """The first ones are kept, new ones are zeros."""
+        size_bytes = count * self._dtype.itemsize
+        if size_bytes < HUGE_BYTES:
+            small = np.zeros(count, dtype=self._dtype)
+            kept = min(count, len(self.array))
+            small[:kept] = self.array[:kept]
+            self.array, self._mapping = small, None
+        elif self._mapping is None:
+            self._mapping = _mapped(size_bytes)
+            big = np.frombuffer(self._mapping, dtype=self._dtype, count=count)
+            big[: len(self.array)] = self.array
+            self.array = big
+        else:
+            self.array[count : count + mmap.PAGESIZE] = 0  # the last page stays as it is
+            self.array = np.zeros(0, dtype=self._dtype)
+            self._mapping.resize(size_bytes)
+            self.array = np.frombuffer(self._mapping, dtype=self._dtype, count=count)
+
+
+def _mapped(size_bytes: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them: small pages do as well
             mapping.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(mapping, dtype=dtype)
+    return mapping
 
 
 def address(array: NDArray[Any]) -> int:

@@ -22,6 +22,8 @@ Key = NewType("Key", bytes)
 """16 bytes: 15 that say what the chunk is (`kvbm.fingerprint.key_of`), then its tenant's tag."""
 
 KEY_BYTES = 16
+NOTE_BYTES_MAX = 64 << 10
+"""Of what is kept with a chunk besides its bytes; a longer one may be left out by any tier."""
 
 
 def tenant_of(key: Key) -> int:
@@ -48,6 +50,7 @@ class Chunk:
     checksum: int  # storage_tiers.codec.checksum of the payload
     parent: Key | None  # the chunk before it in its sequence and group
     position: int  # its index in that sequence, 0 for the first
+    note: bytes = field(default=b"", compare=False)  # kept beside its bytes, whatever it means
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,13 @@ class TierListener(Protocol):
     Called on the event loop, between awaits of the tier; must not block or raise.
     """
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None: ...
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
+        """`notes`: of each key, empty where there is none; or none at all."""
+        ...
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        """Notes of keys that are in the tier, found after it told of them."""
+        ...
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None: ...
 
@@ -136,7 +145,10 @@ class TierListener(Protocol):
 class SilentListener:
     """A listener for callers that need none."""
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
+        pass
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
         pass
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
@@ -186,7 +198,7 @@ class Tier(Protocol):
         ...
 
     def find(self, keys: Sequence[Key]) -> list[Chunk | None]:
-        """The chunk of each key that is here, in order.
+        """The chunk of each key that is here, in order, without its note.
 
         Another node's chunk is known by key and length alone, in S3 until it was loaded once and
         in a peer's memory always: checksum and position are then 0 and the parent None.
@@ -204,7 +216,8 @@ class Tier(Protocol):
     async def load(self, items: Sequence[LoadItem]) -> list[LoadOutcome]:
         """Read each item into its buffer, verified; one outcome per item.
 
-        A cancelled `load` must not write to the buffers after it has raised.
+        `Loaded.chunk` has its note if the tier had it at hand. A cancelled `load` must not write
+        to the buffers after it has raised.
         """
         ...
 

@@ -4,7 +4,8 @@ Every `commit` is part of one synced transaction, so what it recorded is there a
 it or nothing. All of LMDB runs on one thread; the event loop only awaits. Three tables: `chunks`,
 `meta`, and `aside`, the extents that are out of use. Format 1 has had `aside` from its second
 release on: a directory without it opens, and a program that does not know it only uses those
-extents again.
+extents again. An entry in `chunks` may be followed by the chunk's note: those without one are what
+they were, and a program that does not know notes drops those with one as unreadable.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from storage_tiers.base import KEY_BYTES, Chunk, Key, SetAside, TierError
 
 FORMAT_VERSION: Final = 1
 _ENTRY: Final = struct.Struct("<QQQQI?16s")  # offset, length, checksum, stamp, position, parent?
+_STAMP: Final = slice(24, 32)  # of an entry
 _META: Final = struct.Struct("<IQI?")  # format version, capacity, granule, clean
 _META_KEY: Final = b"meta"
 _OFFSET: Final = struct.Struct("<Q")
@@ -121,7 +123,7 @@ class Catalogue:
             unreadable: list[bytes] = []
             with self._opened().begin(self._chunks) as reader:
                 for key, packed in reader.cursor():
-                    if len(key) == KEY_BYTES and len(packed) == _ENTRY.size:
+                    if len(key) == KEY_BYTES and len(packed) >= _ENTRY.size:
                         found.append(_unpack(Key(key), packed))
                     else:
                         unreadable.append(key)
@@ -224,7 +226,7 @@ class Catalogue:
 
 def _pack(entry: Entry) -> bytes:
     chunk = entry.chunk
-    return _ENTRY.pack(
+    fields = _ENTRY.pack(
         entry.offset,
         chunk.length,
         chunk.checksum,
@@ -233,11 +235,13 @@ def _pack(entry: Entry) -> bytes:
         chunk.parent is not None,
         chunk.parent or b"",
     )
+    return fields + chunk.note
 
 
 def _unpack(key: Key, packed: bytes) -> Entry:
-    offset, length, digest, stamp, position, has_parent, parent = _ENTRY.unpack(packed)
-    chunk = Chunk(key, length, digest, Key(parent) if has_parent else None, position)
+    offset, length, digest, stamp, position, has_parent, parent = _ENTRY.unpack_from(packed)
+    note = packed[_ENTRY.size :]
+    chunk = Chunk(key, length, digest, Key(parent) if has_parent else None, position, note)
     return Entry(chunk, offset, stamp)
 
 
@@ -247,6 +251,4 @@ def _unpack_aside(at: bytes, packed: bytes) -> SetAside:
 
 
 def _restamp(packed: bytes, stamp: int) -> bytes:
-    fields = list(_ENTRY.unpack(packed))
-    fields[3] = stamp
-    return _ENTRY.pack(*fields)
+    return packed[: _STAMP.start] + stamp.to_bytes(8, "little") + packed[_STAMP.stop :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from storage_tiers.base import (
     Chunk,
@@ -42,6 +43,7 @@ class MemoryTier:
         self._index = ChunkIndex(LruPolicy(), lambda _: None)
         self.refuse: Callable[[Chunk], str | None] = lambda _: None  # tests have their own
         self.contents: dict[Key, bytearray] = {}  # tests corrupt chunks here
+        self.notes: dict[Key, bytes] = {}
         self._used_bytes = self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()
 
@@ -98,6 +100,7 @@ class MemoryTier:
         if not self._make_room(chunk):
             return Full("nothing but the chunk's own ancestors could be evicted for it")
         self.contents[chunk.key] = bytearray(item.data)
+        self.notes[chunk.key] = chunk.note
         self._used_bytes += chunk.length
         self._stored_bytes += chunk.length
         self._index.add(chunk, 0)
@@ -126,13 +129,14 @@ class MemoryTier:
             return Corrupt("the bytes do not match the checksum")
         item.into[: len(data)] = data
         self._loaded_bytes += len(data)
-        return Loaded(chunk)
+        return Loaded(replace(chunk, note=self.notes[item.key]))
 
     def _drop(self, keys: Iterable[Key], reason: RemovalReason) -> None:
         removed = [key for key in dict.fromkeys(keys) if key in self._index]
         self._index.remove_all([self._index.record(key) for key in removed])
         for key in removed:
             self._used_bytes -= len(self.contents.pop(key))
+            del self.notes[key]
         if removed:
             self._evictions[reason.value] += len(removed)
             self._listener.removed(self._name, removed, reason)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from storage_tiers.base import Chunk, Key, tenant_of
@@ -25,9 +25,15 @@ class StoredObject:
     name: str
     created_ms: int
     size_bytes: int
-    chunks: list[Chunk]
+    chunks: list[Chunk]  # without their notes
+    tail_bytes: int = 0  # of their notes, behind the records
+    is_tail_read: bool = False
     pins: int = 0  # loads under way
     ignored: set[Key] = field(default_factory=set)  # damaged or removed here
+
+    @property
+    def tail_at(self) -> int:
+        return self.size_bytes - self.tail_bytes
 
     @property
     def tenant(self) -> int:
@@ -77,8 +83,19 @@ class ObjectIndex:
         """
         if name in self._objects or name in self._deleted:
             return []
-        known = chunks if chunks is not None else (_named(key, parts) for key in parts.keys)
-        added = StoredObject(name, parts.created_ms, parts.size_bytes, list(known))
+        known = (
+            (_named(key, parts) for key in parts.keys)
+            if chunks is None
+            else (replace(chunk, note=b"") for chunk in chunks)
+        )
+        added = StoredObject(
+            name,
+            parts.created_ms,
+            parts.size_bytes,
+            list(known),
+            parts.tail_bytes,
+            is_tail_read=chunks is not None,
+        )
         self._objects[name] = added
         bisect.insort(self._names, name)
         self.used_bytes += added.size_bytes

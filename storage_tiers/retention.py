@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from storage_tiers.base import Key, RemovalReason
 from storage_tiers.bucket import Bucket, BucketError, Listed
-from storage_tiers.object_index import ObjectIndex
+from storage_tiers.object_index import ObjectIndex, StoredObject
 from storage_tiers.objects import ObjectName, root
 
 _OVERLAP_MS: Final = 120_000  # clocks differ, and a name is older than its object's arrival
@@ -37,6 +37,7 @@ class Retention:
         *,
         appeared: Callable[[Sequence[Key]], None],
         removed: Callable[[Sequence[Key], RemovalReason], None],
+        found: Callable[[StoredObject], None],
         requests: Counter[str],
         max_age_s: float | None,
         timeout_s: float,
@@ -48,6 +49,7 @@ class Retention:
         self._clock = clock
         self._appeared = appeared
         self._removed = removed
+        self._found = found
         self._requests = requests
         self._max_age_s = max_age_s
         self._timeout_s = timeout_s
@@ -112,16 +114,22 @@ class Retention:
 
     def _take_page(self, page: Sequence[Listed]) -> None:
         appeared: list[Key] = []
+        found: list[str] = []
         horizon_ms = int(self._clock() * 1000) + _OVERLAP_MS
         for listed in page:
             parts = ObjectName.parse(self._prefix, listed.name)
             if parts is None or parts.size_bytes != listed.size_bytes:
                 continue  # not ours, or cut short
-            appeared.extend(self._index.add(listed.name, parts))
+            if listed.name not in self._index:
+                appeared.extend(self._index.add(listed.name, parts))
+                found.append(listed.name)
             if parts.created_ms <= horizon_ms:  # a clock far ahead must not hide the others
                 self._newest_ms = max(self._newest_ms, parts.created_ms)
         if appeared:
             self._appeared(appeared)
+        for name in found:
+            if (stored := self._index.get(name)) is not None:  # not one that is deleted already
+                self._found(stored)
 
     async def _make_room(self, size_bytes: int) -> bool:
         excess = self._index.used_bytes + self.reserved_bytes + size_bytes - self._capacity_bytes

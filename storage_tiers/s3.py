@@ -4,7 +4,8 @@ Runs of consecutive chunks share an object, so that requests are few. Names carr
 (`storage_tiers.objects`): a node learns of another's objects by listing what is new. Any node may
 delete the oldest objects to hold capacity and age. Every record is verified on arrival: bytes,
 key, and lengths. What `find` says of another node's chunk is its key and length only (checksum 0,
-no parent, position 0) until it is loaded; `Loaded` has all of it.
+no parent, position 0) until it is loaded; `Loaded` has all of it. Notes lie behind an object's
+records; those of objects that were found by listing come later (`storage_tiers.tails`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Final, TypeVar
 
 from storage_tiers.admission import Admission
@@ -57,9 +59,11 @@ from storage_tiers.objects import (
     group,
     parse_record,
     record_bytes,
+    tail_bytes,
 )
 from storage_tiers.retention import Retention
 from storage_tiers.settle import Gate, settled
+from storage_tiers.tails import Tails
 
 _PUTS_MAX: Final = 4
 _GETS_MAX: Final = 16
@@ -84,6 +88,7 @@ class S3Tier:
         object_bytes: int = 16 << 20,
         max_age_s: float | None = None,
         refresh_s: float = 10.0,
+        note_reads_per_s: float = 50.0,
         timeout_s: float = 30.0,
         admission: Admission | None = None,
         put_budget: Budget | None = None,
@@ -105,6 +110,15 @@ class S3Tier:
         self._sequence = itertools.count(1)
         self._index = ObjectIndex()
         self._requests: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._tails = Tails(
+            self._index,
+            self._fetch_tail,
+            lambda keys, notes: listener.noted(self.name, keys, notes),
+            requests=self._requests,
+            errors=self._errors,
+            reads_per_s=note_reads_per_s,
+        )
         self._retention = Retention(
             bucket,
             self._index,
@@ -113,6 +127,7 @@ class S3Tier:
             clock,
             appeared=lambda keys: listener.appeared(self.name, keys),
             removed=self._tell_removed,
+            found=self._tails.add,
             requests=self._requests,
             max_age_s=max_age_s,
             timeout_s=timeout_s,
@@ -124,10 +139,9 @@ class S3Tier:
         self._puts = asyncio.Semaphore(_PUTS_MAX)
         self._gets = asyncio.Semaphore(_GETS_MAX)
         self._gate = Gate()
-        self._refresher: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._stored_bytes = self._loaded_bytes = self._corrupt = 0
         self._evictions: Counter[str] = Counter()
-        self._errors: Counter[str] = Counter()
 
     async def open(self) -> RecoveryReport:
         began = time.monotonic()
@@ -144,7 +158,10 @@ class S3Tier:
             if isinstance(error, BucketError):
                 raise TierError(f"S3 cannot be used: {error}") from error
             raise
-        self._refresher = asyncio.create_task(self._refresh_forever())
+        self._tasks = [
+            asyncio.create_task(self._refresh_forever()),
+            asyncio.create_task(self._tails.run()),
+        ]
         return RecoveryReport(
             self.name,
             chunks=len(self._index),
@@ -156,10 +173,10 @@ class S3Tier:
         if self._gate.shut:
             return
         self._gate.shut = True
-        if self._refresher is not None:
-            self._refresher.cancel()
+        for task in self._tasks:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._refresher
+                await task
         await self._gate.close()
         await self._bucket.close()
         self._worker.shutdown()
@@ -289,7 +306,8 @@ class S3Tier:
         ]
 
     async def _store_group(self, run: Sequence[StoreItem]) -> StoreOutcome:
-        size = record_bytes(run[0].chunk.length) * len(run)
+        chunks = [item.chunk for item in run]
+        size = record_bytes(chunks[0].length) * len(run) + tail_bytes(chunks)
         async with self._puts:
             try:
                 if not await self._retention.reserve(size):
@@ -304,7 +322,7 @@ class S3Tier:
                 self._put_budget.spend(1)
                 self._requests["put"] += 1
                 await self._retention.within(self._bucket.put(name, body))
-                self._index.add(name, parts, [item.chunk for item in run])
+                self._index.add(name, parts, chunks)
             except BucketError as error:
                 self._errors["store"] += 1
                 return Failed(str(error))
@@ -320,6 +338,7 @@ class S3Tier:
             sequence=f"{self._session}{next(self._sequence):06x}",
             length=run[0].chunk.length,
             keys=tuple(item.chunk.key for item in run),
+            tail_bytes=tail_bytes([item.chunk for item in run]),
         )
 
     # -- load ----------------------------------------------------------------------------
@@ -356,14 +375,19 @@ class S3Tier:
         items: Sequence[LoadItem],
         outcomes: list[LoadOutcome],
     ) -> None:
-        """One range of neighbouring records: fetch, verify, hand out."""
+        """One range of neighbouring records: fetch, verify, hand out.
+
+        With the last record comes the tail behind it, where it is not known yet.
+        """
         size = record_bytes(stored.chunks[first].length)
         run = range(first, first + count)
+        is_last = run.stop == len(stored.chunks)
+        tail = stored.tail_bytes if is_last and not stored.is_tail_read else 0
         try:
             async with self._gets:
                 self._requests["get"] += 1
                 data = await self._retention.within(
-                    self._bucket.get_range(stored.name, first * size, count * size)
+                    self._bucket.get_range(stored.name, first * size, count * size + tail)
                 )
         except ObjectMissingError:
             self._tell_removed(self._index.drop(stored.name), RemovalReason.REQUESTED)
@@ -388,10 +412,19 @@ class S3Tier:
             return found
 
         parsed = await settled(self._in_thread(hand_out))
+        notes = self._tails.take(stored, bytes(data[-tail:])) if tail else []
         for record, chunk in zip(run, parsed, strict=True):
             outcome = self._judge(stored, record, chunk)
+            if notes and isinstance(outcome, Loaded):
+                outcome = Loaded(replace(outcome.chunk, note=notes[record]))
             for index in records[record]:
                 outcomes[index] = outcome
+
+    async def _fetch_tail(self, stored: StoredObject) -> bytes | bytearray:
+        async with self._gets:
+            return await self._retention.within(
+                self._bucket.get_range(stored.name, stored.tail_at, stored.tail_bytes)
+            )
 
     def _judge(self, stored: StoredObject, record: int, chunk: Chunk | BadRecord) -> LoadOutcome:
         if isinstance(chunk, Chunk) and chunk.length == stored.chunks[record].length:

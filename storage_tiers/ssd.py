@@ -62,6 +62,7 @@ _CAPACITY_MAX: Final = PLACE_UNIT << 32
 _UNRECORDED_MAX: Final = 8192  # touches held in memory before a load records them; a commit's most
 _STAMPS_A_SECOND: Final = 1 << 24
 _VERIFY_THREADS: Final = 2
+_ANNOUNCED_AT_ONCE: Final = 4096
 _CLOSED: Final = Failed("the SSD tier is closed")
 
 
@@ -124,8 +125,8 @@ class SsdTier:
         found, directory.entries = directory.entries, []
         self._take_over(found)
         self._aside = {extent.at: extent for extent in directory.aside}
+        await self._announce(found)
         self._gate.shut = False
-        self._listener.appeared(self.name, [entry.chunk.key for entry in found])
         return RecoveryReport(
             self.name,
             chunks=len(found),
@@ -133,6 +134,14 @@ class SsdTier:
             dropped=dict(directory.dropped),
             seconds=time.monotonic() - began,
         )
+
+    async def _announce(self, found: Sequence[Entry]) -> None:
+        """In slices: what is made of the notes takes a while. Nothing can change meanwhile."""
+        for first in range(0, len(found), _ANNOUNCED_AT_ONCE):
+            chunks = [entry.chunk for entry in found[first : first + _ANNOUNCED_AT_ONCE]]
+            keys, notes = [chunk.key for chunk in chunks], [chunk.note for chunk in chunks]
+            self._listener.appeared(self.name, keys, notes)
+            await asyncio.sleep(0)
 
     async def close(self) -> None:
         if not self._gate.shut:

@@ -12,8 +12,8 @@ import hashlib
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final
 
 from storage_tiers.base import (
     Chunk,
@@ -34,6 +34,9 @@ from storage_tiers.base import (
 )
 from storage_tiers.codec import checksum
 
+WAIT_S: Final = 10.0
+"""Bound of every wait here; what is waited for takes milliseconds."""
+
 
 @dataclass(slots=True)
 class RecordingListener:
@@ -41,9 +44,15 @@ class RecordingListener:
 
     came: list[Key] = field(default_factory=list)
     went: list[tuple[Key, RemovalReason]] = field(default_factory=list)
+    notes: dict[Key, bytes] = field(default_factory=dict)
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
         self.came.extend(keys)
+        if notes:
+            self.noted(tier, keys, notes)
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        self.notes.update((key, note) for key, note in zip(keys, notes, strict=True) if note)
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         self.went.extend((key, reason) for key in keys)
@@ -70,6 +79,21 @@ def make_items(
         items.append(StoreItem(chunk, memoryview(data)))
         parent = key
     return items
+
+
+def with_notes(items: Sequence[StoreItem]) -> list[StoreItem]:
+    """The same, each chunk with a note of its own length but the second, which has none."""
+    return [
+        item
+        if place == 1
+        else replace(item, chunk=replace(item.chunk, note=item.chunk.key * (place + 1)))
+        for place, item in enumerate(items)
+    ]
+
+
+def notes_of(items: Sequence[StoreItem]) -> dict[Key, bytes]:
+    """Those there are, by key."""
+    return {item.chunk.key: item.chunk.note for item in items if item.chunk.note}
 
 
 async def store_all(tier: Tier, items: Sequence[StoreItem]) -> None:
@@ -236,6 +260,7 @@ class TierConformance(LoadConformance):
     evicts_by_recency: ClassVar[bool] = True  # else by age, whatever was touched
     durable: ClassVar[bool] = False  # another instance made by `make` finds what was stored
     removes_durably: ClassVar[bool] = True  # else a removed key may be found by another instance
+    loads_notes: ClassVar[bool] = False  # with the chunk, as soon as it is stored
     capacity_bytes: ClassVar[int] = 1 << 20
 
     async def fill(self, tier: Tier, listener: RecordingListener) -> list[StoreItem]:
@@ -294,6 +319,36 @@ class TierConformance(LoadConformance):
             assert (await load_one(tier, items[1]))[0] == Missing()
             await store_all(tier, [items[1]])
             assert (await load_one(tier, items[1]))[1] == items[1].data
+
+    # -- notes ---------------------------------------------------------------------------
+
+    async def test_a_chunk_is_loaded_with_its_own_note_or_none(self) -> None:
+        async with self.opened() as (tier, _):
+            items = with_notes(make_items("a", 4))
+            await store_all(tier, items)
+            for item in items:
+                outcome, data = await load_one(tier, item)
+                assert outcome == Loaded(item.chunk)
+                assert outcome.chunk.note in ((item.chunk.note,) if self.loads_notes else (b"",))
+                assert data == item.data
+
+    async def test_notes_are_told_after_reopening(self) -> None:
+        if not self.durable:
+            return
+        items = with_notes(make_items("a", 40))
+        bare = make_items("bare", 3)
+        async with self.opened() as (tier, listener):
+            await store_all(tier, [*items, *bare])
+            tier.touch(_keys(items[:2]))
+            assert not listener.notes
+        for _ in range(2):
+            async with self.opened() as (tier, listener):
+                async with asyncio.timeout(WAIT_S):  # they may come after the keys
+                    while len(listener.notes) < len(notes_of(items)):
+                        await asyncio.sleep(0.01)
+                assert listener.notes == notes_of(items)
+                for item in (*items, *bare):
+                    assert (await load_one(tier, item))[1] == item.data
 
     # -- capacity ------------------------------------------------------------------------
 

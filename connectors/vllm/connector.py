@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+from msgspec import structs
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -23,6 +24,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
     OffloadingConnectorMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
+    GroupOffloadConfig,
+    SchedulerOffloadConfig,
+)
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -31,11 +36,15 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from connectors.vllm.identity import SHARED_HASHES, fingerprint_of
+from connectors.vllm.notes import RequestNotes
 from connectors.vllm.scheduler_side import Group, KvbmManager
 from connectors.vllm.transfer import KvbmMetadata, KvbmWorkerMetadata
 from connectors.vllm.worker_side import KvbmWorker
 from kvbm.fingerprint import namespace_of
-from kvbm.protocol import VERSION, Hello
+from kvbm.note import BLOCKS_MAX
+from kvbm.protocol import VERSION, Hello, Routing
+from kvbm.routing import derived_worker_id, events_endpoint
+from kvbm.token_chain import warm_up
 
 logger = logging.getLogger("kvbm.connector")
 
@@ -83,6 +92,12 @@ class KvbmConnector(OffloadingConnector):
 
     def on_new_request(self, request: Request) -> None:
         super().on_new_request(request)
+        self._manager.follow(
+            request.request_id,
+            RequestNotes(
+                request, self._noted.tokens_per_block, self.scheduler.config.tokens_per_hash
+            ),
+        )
         self._open(request)
 
     def get_num_new_matched_tokens(
@@ -132,10 +147,17 @@ class KvbmConnector(OffloadingConnector):
 
     def _start_manager(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         config = self.scheduler.config
+        self._noted = noted = _noted_group(config)
         groups = [
-            Group(g.group_idx, g.tokens_per_chunk, g.sliding_window_size_in_chunks or 0)
+            Group(
+                g.group_idx,
+                g.tokens_per_chunk,
+                g.sliding_window_size_in_chunks or 0,
+                is_noted=g is noted and config.blocks_per_chunk <= BLOCKS_MAX,
+            )
             for g in config.kv_group_configs
         ]
+        warm_up()
         step_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         # What one step computes is stored during the next one, while new slots are asked for.
         lease_targets = [2 * -(-step_tokens // group.tokens_per_chunk) + 1 for group in groups]
@@ -143,6 +165,7 @@ class KvbmConnector(OffloadingConnector):
         fingerprint = fingerprint_of(vllm_config, kv_cache_config, options.tenant)
         offloading = vllm_config.kv_transfer_config
         index = vllm_config.parallel_config.data_parallel_index
+        routing = _routing(vllm_config, noted, options.worker_id)
 
         def hello() -> Hello:
             return Hello(
@@ -155,6 +178,7 @@ class KvbmConnector(OffloadingConnector):
                 group_bytes=[],
                 replicated=False,
                 pid=os.getpid(),
+                routing=structs.replace(routing, namespace=self._manager.namespace),
             )
 
         self._manager.start(groups, hello, lease_targets, _namespaces(vllm_config, fingerprint))
@@ -209,6 +233,34 @@ def _use_our_spec(vllm_config: VllmConfig) -> None:
     extra.setdefault("offload_prompt_only", False)
     # vLLM 0.33 can load inside a step; such a load cannot be turned into a recompute.
     extra["sync_load_budget_bytes"] = 0
+
+
+def _noted_group(config: SchedulerOffloadConfig) -> GroupOffloadConfig:
+    """The group that routers are told of: the first with full attention, else the first."""
+    groups = config.kv_group_configs
+    return next((g for g in groups if g.sliding_window_size_in_chunks is None), groups[0])
+
+
+def _routing(vllm_config: VllmConfig, noted: GroupOffloadConfig, worker_id: int) -> Routing:
+    """What routers are told of this engine; the namespace is filled in at each connection."""
+    rank = vllm_config.parallel_config.data_parallel_index
+    engine_id = str(vllm_config.kv_transfer_config.engine_id).removesuffix(f"_dp{rank}")
+    events = vllm_config.kv_events_config
+    live = replay = topic = ""
+    if events is not None and events.enable_kv_cache_events and events.publisher == "zmq":
+        live = events_endpoint(events.endpoint, rank)
+    if live:
+        replay, topic = events_endpoint(events.replay_endpoint, rank), events.topic
+    return Routing(
+        worker_id=worker_id or derived_worker_id(engine_id),
+        dp_rank=rank,
+        namespace=b"",
+        block_tokens=noted.tokens_per_block,
+        group=noted.group_idx,
+        events=live,
+        replay=replay,
+        topic=topic,
+    )
 
 
 def _namespaces(vllm_config: VllmConfig, fingerprint: dict[str, str]) -> Callable[[], bytes]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvbm.address import find_socket
+from kvbm.routing import parse_worker_id
 
 # Keys that vLLM's own offloading seam reads from the same dictionary.
 _SEAM_KEYS = frozenset(
@@ -22,6 +23,9 @@ _SEAM_KEYS = frozenset(
         "sync_load_budget_bytes",
     }
 )
+
+
+WORKER_ID_VARIABLE = "KVBM_WORKER_ID"
 
 
 class OptionError(ValueError):
@@ -45,6 +49,9 @@ class Options:
     """
     load_deadline_s: float = 10.0
     """How long a load may wait for its turn to be copied before it is given up."""
+    worker_id: int = 0
+    """The engine's instance id in discovery, for routers: a number, or text of one (`0x` for
+    hexadecimal). Else from the environment's KVBM_WORKER_ID; else derived from vLLM's engine id."""
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> Options:
@@ -55,9 +62,13 @@ class Options:
             accepted = ", ".join(sorted(known | _SEAM_KEYS))
             raise OptionError(f"kv_connector_extra_config: unknown {unknown}; accepted: {accepted}")
         values: dict[str, Any] = {"socket": str(find_socket(os.getuid()))}
+        if named := os.environ.get(WORKER_ID_VARIABLE):
+            values["worker_id"] = _worker_id(WORKER_ID_VARIABLE, named)
         for name in known & extra_config.keys():
             value = extra_config[name]
-            if name.endswith("_s"):
+            if name == "worker_id":
+                values[name] = _worker_id("kv_connector_extra_config: worker_id", value)
+            elif name.endswith("_s"):
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not is_number or not 0 < value < math.inf:
                     raise OptionError(
@@ -71,3 +82,12 @@ class Options:
                     f"kv_connector_extra_config: {name} must be a string, not {value!r}"
                 )
         return cls(**values)
+
+
+def _worker_id(name: str, given: Any) -> int:
+    if isinstance(given, int | str) and not isinstance(given, bool):
+        try:
+            return parse_worker_id(given)
+        except ValueError:
+            pass  # said below
+    raise OptionError(f"{name} must be a number from 1 to 2^64 - 1, not {given!r}")

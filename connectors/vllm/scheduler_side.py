@@ -31,11 +31,13 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from connectors.vllm import stats
+from connectors.vllm.notes import RequestNotes
 from connectors.vllm.options import Options
 from connectors.vllm.steps import StepTimer
 from connectors.vllm.transfer import ArenaSlots
 from kvbm.client import Filled, Lookup, SchedulerClient
 from kvbm.fingerprint import key_of
+from kvbm.note import domain_of
 from kvbm.pace import EnginePace
 from kvbm.protocol import COMING, HERE, PRESENT, Hello, Late, MatchGroup, Outcome, State
 from storage_tiers.arena import Slot
@@ -55,6 +57,7 @@ class Group:
     index: int  # vLLM's, part of its offload keys
     tokens_per_chunk: int
     window: int  # chunks; 0: full attention
+    is_noted: bool = False  # its chunks get notes; one group at most
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class _Request:
     load_bytes: int = 0
     must_compute: bool = False  # a load of it failed: it is not given another one
     stored: set[OffloadKey] = field(default_factory=set)
+    notes: RequestNotes | None = None
     loading: dict[OffloadKey, int] = field(default_factory=dict)  # -> source
 
 
@@ -123,6 +127,11 @@ class KvbmManager(OffloadingManager):
         assert self._client is not None, "start first"
         return self._client
 
+    @property
+    def namespace(self) -> bytes:
+        """The engine's key space as it is now."""
+        return self._namespace
+
     # -- requests ------------------------------------------------------------------------
 
     def open(self, req_id: str, keys: Sequence[Sequence[OffloadKey]]) -> None:
@@ -151,6 +160,11 @@ class KvbmManager(OffloadingManager):
         ]
         wanted = [key for chain in chains for key in chain.values()]
         request.lookup = self.client.look_up(message, wanted, req_id, self.pace.now())
+
+    def follow(self, req_id: str, notes: RequestNotes) -> None:
+        """Where notes of this request's chunks come from; without it they have none."""
+        if (request := self._requests.get(req_id)) is not None:
+            request.notes = notes
 
     def release(self, req_id: str, *, failed: bool = False) -> None:
         """The request holds no chunk any more (it will load none, or has loaded them)."""
@@ -306,8 +320,11 @@ class KvbmManager(OffloadingManager):
         for place, group in enumerate(self._groups):
             of_group = [key for key in wanted if get_offload_group_idx(key) == group.index]
             slots = self.client.take_slots(place, len(of_group))
-            for key, slot in zip(of_group, slots, strict=False):
-                filled = self._describe(request, key, place, slot, req_context)
+            ends = [req_context.get_offload_key_position(key) or 0 for key in of_group]
+            if group.is_noted and request.notes is not None:
+                request.notes.hash_to(max(ends[: len(slots)], default=0))
+            for key, end, slot in zip(of_group, ends, slots, strict=False):
+                filled = self._describe(request, key, place, end, slot)
                 self._storing[key] = _Storing(spec.transfer, self.client.connection, filled)
                 self._add_slot(spec, key, slot)
                 accepted.append(key)
@@ -370,15 +387,21 @@ class KvbmManager(OffloadingManager):
         return request.lookup.states[place] in {HERE, PRESENT}
 
     def _describe(
-        self, request: _Request, key: OffloadKey, place: int, slot: Slot, context: ReqContext
+        self, request: _Request, key: OffloadKey, place: int, end: int, slot: Slot
     ) -> Filled:
-        end = context.get_offload_key_position(key)
         group = self._groups[place]
         position = (end // group.tokens_per_chunk - 1) if end else 0
         chain = request.chains[place]
         name = self._key_of(key)
         chain[position] = name
-        return Filled(name, chain.get(position - 1), position, slot)
+        note = b""
+        if group.is_noted and request.notes is not None:
+            note = request.notes.note(self._domain, end - group.tokens_per_chunk, end)
+        return Filled(name, chain.get(position - 1), position, slot, note)
+
+    @property
+    def _domain(self) -> int:
+        return domain_of(self._namespace, self.client.salt, self.client.tag)
 
     def _key_of(self, key: OffloadKey) -> Key:
         return key_of(

@@ -35,6 +35,7 @@ class DaemonConfig:
     s3: Mapping[str, Any] | None = None
     events: Mapping[str, Any] | None = None
     peers: Mapping[str, Any] | None = None
+    discovery: Mapping[str, Any] | None = None
     dram: str = "2GiB"
     ssd: str | None = "4GiB"
     node: str = "demo"
@@ -151,6 +152,7 @@ class Daemon:
             "ssd": {"path": str(config.ssd_folder), "capacity": config.ssd} if config.ssd else None,
             "s3": dict(config.s3) if config.s3 else None,
             "events": dict(config.events or {}),
+            "discovery": dict(config.discovery or {}),
             "peers": dict(config.peers) if config.peers else None,
             "governor": {"mode": config.governor},
             "admin": {"host": "127.0.0.1", "port": self._port},

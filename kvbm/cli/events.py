@@ -17,6 +17,7 @@ def tail(
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: AsJson = False,
+    *,
     nats_url: Annotated[
         str | None, typer.Option("--nats-url", help="The NATS server, or several with commas.")
     ] = None,
@@ -27,6 +28,10 @@ def tail(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="The daemon's settings.")
     ] = None,
+    router: Annotated[
+        bool,
+        typer.Option("--router", help="What routers are told of all nodes, engines' blocks too."),
+    ] = False,
     count: Annotated[
         int | None, typer.Option("--count", min=1, help="End after so many events.")
     ] = None,
@@ -36,7 +41,10 @@ def tail(
     Where NATS is: --nats-url, else the settings (--config and KVBM_EVENTS__*, credentials
     always from there), else what the daemon at --url says.
     """
-    from kvbm.cli.event_feed import Printer, event_settings, follow
+    from kvbm.cli import event_feed
 
-    settings = event_settings(config, nats_url, namespace, url, token)
-    follow(settings, node, Printer(as_json, count))
+    settings = event_feed.event_settings(config, nats_url, namespace, url, token)
+    if router:
+        event_feed.follow_stream(settings, event_feed.StreamPrinter(as_json, count))
+    else:
+        event_feed.follow(settings, node, event_feed.Printer(as_json, count))

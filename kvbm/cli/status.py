@@ -21,12 +21,16 @@ def status(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False)
         node = client.get("/v1/node")
         found = client.get("/v1/tiers")
         sessions = client.get("/v1/sessions")["sessions"]
+        stream = client.get("/v1/stream")["stream"]
     ready = all(reason == "ok" for reason in checks.values())
     if as_json:
         told = {"ready": ready, "checks": checks, **node, **found, "sessions": sessions}
+        told["stream"] = stream
         print_json(told)
     else:
         _show(ready, checks, node, found, sessions)
+        if stream is not None:
+            _show_stream(stream)
     if not ready:
         raise typer.Exit(NOT_READY)
 
@@ -138,6 +142,31 @@ def _show(
         f"{len(engines)} engines in {len(sessions)} connections; {claims} chunks claimed, "
         f"{size(leased)} of slots lent; {waiting} chunks wait in queues"
     )
+
+
+def _show_stream(found: Json) -> None:
+    """What routers are told, in a line, and one for each engine that is heard."""
+    out = console()
+    stream, tiers = found["stream"], found["tiers"]
+    blocks = ", ".join(f"{tier} {count}" for tier, count in tiers["blocks"].items())
+    out.print(
+        f"routers: event {stream['next_sequence']} of publisher {stream['publisher']}; "
+        f"{blocks} blocks; {tiers['unannounced_chunks']} chunks without a note; "
+        f"{size(stream['ring_bytes'])} to replay",
+        soft_wrap=True,
+    )
+    if found["endpoint"] is None:
+        out.print(
+            f"  [red]they cannot ask for what they missed[/]: {found['error']}", soft_wrap=True
+        )
+    for engine in found["engines"]:
+        state = "heard" if engine["connected"] else f"not heard: {engine['error']}"
+        out.print(
+            f"  engine {engine['worker']} at {engine['endpoint']} {state}; "
+            f"G1 {engine['blocks']} blocks, {engine['lost_total']} batches lost, "
+            f"{engine['orphaned_total']} blocks without a place",
+            soft_wrap=True,
+        )
 
 
 def _handover_line(handover: Json) -> str:

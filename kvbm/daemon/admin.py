@@ -35,6 +35,7 @@ from kvbm.daemon.reports import (
     Recovery,
     Scrub,
     Sessions,
+    Stream,
     TierReport,
     Tiers,
     Version,
@@ -178,6 +179,11 @@ def _node(view: NodeView, metrics: Metrics) -> APIRouter:
     async def sessions() -> Sessions:
         """The engines connected, one entry for each of their connections."""
         return Sessions(sessions=list(view.sessions()))
+
+    @router.get("/stream")
+    async def stream() -> Stream:
+        """What routers are told: how far it is, what is announced, whose engines are heard."""
+        return Stream(stream=view.stream())
 
     @router.get("/peers")
     async def peers() -> Peers:

@@ -18,7 +18,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -157,7 +157,11 @@ class Handover:
         """
         if self._why_not() is not None:
             return
-        sealed = self._dram.snapshot()
+        notes = self._manager.notes
+        sealed = [
+            (replace(chunk, note=notes.note_of(chunk.key)), slot)
+            for chunk, slot in self._dram.snapshot()
+        ]
         chunks = [*self._waiting, *sealed]
         snapshot = Snapshot(
             self._dram.arena.epoch,
@@ -248,7 +252,7 @@ class Handover:
         return batch
 
     def _show(self, batch: Sequence[Placed], digests: Sequence[int]) -> None:
-        shown: list[Key] = []
+        shown: list[Chunk] = []
         for (chunk, slot), digest in zip(batch, digests, strict=True):
             if chunk.key in self._dram:
                 self._drop("came_anew", slot)
@@ -256,11 +260,12 @@ class Handover:
                 self._reject(chunk, slot)
             else:
                 self._dram.commit(slot, chunk, sealed=True)
-                shown.append(chunk.key)
+                shown.append(chunk)
                 self._adopted_bytes += chunk.length
-        self._adopted.update(shown)
         if shown:
-            self._catalogue.appeared(TierName.DRAM, shown)
+            keys = [chunk.key for chunk in shown]
+            self._adopted.update(keys)
+            self._catalogue.appeared(TierName.DRAM, keys, [chunk.note for chunk in shown])
 
     def _reject(self, chunk: Chunk, slot: Slot) -> None:
         _log.error("host_memory_damaged", key=chunk.key.hex(), when="between two daemons")

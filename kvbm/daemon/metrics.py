@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.view import NodeView
 from runtime.metrics import Labels, Samples, Spec, family_of, metrics_page
 from storage_tiers.base import TierName, TierUsage
@@ -63,6 +64,30 @@ SPECS: Final = (
     Spec("kvbm_events_dropped_total", "counter", "Block events not sent: the queue was full."),
     Spec("kvbm_events_connected", "gauge", "1 while the event plane can be reached."),
     Spec("kvbm_event_messages_dropped_total", "counter", "Messages that the event plane lost."),
+    Spec("kvbm_stream_events_total", "counter", "Events for routers, those not sent too."),
+    Spec("kvbm_stream_dropped_total", "counter", "Of those, not sent: the queue was full."),
+    Spec("kvbm_stream_skipped_total", "counter", "Changes too large to tell one by one."),
+    Spec("kvbm_stream_served", "gauge", "1 while routers can ask for what they missed."),
+    Spec("kvbm_stream_answers_total", "counter", "Questions of routers.", ("kind",)),
+    Spec("kvbm_stream_ring_bytes", "gauge", "Recent events kept for routers."),
+    Spec("kvbm_stream_waiting_chunks", "gauge", "Chunks whose changes are not told yet."),
+    Spec("kvbm_announced_blocks", "gauge", "Engines' blocks that routers know of.", ("tier",)),
+    Spec("kvbm_unannounced_chunks", "gauge", "Chunks without a note: not told to routers."),
+    Spec("kvbm_notebook_bytes", "gauge", "Memory that notes of chunks take."),
+    Spec("kvbm_engines_heard", "gauge", "Engines whose own events come."),
+    Spec("kvbm_engine_blocks", "gauge", "Blocks an engine holds itself (G1).", ("worker",)),
+    Spec(
+        "kvbm_engine_events_lost_total",
+        "counter",
+        "Batches of an engine's events that could not be had.",
+        ("worker",),
+    ),
+    Spec(
+        "kvbm_engine_blocks_orphaned_total",
+        "counter",
+        "Blocks of an engine that could not be named, for the one before is not known.",
+        ("worker",),
+    ),
 )
 DURATION: Final = "kvbm_transfer_duration_seconds"
 _DURATION_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
@@ -162,6 +187,8 @@ class _NodeCollector(Collector):
             "kvbm_queue_limit": {(queue.name,): queue.limit for queue in view.queues()},
             "kvbm_receipts": {(): view.receipts().kept},
         }
+        if (stream := view.stream()) is not None:
+            samples.update(_of_stream(stream))
         held: Counter[Labels] = Counter()
         for entry in view.quarantine().entries:
             held[entry.tier.value,] += entry.held_bytes
@@ -175,6 +202,31 @@ class _NodeCollector(Collector):
             for name, values in _of_tier(usage).items():
                 samples.setdefault(name, {}).update(values)
         return samples
+
+
+def _of_stream(found: AnnouncerStatus) -> Samples:
+    stream, tiers, engines = found.stream, found.tiers, found.engines
+    announced: dict[Labels, float] = {(tier,): blocks for tier, blocks in tiers.blocks.items()}
+    announced[TierName.HBM.value,] = sum(engine.blocks for engine in engines)
+    return {
+        "kvbm_stream_events_total": {(): stream.next_sequence - stream.skipped_total},
+        "kvbm_stream_dropped_total": {(): stream.dropped_total},
+        "kvbm_stream_skipped_total": {(): stream.skipped_total},
+        "kvbm_stream_served": {(): float(found.endpoint is not None)},
+        "kvbm_stream_answers_total": {
+            ("replay",): found.replays_total,
+            ("snapshot",): found.snapshots_total,
+        },
+        "kvbm_stream_ring_bytes": {(): stream.ring_bytes},
+        "kvbm_stream_waiting_chunks": {(): tiers.waiting_chunks},
+        "kvbm_announced_blocks": announced,
+        "kvbm_unannounced_chunks": {(): tiers.unannounced_chunks},
+        "kvbm_notebook_bytes": {(): tiers.used_bytes},
+        "kvbm_engines_heard": {(): sum(engine.connected for engine in engines)},
+        "kvbm_engine_blocks": {(engine.worker,): engine.blocks for engine in engines},
+        "kvbm_engine_events_lost_total": {(e.worker,): e.lost_total for e in engines},
+        "kvbm_engine_blocks_orphaned_total": {(e.worker,): e.orphaned_total for e in engines},
+    }
 
 
 def _of_tier(usage: TierUsage) -> Samples:

@@ -7,7 +7,9 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.handover import Handover, inherit
 from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
@@ -33,6 +35,7 @@ from kvbm.daemon.view import (
     SessionStatus,
 )
 from kvbm.manager import BlockManager, Catalogue
+from kvbm.note import NoNotes, NoteBook
 from kvbm.pace import TierPace
 from kvbm.patrol import Patrol
 from kvbm.peers.contents import Contents
@@ -40,15 +43,22 @@ from kvbm.peers.network import PeerNetwork, PeerStatus
 from kvbm.protocol import Hello, Pace
 from kvbm.scrub import Scrubber
 from kvbm.session import Sessions
+from runtime.component import Runtime
+from runtime.discovery import create_discovery
 from runtime.events import EventPlane, create_event_plane
 from runtime.events.blocks import BlockPublisher
+from runtime.requests import create_request_plane
 from storage_tiers.arena import Arena
 from storage_tiers.base import Key, RecoveryReport, SupportsScrub, Tier, TierName, TierUsage
 from storage_tiers.dram import DramTier
 
+if TYPE_CHECKING:
+    from kvbm.announce.announcer import Announcer
+
 PROGRAM = "kvbm-daemon"
 AFTER_ANSWERS_S = 0.01
 """An engine that asks for several requests in a row gets its answers first."""
+DRAIN_S = 1.0
 _DRAINING = "draining: engines are lent no slots to store into, until `kvbm resume` or a restart"
 
 
@@ -70,8 +80,10 @@ class Node:
         self.metrics = Metrics(version, settings.node)
         self.plane: EventPlane = create_event_plane(settings.events, f"{PROGRAM} {settings.node}")
         self.blocks = self._make_publisher()
-        contents = Contents(self.blocks)
-        catalogue = Catalogue(contents)
+        self.announcer = self._make_announcer()
+        self.notes: NoteBook = NoNotes() if self.announcer is None else self.announcer.tiers
+        contents = Contents(self.blocks if self.announcer is None else self.announcer.tiers)
+        catalogue = Catalogue(contents, self.notes)
         inheritance = inherit(inherited or {}, notifier, settings.dram)
         self.arena = (
             Arena.create(settings.dram.capacity, huge_pages=settings.dram.huge_pages)
@@ -95,6 +107,7 @@ class Node:
             ),
             contents,
             self.metrics,
+            notes=self.notes,
             lease_bytes_max=int(settings.lease.fraction * self.arena.capacity_bytes),
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
@@ -104,7 +117,12 @@ class Node:
         self.handover = Handover(
             notifier, settings.dram, self.manager, catalogue, self.metrics, inheritance
         )
-        self.members = Sessions(self.manager, tenants, catalogue.removals)
+        self.members = Sessions(
+            self.manager,
+            tenants,
+            catalogue.removals,
+            _nothing if self.announcer is None else self.announcer.engines_changed,
+        )
         self.patrols = self._make_patrols(settings.ssd, catalogue)
         self.operations = self._make_operations(catalogue)
         self.speeds = Rates(self.tiers)
@@ -129,6 +147,32 @@ class Node:
             ring_keys=settings.events.ring_keys,
         )
 
+    def _make_announcer(self) -> Announcer | None:
+        """None on a node alone: nobody listens."""
+        settings = self.settings
+        if settings.events.plane == "none":
+            return None
+        from kvbm.announce.announcer import Announcer  # compiles, which takes a while
+
+        return Announcer(self.plane, settings.events, settings.node, self.blocks)
+
+    async def announce(self) -> None:
+        """Run the announcer, until it is cancelled; there is one."""
+        assert self.announcer is not None
+        await self.announcer.run(self._make_runtime, lambda: self.members.connected, self._paces)
+
+    def _make_runtime(self) -> Runtime:
+        settings = self.settings
+        return Runtime(
+            create_discovery(settings.discovery, os.environ),
+            create_request_plane(settings.requests, f"{PROGRAM} {settings.node}"),
+            drain_timeout_s=DRAIN_S,
+        )
+
+    def _paces(self) -> dict[TierName, tuple[float, float] | None]:
+        found = zip(self.manager.tiers, self.manager.onboarder.paces, strict=True)
+        return {tier.name: pace.costs for tier, pace in found}
+
     def _make_peers(self, contents: Contents, catalogue: Catalogue) -> PeerNetwork | None:
         settings = self.settings
         if settings.peers is None:
@@ -137,6 +181,7 @@ class Node:
             settings.peers,
             self.dram,
             contents,
+            self.notes,
             self.metrics,
             listener=catalogue,
             check=self.scrubber.check,
@@ -215,6 +260,9 @@ class Node:
             connected=plane.connected,
             messages_dropped_total=plane.dropped_total,
         )
+
+    def stream(self) -> AnnouncerStatus | None:
+        return None if self.announcer is None else self.announcer.status()
 
     def status(self) -> NodeStatus:
         settings, plane = self.settings, self.plane.status()
@@ -301,6 +349,10 @@ class Node:
 
     def scrub_status(self, tier: TierName) -> ScrubStatus | None:
         return self.operations.scrub_status(tier)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _after_answers(work: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
@@ -159,6 +160,12 @@ class QuarantineReport(BaseModel):
 
     total: int
     entries: list[QuarantinedReport]
+
+
+class Stream(BaseModel):
+    """The stream for routers; null where there is no event plane."""
+
+    stream: AnnouncerStatus | None
 
 
 class Peers(BaseModel):

@@ -99,6 +99,8 @@ class Server:
                     ("adopt", self._adopt()),
                 )
             ]
+            if self._node.announcer is not None:
+                moving.append(group.create_task(self._node.announce(), name="announce"))
             if self._node.peers is not None:
                 moving.append(group.create_task(self._node.peers.run(), name="peers"))
             serving = group.create_task(self._socket.serve(), name="control-socket")
@@ -154,6 +156,8 @@ class Server:
         )
 
     async def _close_events(self) -> None:
+        if self._node.announcer is not None:
+            self._node.announcer.tiers.flush()
         self._node.blocks.flush()
         await self._node.plane.close()
 

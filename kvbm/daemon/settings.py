@@ -23,7 +23,11 @@ from kvbm.address import (
     default_socket,
 )
 from kvbm.peers.settings import PeerSettings
+from runtime.discovery.settings import DiscoverySettings
+from runtime.events.node_stream import COMPONENT, ENDPOINT
 from runtime.events.settings import EventPlaneSettings
+from runtime.names import EndpointName
+from runtime.requests.settings import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
 from runtime.settings_docs import markdown
 from runtime.telemetry import LogSettings
@@ -165,6 +169,13 @@ class S3Settings(Section):
     )
     refresh: Duration = Field(
         default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
+    )
+    note_reads_per_s: float = Field(
+        default=50.0,
+        ge=0,
+        description="Most requests in a second that read what other nodes' objects hold, for "
+        "routers: one for each object found that is not known. 0 for none; routers then hear of "
+        "these chunks only when they are loaded.",
     )
     admission: Literal["all", "seen-twice"] = Field(
         default="all",
@@ -323,6 +334,15 @@ class DaemonSettings(Settings):
     events: EventPlaneSettings = Field(
         default=EventPlaneSettings(), description="Block events, for routers."
     )
+    discovery: DiscoverySettings = Field(
+        default=DiscoverySettings(),
+        description="Where routers find this node; not used if `events.plane` is `none`.",
+    )
+    requests: RequestPlaneSettings = Field(
+        default=RequestPlaneSettings(),
+        description="How routers ask this node for what they missed; not used if `events.plane` is "
+        "`none`.",
+    )
     admin: AdminSettings = Field(default=AdminSettings(), description="Admin REST and metrics.")
     log: LogSettings = Field(default=LogSettings(), description="Logging, to standard error.")
     offload: OffloadSettings = Field(
@@ -372,6 +392,8 @@ class DaemonSettings(Settings):
                 f"onboard.max_bytes_in_flight {format_size(self.onboard_bytes_max)} "
                 f"is more than dram.capacity {format_size(room)}"
             )
+        if self.events.plane != "none":
+            EndpointName(self.events.namespace, COMPONENT, ENDPOINT)  # raises a ValueError
         if self.s3 is not None and self.s3.object_bytes > room:
             raise ValueError(
                 f"s3.object_bytes {format_size(self.s3.object_bytes)} is more than dram.capacity "

@@ -5,7 +5,7 @@ of the arena, and who adopts an arena gives it a new one: so a snapshot can be b
 none that is older than the arena's last use ever is.
 
 Format: magic with version, XXH3-64 of all that follows, header, chunks coldest first, slots that
-are kept aside. Little-endian, packed.
+are kept aside, the chunks' notes one after the other. Little-endian, packed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from storage_tiers.arena import Slot
 from storage_tiers.base import KEY_BYTES, Chunk, Key
 from storage_tiers.codec import checksum
 
-_MAGIC: Final = b"kvbm-index-1\0\0\0\0"
+_MAGIC: Final = b"kvbm-index-2\0\0\0\0"
 _SUM_BYTES: Final = 8
 _HEADER: Final = np.dtype(
     [
@@ -43,6 +43,7 @@ _CHUNK: Final = np.dtype(
         ("parent", f"V{KEY_BYTES}"),
         ("position", "<u8"),
         ("checksum", "<u8"),
+        ("note_bytes", "<u4"),
     ]
 )
 _ASIDE: Final = np.dtype(_SLOT)
@@ -58,7 +59,7 @@ class Snapshot:
     epoch: bytes  # of the arena
     capacity_bytes: int  # of the arena's data
     huge_pages: bool
-    chunks: Sequence[tuple[Chunk, Slot]]  # coldest first, every checksum known
+    chunks: Sequence[tuple[Chunk, Slot]]  # coldest first, every checksum known, with their notes
     aside: Sequence[Slot]  # somebody may still write to these
 
 
@@ -70,7 +71,10 @@ def write_snapshot(snapshot: Snapshot) -> int:
     header["huge_pages"] = snapshot.huge_pages
     header["chunks"] = len(snapshot.chunks)
     header["aside"] = len(snapshot.aside)
-    body = header.tobytes() + _packed_chunks(snapshot.chunks) + _packed_slots(snapshot.aside)
+    notes = b"".join(chunk.note for chunk, _ in snapshot.chunks)
+    body = (
+        header.tobytes() + _packed_chunks(snapshot.chunks) + _packed_slots(snapshot.aside) + notes
+    )
     fd = os.memfd_create("kvbm-index", os.MFD_CLOEXEC)
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
@@ -98,13 +102,17 @@ def read_snapshot(fd: int) -> Snapshot:
     chunks, aside = int(header["chunks"]), int(header["aside"])
     chunks_at = _BODY_AT + _HEADER.itemsize
     aside_at = chunks_at + chunks * _CHUNK.itemsize
-    if size != aside_at + aside * _ASIDE.itemsize:
+    notes_at = aside_at + aside * _ASIDE.itemsize
+    if size < notes_at:
+        raise SnapshotError("the snapshot has another length than it says")
+    records = np.frombuffer(data, _CHUNK, chunks, chunks_at)
+    if size != notes_at + int(records["note_bytes"].sum(dtype=np.uint64)):
         raise SnapshotError("the snapshot has another length than it says")
     return Snapshot(
         epoch=header["epoch"].tobytes(),
         capacity_bytes=int(header["capacity"]),
         huge_pages=bool(header["huge_pages"]),
-        chunks=_chunks(np.frombuffer(data, _CHUNK, chunks, chunks_at)),
+        chunks=_chunks(records, data[notes_at:]),
         aside=_slots(np.frombuffer(data, _ASIDE, aside, aside_at)),
     )
 
@@ -119,6 +127,7 @@ def _packed_chunks(chunks: Sequence[tuple[Chunk, Slot]]) -> bytes:
     records["parent"] = np.frombuffer(parents, f"V{KEY_BYTES}")
     records["position"] = [c.position for c, _ in chunks]
     records["checksum"] = np.array([c.checksum for c, _ in chunks], dtype=np.uint64)
+    records["note_bytes"] = [len(c.note) for c, _ in chunks]
     return records.tobytes()
 
 
@@ -134,13 +143,24 @@ def _fill_slots(records: npt.NDArray[Any], slots: Sequence[Slot]) -> None:
     records["generation"] = np.array([slot.generation for slot in slots], dtype=np.uint64)
 
 
-def _chunks(records: npt.NDArray[Any]) -> list[tuple[Chunk, Slot]]:
+def _chunks(records: npt.NDArray[Any], notes: bytes) -> list[tuple[Chunk, Slot]]:
     columns = (records[name].tolist() for name in ("key", "has_parent", "parent"))
-    numbers = (records[name].tolist() for name in ("position", "checksum"))
+    numbers = (records[name].tolist() for name in ("position", "checksum", "note_bytes"))
+    ends = np.cumsum(records["note_bytes"], dtype=np.int64).tolist()
     return [
-        (Chunk(Key(key), slot.length, digest, Key(parent) if has_parent else None, position), slot)
-        for slot, key, has_parent, parent, position, digest in zip(
-            _slots(records), *columns, *numbers, strict=True
+        (
+            Chunk(
+                Key(key),
+                slot.length,
+                digest,
+                Key(parent) if has_parent else None,
+                position,
+                notes[end - size : end],
+            ),
+            slot,
+        )
+        for slot, key, has_parent, parent, position, digest, size, end in zip(
+            _slots(records), *columns, *numbers, ends, strict=True
         )
     ]
 

@@ -131,6 +131,7 @@ def _s3(
         object_bytes=settings.object_bytes,
         max_age_s=settings.max_age,
         refresh_s=settings.refresh,
+        note_reads_per_s=settings.note_reads_per_s,
         admission=make_admission(settings.admission),
         put_budget=Budget(settings.put_budget),
         quotas=quotas,

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.rates import Rate
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
@@ -216,6 +217,10 @@ class NodeView(Protocol):
     def queues(self) -> Sequence[QueueStatus]: ...
 
     def events(self) -> EventsStatus: ...
+
+    def stream(self) -> AnnouncerStatus | None:
+        """The stream for routers; None where there is no event plane."""
+        ...
 
     def rates(self) -> Mapping[TierName, Sequence[Rate]]: ...
 

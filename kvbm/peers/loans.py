@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kvbm.meter import Meter
-from kvbm.peers.wire import CLAIM_S_MAX, KEYS_PER_CLAIM_MAX, Claim, Claimed, Lent
+from kvbm.note import NoteBook
+from kvbm.peers.wire import (
+    CLAIM_S_MAX,
+    KEYS_PER_CLAIM_MAX,
+    NOTE_BYTES_PER_CLAIM_MAX,
+    Claim,
+    Claimed,
+    Lent,
+)
 from kvbm.protocol import FrameError, split_keys
 from storage_tiers.base import TierName
 from storage_tiers.codec import checksum
@@ -37,9 +45,12 @@ class Loan:
 class LoanOffice:
     """What is lent to all readers. Call from the event loop that owns `dram`."""
 
-    def __init__(self, dram: DramTier, meter: Meter, serve: Callable[[float], None]) -> None:
+    def __init__(
+        self, dram: DramTier, notes: NoteBook, meter: Meter, serve: Callable[[float], None]
+    ) -> None:
         """`serve` is told for how long NIXL readers may read, 0 when none does any more."""
         self.dram = dram
+        self.notes = notes
         self.meter = meter
         self._serve = serve
         self._by_nixl = 0
@@ -105,10 +116,7 @@ class Borrower:
         loan.users += 1  # so that the records stay ours while we wait
         try:
             await self._seal(loan.records)
-            loan.lent = [
-                Lent.of(index, dram.slot(record).offset, dram.chunk(record))
-                for index, record in zip(indexes, loan.records, strict=True)
-            ]
+            loan.lent = self._described(indexes, loan.records)
         finally:
             self.put_down(loan)
         if busy:
@@ -138,6 +146,18 @@ class Borrower:
             self._end(number)
 
     # -- below ---------------------------------------------------------------------------
+
+    def _described(self, indexes: Sequence[int], records: Sequence[int]) -> list[Lent]:
+        dram, room = self._office.dram, NOTE_BYTES_PER_CLAIM_MAX
+        lent: list[Lent] = []
+        for index, record in zip(indexes, records, strict=True):
+            chunk = dram.chunk(record)
+            note = self._office.notes.note_of(chunk.key)
+            if len(note) <= room:
+                room -= len(note)
+                chunk = replace(chunk, note=note)
+            lent.append(Lent.of(index, dram.slot(record).offset, chunk))
+        return lent
 
     async def _seal(self, records: Sequence[int]) -> None:
         """Checksums of what an engine committed a moment ago."""

@@ -19,6 +19,7 @@ import msgspec
 import structlog
 
 from kvbm.meter import Meter
+from kvbm.note import NoteBook
 from kvbm.peers.contents import Contents
 from kvbm.peers.greeting import Greeter
 from kvbm.peers.link import PeerLink
@@ -86,6 +87,7 @@ class PeerNetwork:
         settings: PeerSettings,
         dram: DramTier,
         contents: Contents,
+        notes: NoteBook,
         meter: Meter,
         *,
         listener: TierListener,
@@ -110,6 +112,7 @@ class PeerNetwork:
             settings.token.get_secret_value(),
             dram,
             contents,
+            notes,
             meter,
             check=check,
             serve=self._serve,

@@ -20,6 +20,7 @@ from typing import Any, Final
 import structlog
 
 from kvbm.meter import Meter
+from kvbm.note import NoteBook
 from kvbm.peers import wire
 from kvbm.peers.contents import Contents, Following
 from kvbm.peers.loans import Borrower, LoanOffice
@@ -73,6 +74,7 @@ class Owner:
         token: str,
         dram: DramTier,
         contents: Contents,
+        notes: NoteBook,
         meter: Meter,
         *,
         check: Callable[[Key], Coroutine[Any, Any, bool]],
@@ -85,7 +87,7 @@ class Owner:
         self._contents = contents
         self._meter = meter
         self._check = check
-        self.office = LoanOffice(dram, meter, serve)
+        self.office = LoanOffice(dram, notes, meter, serve)
         self._arena = NO_ARENA
         self._readers: dict[bytes, _Reader] = {}  # by session
         self._tasks: set[asyncio.Task[None]] = set()

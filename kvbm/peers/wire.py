@@ -32,7 +32,7 @@ from kvbm.protocol import (
     encode,
     split_keys,
 )
-from storage_tiers.base import KEY_BYTES, Chunk, Key
+from storage_tiers.base import KEY_BYTES, NOTE_BYTES_MAX, Chunk, Key
 from storage_tiers.ucx_process import RemoteArena
 
 VERSION: Final = 1
@@ -40,6 +40,7 @@ FRAME_BYTES_MAX: Final = 1 << 20
 GREETING_BYTES_MAX: Final = 1 << 16  # before the peer is known
 KEYS_PER_CLAIM_MAX: Final = 1024
 KEYS_PER_HAVE_MAX: Final = 8192
+NOTE_BYTES_PER_CLAIM_MAX: Final = FRAME_BYTES_MAX // 2
 CLAIM_S_MAX: Final = 60.0
 NONCE_BYTES: Final = 16
 CONTROL: Final = "control"
@@ -111,6 +112,7 @@ class Lent(msgspec.Struct, frozen=True, array_like=True):
     checksum: int
     parent: bytes  # all zeros: none
     position: int
+    note: bytes = b""  # its own or, in an answer that is too long, none; unknown to older nodes
 
     def is_sane(self, length_max: int) -> bool:
         """Whether these can be the figures of a chunk."""
@@ -120,16 +122,17 @@ class Lent(msgspec.Struct, frozen=True, array_like=True):
             and 0 <= self.checksum < 1 << 64
             and 0 <= self.position < POSITIONS_MAX
             and len(self.parent) == KEY_BYTES
+            and len(self.note) <= NOTE_BYTES_MAX
         )
 
     def chunk(self, key: Key) -> Chunk:
         parent = None if self.parent == _NO_PARENT else Key(self.parent)
-        return Chunk(key, self.length, self.checksum, parent, self.position)
+        return Chunk(key, self.length, self.checksum, parent, self.position, self.note)
 
     @classmethod
     def of(cls, index: int, offset: int, chunk: Chunk) -> Lent:
         parent = chunk.parent or _NO_PARENT
-        return cls(index, offset, chunk.length, chunk.checksum, parent, chunk.position)
+        return cls(index, offset, chunk.length, chunk.checksum, parent, chunk.position, chunk.note)
 
 
 class Claimed(Message, frozen=True):

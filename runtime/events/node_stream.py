@@ -13,7 +13,9 @@ read an owner's blocks.
 
 A router that missed some, or is new, calls the endpoint `ENDPOINT` of that record's instance with
 `CatchUp`. The answer begins with `Begins`; then come the missing envelopes one by one, or, where
-the ring has not all of them any more, `Rows` with everything held.
+the ring has not all of them any more, `Rows` with everything held. That is exact once the events
+from `Begins.next` on are applied after it, for those before its end may be in it, or half.
+A change too large to tell skips a number: it looks like a loss, and the answer is `Rows`.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class Begins(msgspec.Struct, frozen=True):
 
 
 class Rows(msgspec.Struct, frozen=True):
-    """Blocks that one worker, or owner, holds in one tier; in no order.
+    """Blocks that one worker, or owner, holds in one tier; in no order. One may come twice.
 
     `parents` and `tokens` are little-endian u64: the sequence hash of the block before (0: none)
     and the hash of the block's own tokens. `runtime.hashing.sequence_hashes` says how a block's

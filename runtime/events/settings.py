@@ -74,6 +74,12 @@ class EventPlaneSettings(Section):
         ge=1,
         description="Keys in the recent block events that are kept for consumers that missed some.",
     )
+    ring_bytes: Size = Field(
+        default=32 << 20,
+        ge=0,
+        description="Recent events for routers that are kept for those that missed some; 28 bytes "
+        "a block. Who missed more is given everything.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

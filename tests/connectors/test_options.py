@@ -34,6 +34,7 @@ def test_every_option_is_taken_as_given() -> None:
         "match_deadline_s": 0.25,
         "onboard_deadline_s": 2.5,
         "load_deadline_s": 30.5,
+        "worker_id": 7,
     }
     assert dataclasses.asdict(Options.parse(given)) == given
 
@@ -75,3 +76,28 @@ def test_text_that_is_no_text_is_refused(key: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
         Options.parse({key: value})
     assert f"{key} must be a string, not {value!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "worker_id"),
+    [(1, 1), ("31", 31), ("0x1F", 31), ((1 << 64) - 1, (1 << 64) - 1), (f"0x{'f' * 16}", -1)],
+)
+def test_a_worker_id_is_a_number_or_text_of_one(
+    given: int | str, worker_id: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = worker_id & ((1 << 64) - 1)
+    monkeypatch.setenv("KVBM_WORKER_ID", "5")
+    assert Options.parse({}).worker_id == 5
+    assert Options.parse({"worker_id": given}).worker_id == expected
+    monkeypatch.setenv("KVBM_WORKER_ID", str(given))
+    assert Options.parse({}).worker_id == expected
+
+
+@pytest.mark.parametrize("value", [0, -1, 1 << 64, True, None, 1.0, "", "one", "1f", "0", "-1"])
+def test_a_worker_id_that_is_none_is_refused(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="worker_id must be a number from 1"):
+        Options.parse({"worker_id": value})
+    if isinstance(value, str) and value:
+        monkeypatch.setenv("KVBM_WORKER_ID", value)
+        with pytest.raises(OptionError, match="KVBM_WORKER_ID must be a number from 1"):
+            Options.parse({})

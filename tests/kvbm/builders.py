@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvbm.manager import Arrivals, BlockManager, Catalogue, Ticket, Wanted
 from kvbm.meter import CountingMeter
+from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
 from kvbm.protocol import unpack_slots
 from storage_tiers.arena import Arena, Slot
@@ -97,6 +98,7 @@ class Node:
     memories: list[MemoryTier]  # what lies in each lower tier, whatever it is wrapped in
     manager: BlockManager
     events: RecordingEvents
+    notes: NoteDict
     meter: CountingMeter
 
     @contextlib.asynccontextmanager
@@ -126,6 +128,8 @@ class Node:
         self.manager.check_integrity()
         for memory in self.memories:
             memory.check_integrity()
+        there = {key for _, key in self.residencies()}
+        assert all(key in there for key in self.notes)
 
     def fill(self, slots: Sequence[Slot], items: Sequence[StoreItem]) -> list[tuple[Slot, Chunk]]:
         """Write the chunks as an engine does; what to commit for them."""
@@ -133,7 +137,7 @@ class Node:
         for slot, item in zip(slots, items, strict=True):
             self.dram.view(slot)[:] = item.data
             chunk = item.chunk
-            filled.append((slot, Chunk(chunk.key, chunk.length, 0, chunk.parent, chunk.position)))
+            filled.append((slot, replace(chunk, checksum=0)))
         return filled
 
     def commit(self, items: Sequence[StoreItem]) -> None:
@@ -186,7 +190,8 @@ def make_node(
 ) -> Node:
     """A node with G3 and G4 in memory, each in its wrap if one is given."""
     events, meter = RecordingEvents(), CountingMeter()
-    catalogue = Catalogue(events)
+    notes = NoteDict(events)
+    catalogue = Catalogue(notes, notes)
     arena = Arena.create(dram_bytes)
     dram = DramTier(arena, catalogue)
     memories = [
@@ -200,13 +205,14 @@ def make_node(
     manager = BlockManager(
         dram,
         [(tier, settings or LaneSettings()) for tier in tiers],
-        events,
+        notes,
         meter,
+        notes=notes,
         lease_bytes_max=lease_bytes_max,
         onboard_bytes_max=onboard_bytes_max,
         quarantine=catalogue.quarantine,
     )
-    return Node(arena, dram, memories, manager, events, meter)
+    return Node(arena, dram, memories, manager, events, notes, meter)
 
 
 def chunks_of(

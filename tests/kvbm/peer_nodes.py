@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from kvbm.meter import CountingMeter
+from kvbm.note_dict import NoteDict
 from kvbm.peers.contents import Contents
 from kvbm.peers.network import PeerNetwork
 from kvbm.peers.settings import PeerSettings
@@ -27,8 +28,11 @@ class _Listener:
         self.contents = contents
         self.corrupt: list[tuple[TierName, Key]] = []
 
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
         raise AssertionError("no tier here finds anything by itself")
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        raise AssertionError("no tier here finds notes by itself")
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:
         if tier is TierName.DRAM:
@@ -52,7 +56,8 @@ class PeerNode:
     ) -> None:
         self.meter = CountingMeter()
         self.events = RecordingEvents()
-        self.contents = Contents(self.events)
+        self.notes = NoteDict(self.events)
+        self.contents = Contents(self.notes)
         self.listener = _Listener(self.contents)
         self.arena = Arena.create(dram_bytes)
         self.dram = DramTier(self.arena, self.listener)
@@ -68,6 +73,7 @@ class PeerNode:
             PeerSettings.model_validate(given),
             self.dram,
             self.contents,
+            self.notes,
             self.meter,
             listener=self.listener,
             check=scrubber.check,
@@ -98,6 +104,7 @@ class PeerNode:
             self.dram.view(slot)[:] = item.data
             self.dram.commit(slot, item.chunk, sealed=sealed)
         keys = [item.chunk.key for item in items]
+        self.notes.learn(keys, [item.chunk.note for item in items])
         self.dram.touch(keys[::-1])
         self.contents.stored(TierName.DRAM, keys)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvbm.announce.status import AnnouncerStatus, EngineStatus, StreamStatus, TiersStatus
 from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
     ChunkStatus,
@@ -78,6 +79,15 @@ class Node:
 
     def queues(self) -> list[QueueStatus]:
         return [QueueStatus("offload_ssd", 11, 4096)]
+
+    def stream(self) -> AnnouncerStatus | None:
+        stream = StreamStatus("1f", 40, 3, 1, 20, 4096, 8192)
+        tiers = TiersStatus({"G2": 10, "G3": 20, "G4": 30}, 4, 5, 6, 7000)
+        engines = [
+            EngineStatus("5.0", "tcp://127.0.0.1:5557", True, None, 8, 100, 2, 1, 0, 0, 9),
+            EngineStatus("5.1", "tcp://127.0.0.1:5558", False, "disconnected", 0, 0, 0, 0, 0, 0, 0),
+        ]
+        return AnnouncerStatus("default.kvbm.kv-events-1", None, stream, tiers, engines, 11, 12)
 
     def events(self) -> EventsStatus:
         return EventsStatus(published_total=12, dropped_total=13)

@@ -147,7 +147,7 @@ async def test_the_schema_describes_every_route(client: httpx2.AsyncClient) -> N
     routes = {f"{method} {path}" for path, item in schema["paths"].items() for method in item}
     probes = {"get /healthz", "get /readyz", "get /metrics", "get /version"}
     nouns = (
-        *("tiers", "recovery", "sessions", "peers", "node", "chunks/{key}"),
+        *("tiers", "recovery", "sessions", "peers", "stream", "node", "chunks/{key}"),
         *("quarantine", "policies", "governor", "receipts", "receipts/{request_id}"),
     )
     reads = {f"get /v1/{noun}" for noun in (*nouns, "drain", "scrub")}
@@ -326,6 +326,19 @@ async def test_metrics_tell_what_is_counted_and_what_is_the_case(
     assert values["kvbm_leased_bytes",] == 4096
     assert values["kvbm_events_published_total",] == 12
     assert values["kvbm_events_dropped_total",] == 13
+    assert values["kvbm_stream_events_total",] == 39
+    assert values["kvbm_stream_answers_total", "snapshot"] == 12
+    assert values["kvbm_announced_blocks", "G3"] == 20
+    assert values["kvbm_announced_blocks", "G1"] == values["kvbm_engine_blocks", "5.0"] == 8
+    assert values["kvbm_unannounced_chunks",] == 5
+    assert values["kvbm_engines_heard",] == 1
+
+
+async def test_what_routers_are_told_is_shown(client: httpx2.AsyncClient) -> None:
+    found = (await client.get("/v1/stream")).json()["stream"]
+    assert found["stream"]["publisher"] == "1f"
+    assert found["tiers"]["blocks"] == {"G2": 10, "G3": 20, "G4": 30}
+    assert [engine["worker"] for engine in found["engines"]] == ["5.0", "5.1"]
 
 
 async def test_every_metric_of_the_table_is_served_and_no_other(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvbm.daemon.handover import ARENA, INDEX, Handover, inherit
@@ -16,6 +17,8 @@ from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_s
 from kvbm.daemon.systemd import Notifier
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import CountingMeter
+from kvbm.note import Note
+from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Chunk, StoreItem, TierName
@@ -41,7 +44,8 @@ class NodeMemory:
 
     def __init__(self, left: dict[str, int] | None = None, *, lower: bool = False) -> None:
         self.events, self.meter = RecordingEvents(), CountingMeter()
-        catalogue = Catalogue(self.events)
+        self.notes = NoteDict(self.events)
+        catalogue = Catalogue(self.notes, self.notes)
         found = inherit(left or {}, NOBODY, SETTINGS)
         self.arena = Arena.create(CAPACITY) if found is None else found.arena
         self.is_heir = found is not None
@@ -50,8 +54,9 @@ class NodeMemory:
         manager = BlockManager(
             self.dram,
             [(self.below, LaneSettings())] if lower else [],
-            self.events,
+            self.notes,
             self.meter,
+            notes=self.notes,
             lease_bytes_max=1,
         )
         self.manager = manager
@@ -198,6 +203,31 @@ async def test_what_time_did_not_reach_is_dropped(
     assert heir.dram.leased_bytes == heir.dram.usage().used_bytes == 0
 
 
+async def test_notes_are_handed_over_seen_to_or_not(
+    memory: MakeMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, items = memory(), chunks_of("noted", 4)
+    keys = keys_of(items)
+    notes = [Note(7, None, np.arange(4, dtype=np.uint64)).encode(), b""] * 2
+    await old.store(items)
+    old.notes.learn(keys, notes)
+    left: list[dict[str, int]] = []
+
+    async def store(fds: Mapping[str, int]) -> bool:
+        left.append({name: os.dup(fd) for name, fd in fds.items()})
+        return True
+
+    monkeypatch.setattr(Notifier, "store", lambda _, fds: store(fds))
+    monkeypatch.setattr(Notifier, "listens", True)
+    await old.handover.leave([])
+    idle = memory(left[-1])  # it does not get to look at any
+    assert idle.is_heir and [idle.notes.note_of(key) for key in keys] == [b""] * 4
+    await idle.handover.leave([])
+    heir = memory(left[-1])
+    await heir.handover.run()
+    assert [heir.notes.note_of(key) for key in keys] == notes
+
+
 # -- the snapshot -------------------------------------------------------------------------
 
 
@@ -206,13 +236,17 @@ def some_snapshot() -> Snapshot:
     placed = [(item.chunk, Slot(n * 8192, 8192, n + 1)) for n, item in enumerate(items)]
     top = Chunk(items[0].chunk.key, 1, (1 << 64) - 1, None, (1 << 31) - 1)
     placed.append((top, Slot(1 << 44, 1, (1 << 64) - 1)))
+    notes = (b"first", b"", b"third of them", b"")
+    placed = [(replace(c, note=note), s) for (c, s), note in zip(placed, notes, strict=True)]
     return Snapshot(bytes(range(1, 17)), CAPACITY, True, placed, [Slot(4096, 10, 7)])
 
 
 def test_a_snapshot_is_read_as_it_was_written() -> None:
     for snapshot in (some_snapshot(), replace(some_snapshot(), chunks=[], aside=[])):
         fd = write_snapshot(snapshot)
-        assert read_snapshot(fd) == snapshot
+        read = read_snapshot(fd)
+        assert read == snapshot
+        assert [c.note for c, _ in read.chunks] == [c.note for c, _ in snapshot.chunks]
         os.close(fd)
 
 
@@ -259,7 +293,7 @@ def test_whether_it_will_be_kept_is_known(
     memory: MakeMemory, environ: dict[str, str], settings: DramSettings, reason: str | None
 ) -> None:
     notifier, node = Notifier.from_environ(environ), memory()
-    catalogue = Catalogue(node.events)
+    catalogue = Catalogue(node.notes, node.notes)
     status = Handover(notifier, settings, node.manager, catalogue, node.meter, None).status()
     assert status.available == (reason is None)
     assert (status.reason or "") == "" if reason is None else reason in (status.reason or "")

@@ -130,6 +130,7 @@ def test_status_tells_that_the_node_is_ready_and_who_is_connected(
     assert shown.status == 0
     assert "node-1" in shown.out and ", ready, up" in shown.out
     assert "1 engines in 2 connections" in shown.out
+    assert f"of publisher {told['stream']['stream']['publisher']}; G2 " in shown.out
 
 
 def test_tiers_tell_how_fast_bytes_come_and_go(daemon: Daemon, engine: StandIn, kvbm: Kvbm) -> None:

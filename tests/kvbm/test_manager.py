@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbm.manager import Catalogue, Wanted
+from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
 from kvbm.protocol import COMING, HERE, MISS, PRESENT, unpack_slots
 from storage_tiers.arena import Slot
@@ -483,7 +484,8 @@ async def test_a_chunk_that_lands_is_announced_and_goes_to_the_tiers_that_lack_i
 
 async def test_what_a_tier_finds_by_itself_is_announced() -> None:
     events = RecordingEvents()
-    catalogue = Catalogue(events)
+    notes = NoteDict(events)
+    catalogue = Catalogue(notes, notes)
     keys = [make_key("a"), make_key("b")]
     catalogue.appeared(TierName.S3, keys)
     assert events.replay() == {(TierName.S3, key) for key in keys}

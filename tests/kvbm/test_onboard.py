@@ -73,6 +73,7 @@ def make_bay(make_node: MakeNode) -> Callable[..., Bay]:
             tiers,
             landed,
             node.meter,
+            node.notes,
             queue_chunks=queue_chunks,
             bytes_in_flight=bytes_in_flight,
         )

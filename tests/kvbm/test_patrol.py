@@ -14,6 +14,7 @@ from kvbm import patrol as patrol_module
 from kvbm.complaints import PAUSE_S, Complaints
 from kvbm.manager import Catalogue
 from kvbm.meter import CountingMeter
+from kvbm.note_dict import NoteDict
 from kvbm.patrol import Patrol
 from storage_tiers.base import LoadItem, StoreItem, TierName
 from storage_tiers.files import MoveOutcome, Piece
@@ -32,7 +33,8 @@ class Bay:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.meter = CountingMeter()
-        self.listener = Catalogue(RecordingEvents())
+        notes = NoteDict(RecordingEvents())
+        self.listener = Catalogue(notes, notes)
         self.tier = SsdTier(path, 4 << 20, self.listener, mover="plain")
 
     async def fill(self, count: int) -> list[StoreItem]:

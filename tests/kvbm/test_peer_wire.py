@@ -17,7 +17,7 @@ from kvbm.peers.network import Announcement, peers_subject
 from kvbm.peers.settings import PeerSettings, parse_node
 from kvbm.protocol import FrameError, FrameReader, Message, encode
 from runtime.events.memory import MemoryPlane
-from storage_tiers.base import Chunk, Failed
+from storage_tiers.base import NOTE_BYTES_MAX, Chunk, Failed
 from storage_tiers.testing import make_items, make_key
 from storage_tiers.ucx_process import RemoteArena
 from tests.kvbm.builders import WAIT_S, until
@@ -198,8 +198,28 @@ def test_messages_survive_the_wire() -> None:
 def test_what_is_lent_says_all_of_the_chunk() -> None:
     chunk = Chunk(make_key("a"), 8192, (1 << 64) - 1, make_key("parent"), 3)
     assert wire.Lent.of(0, 4096, chunk).chunk(chunk.key) == chunk
-    root = Chunk(make_key("a"), 8192, 5, None, 0)
-    assert wire.Lent.of(0, 4096, root).chunk(root.key) == root
+    root = Chunk(make_key("a"), 8192, 5, None, 0, b"its note")
+    found = wire.Lent.of(0, 4096, root).chunk(root.key)
+    assert found == root and found.note == root.note
+
+
+def test_nodes_of_before_there_were_notes_understand_each_other() -> None:
+    now = wire.Lent(0, 4096, 8192, 5, bytes(16), 3, b"note")
+    before = (0, 4096, 8192, 5, bytes(16), 3)
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(before), type=wire.Lent)
+    assert read == wire.Lent(*before) and read.note == b""
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(now), type=_Before).position == 3
+
+
+class _Before(msgspec.Struct, frozen=True, array_like=True):
+    """`wire.Lent`, as it was."""
+
+    index: int
+    offset: int
+    length: int
+    checksum: int
+    parent: bytes
+    position: int
 
 
 @pytest.mark.parametrize(
@@ -269,6 +289,7 @@ async def test_an_owner_that_lends_nonsense_is_dropped() -> None:
         wire.Lent(0, 0, 4096, -1, bytes(16), 0),
         wire.Lent(0, 0, 4096, 0, b"short", 0),
         wire.Lent(0, 0, 4096, 0, bytes(16), 1 << 40),
+        wire.Lent(0, 0, 4096, 0, bytes(16), 0, bytes(NOTE_BYTES_MAX + 1)),
     ]
 
     async def lend(stream: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -293,5 +314,5 @@ async def test_an_owner_that_lends_nonsense_is_dropped() -> None:
             await until(lambda: reader.knows(items))
             [outcome], _ = await reader.load(items)
             assert isinstance(outcome, Failed)
-        assert reader.meter.errors["peer", "lost"] == 6
+        assert reader.meter.errors["peer", "lost"] == 7
     server.close()

@@ -8,11 +8,15 @@ import random
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from kvbm.note import Note
 from kvbm.peers import contents as contents_module
 from kvbm.peers import link as link_module
+from kvbm.peers import loans as loans_module
 from kvbm.peers import wire
 from kvbm.peers.link import PeerLink
 from kvbm.protocol import encode
@@ -115,6 +119,22 @@ async def test_a_reader_comes_to_know_exactly_what_the_owner_holds() -> None:
             assert link.used_bytes == 4096 * len(there)
             assert reader.network.tier.usage().chunks == len(there)
             assert reader.events.announced == []  # the owner announces what is its own
+
+
+async def test_a_chunk_brings_its_note_unless_there_are_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    note = Note(7, None, np.arange(4, dtype=np.uint64)).encode()
+    monkeypatch.setattr(loans_module, "NOTE_BYTES_PER_CLAIM_MAX", 2 * len(note) + 1)
+    items = [
+        replace(item, chunk=replace(item.chunk, note=note)) for item in make_items("noted", 3, 4096)
+    ]
+    async with pair() as (owner, reader):
+        owner.commit(items)
+        await until(lambda: reader.knows(items))
+        outcomes, _ = await reader.load(items)
+        notes = [outcome.chunk.note for outcome in outcomes if isinstance(outcome, Loaded)]
+        assert notes == [note, note, b""]
 
 
 async def test_a_reader_too_slow_to_follow_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,12 @@ import pytest
 from mocker.compare import POLICIES, Scene, replay, table
 from mocker.plot import plot
 from mocker.replay import Replay
-from mocker.routing import RouterPolicy, speed_of
+from mocker.routing import RouterPolicy, Routing, speed_of
 from mocker.trace import TraceEntry, requests
 from router.index import Outcome
+from router.selector import PolicyName
+
+COMPARED: tuple[PolicyName, ...] = ("round-robin", "kv-blocks", "kv")
 
 
 def shared_prefixes(count: int = 200, seed: int = 3) -> list[TraceEntry]:
@@ -31,7 +34,7 @@ def shared_prefixes(count: int = 200, seed: int = 3) -> list[TraceEntry]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_serves_every_request(policy: str) -> None:
+def test_every_policy_serves_every_request(policy: PolicyName) -> None:
     entries = shared_prefixes(60)
     result = replay(Scene(engines=3), entries, policy)
     assert len(result.records) == len(entries) and not result.refused
@@ -42,7 +45,7 @@ def test_prompts_that_come_back_are_found_where_they_were() -> None:
     entries = shared_prefixes()
     hit_rates = {
         policy: sum(replay(Scene(engines=4), entries, policy).figures()["hit_rate"].values())
-        for policy in ("round-robin", "kv-blocks", "kv")
+        for policy in COMPARED
     }
     assert hit_rates["kv"] > hit_rates["round-robin"] + 0.05, hit_rates
     assert hit_rates["kv-blocks"] > hit_rates["round-robin"], hit_rates
@@ -52,7 +55,7 @@ def test_the_routers_index_is_the_engines_caches_after_a_replay() -> None:
     """With small caches, so that much was evicted: what the router believes is what is there."""
     scene = Scene(engines=3, block_tokens=512)
     fleet = scene.fleet()
-    policy = RouterPolicy(fleet, "kv", 1)
+    policy = RouterPolicy(fleet, Routing("kv"), 1)
     run = Replay(fleet, policy, requests(shared_prefixes(300), 512), listen=True)
     result = run.run()
     assert set(+policy.outcomes) == {Outcome.DONE}
@@ -69,9 +72,17 @@ def test_the_routers_index_is_the_engines_caches_after_a_replay() -> None:
         assert policy.found_blocks(request) == held and any(held)
 
 
+def test_speeds_by_the_wall_clock_of_an_engine_that_runs_faster() -> None:
+    fleet = Scene().fleet()
+    slow, fast = (speed_of(fleet.engine, fleet.tiers, speedup) for speedup in (1.0, 10.0))
+    assert fast.prefill_s_per_token == pytest.approx(slow.prefill_s_per_token / 10)
+    assert fast.step_s_per_block == pytest.approx(slow.step_s_per_block / 10)
+    assert fast.load_latency_s == pytest.approx([one / 10 for one in slow.load_latency_s])
+
+
 def test_the_routers_seconds_are_the_engines() -> None:
     fleet = Scene().fleet()
-    speed, step = speed_of(fleet), fleet.engine.timing
+    speed, step = speed_of(fleet.engine, fleet.tiers), fleet.engine.timing
     prefill_s = (step.prefill_ps(4000, 1000) - step.prefill_ps(0, 0) + step.weights_ps) / 1e12
     expected = speed.prefill_s_per_token * 4000
     expected += speed.prefill_s_per_token2 * (5000**2 - 1000**2) / 2
@@ -103,8 +114,6 @@ def test_the_command_prints_a_table_and_json_and_draws(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="kv-blocks"):
-        replay(Scene(), shared_prefixes(1), "fastest")
     with pytest.raises(ValueError, match="llama-8b-h100"):
         Scene(machine="abacus").fleet()
     with pytest.raises(ValueError, match="no policy"):

@@ -39,7 +39,7 @@ class Witness:
     def choose(self, request: Request, workers: Sequence[Worker], now_ps: int) -> int:
         views = [
             (
-                *(w.requests, w.engine.waiting_count, w.engine.running_count),
+                *(sorted(w.engine.outputs()), w.engine.waiting_count, w.engine.running_count),
                 *(w.engine.pool.used_count, w.engine.queued_tokens),
             )
             for w in workers
@@ -62,6 +62,9 @@ class Witness:
 
     def on_first_token(self, request_id: int, worker: int, now_ps: int) -> None:
         self.seen.append(("first", request_id, worker, now_ps))
+
+    def on_refused(self, request_id: int) -> None:
+        self.seen.append(("refused", request_id))
 
     def on_end(self, record: Record) -> None:
         self.seen.append(("end", record.request_id, record.engine, record.finished_ps))

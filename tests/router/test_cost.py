@@ -143,6 +143,20 @@ def test_a_tier_slower_than_computing_is_not_loaded_from() -> None:
     assert costs.terms["compute"][0] == pytest.approx(8 * BLOCK * 1e-6)
 
 
+def test_a_worker_whose_memory_is_full_is_waited_for_until_it_has_room() -> None:
+    """100 blocks of which 90 are in use: a prompt of 10 fits, of 20 a tenth is too much."""
+    workers = Workers()
+    workers.add(worker(1, speed=Speed(step_s=0.01), kv_blocks=100))
+    workers.add(worker(2, speed=Speed(step_s=0.01)))  # has not said what it has
+    workers.blocks[:2] = 90
+    fits, too_much = (
+        SecondsCost()(request(workers, blocks, output=50), workers, everyone(workers)).terms["room"]
+        for blocks in (10, 20)
+    )
+    assert fits.tolist() == [0.0, 0.0]
+    assert too_much.tolist() == pytest.approx([0.1 * 50 * 0.01, 0.0])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -91,3 +91,32 @@ def test_a_row_used_again_starts_with_nothing() -> None:
     assert active.worker_removed(row) == ["a"]
     assert workers.add(worker(9)) == row
     assert not active.end("a") and workers.blocks[row] == 0
+
+
+def test_the_prompt_that_is_first_is_computed_as_time_passes() -> None:
+    """Two prompts of 3 and 2 s: what has passed goes into the first, and no more than it takes."""
+    now = 100.0
+    workers = Workers(lambda: now)
+    workers.add(worker(1, kv_blocks=50))
+    active = ActiveSequences(workers)
+
+    def waits() -> float:
+        return float(workers.waits_s()[0])
+
+    active.begin("a", Active(0, [], 1, 300, 3.0))
+    now = 101.0
+    active.begin("b", Active(0, [], 1, 200, 2.0))
+    assert waits() == 4.0
+    now = 110.0
+    assert waits() == 2.0, "the second has not begun, whatever the first takes"
+    active.prefilled("a")
+    assert waits() == 2.0
+    now = 111.5
+    assert waits() == 0.5
+    workers.blocks[0] = 60
+    assert waits() == 2.0, "who waits for room is not being computed"
+    workers.blocks[0] = 2
+    active.end("b")
+    assert waits() == 0.0
+    active.end("a")
+    active.check_integrity()

@@ -1,8 +1,8 @@
 """vLLM's own event publisher in processes of their own, told line by line what to publish.
 
 Run as a program: imports vLLM once, which takes seconds, forks a process for each engine it hears
-of, and answers each JSON command with a line. Commands: start, publish, kinds, kill; the last is
-a `kill -9`, to an engine's listeners its crash.
+of, and answers each JSON command with a line. Commands: start, publish, events, kinds, kill; the
+last is a `kill -9`, to an engine's listeners its crash.
 """
 
 from __future__ import annotations
@@ -39,6 +39,25 @@ def stored(number: int, blocks: int) -> BlockStored:
     )
 
 
+def event_of(kind: str, hashes: Any = (), parent: int | None = None, tokens: Any = ()) -> Any:
+    """Of blocks of 16 tokens."""
+    match kind:
+        case "stored":
+            return BlockStored(
+                block_hashes=list(hashes),
+                parent_block_hash=parent,
+                token_ids=list(tokens),
+                block_size=16,
+                lora_id=None,
+                medium="GPU",
+                lora_name=None,
+                group_idx=0,
+            )
+        case "removed":
+            return BlockRemoved(block_hashes=list(hashes), medium="GPU", group_idx=0)
+    return AllBlocksCleared()
+
+
 def serve(commands: Connection) -> None:
     """One engine."""
     publishers: dict[int, ZmqEventPublisher] = {}
@@ -52,6 +71,9 @@ def serve(commands: Connection) -> None:
                 for number in range(*command["numbers"]):
                     event = stored(number, command.get("blocks", 2))
                     publishers[rank].publish(KVEventBatch(ts=float(number), events=[event]))
+            case "events":
+                events = [event_of(*fields) for fields in command["events"]]
+                publishers[rank].publish(KVEventBatch(ts=1.0, events=events))
             case "kinds":
                 removed = BlockRemoved(block_hashes=[b"\x01" * 32, 5], medium="CPU", group_idx=1)
                 events = [stored(7, 1), removed, AllBlocksCleared()]

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from runtime.component import NoInstance, Runtime
 from runtime.discovery import DiscoverySettings, create_discovery
+from runtime.instances import Instances
 from runtime.lifecycle import State
 from runtime.names import NameRefused
 from runtime.pipeline import Stage, pipeline
@@ -289,3 +290,28 @@ async def test_operators_change_both_directions_and_all_are_closed() -> None:
     assert await anext(answer) == "1 A"
     await answer.aclose()
     assert sorted(closed) == ["engine", "splitting"]
+
+
+async def test_what_an_instance_says_of_itself_may_change_while_it_serves(tmp_path: Path) -> None:
+    async with program(tmp_path) as server, program(tmp_path) as caller:
+        serving = await server.endpoint("a.b.c").serve(naming("a"), labels={"gpu": "1"})
+        seen: list[dict[str, str]] = []
+        view = Instances(
+            caller.discovery,
+            serving.name.endpoint.instances_prefix,
+            lambda _, record: seen.append({} if record is None else dict(record.labels)),
+        )
+        await view.start()
+        await view.wait_for(1, 10.0)
+        assert seen[-1] == {"gpu": "1"}
+        await serving.relabel({"gpu": "2"})
+        async with asyncio.timeout(10.0):
+            while seen[-1] != {"gpu": "2"}:
+                await asyncio.sleep(0.01)
+        assert view.serving[0].state is State.RUNNING
+        await serving.stop()
+        await serving.relabel({"gpu": "3"})  # it is gone, and stays so
+        async with asyncio.timeout(10.0):
+            while view.known:
+                await asyncio.sleep(0.01)
+        await view.close()

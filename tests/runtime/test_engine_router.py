@@ -11,6 +11,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime import ledger
 from runtime.events.engine_router import EngineRouter
 from runtime.events.engine_wire import (
     AllBlocksCleared,
@@ -22,9 +23,8 @@ from runtime.events.engine_wire import (
     number_of,
 )
 from runtime.events.envelope import WireError
-from runtime.events.router_event import Cleared, Removed, RouterEvent, StorageTier, Stored
-from runtime.events.router_wire import decode_msgpack, encode_msgpack
-from runtime.hashing import media_hash
+from runtime.events.router_event import Cleared, KvCacheEventData, Removed, Stored
+from runtime.hashing import block_hashes, media_hash, sequence_hashes
 
 PLAIN = 15310707395893867146
 SALTED = 1736323509688105881
@@ -33,55 +33,73 @@ SALTED = 1736323509688105881
 def test_images_are_hashed_by_their_names_in_order_of_their_hashes() -> None:
     digest = "ff" * 8 + "0" * 48
     keys = [[[digest, 0], ["cat", 3]]]
-    (event,) = translated(EngineRouter(1, 0, 16), stored([5], extra_keys=keys))
-    data = event.event.data
+    (data,) = translated(EngineRouter(16), stored([5], extra_keys=keys))
     assert isinstance(data, Stored)
     numbers = sorted([media_hash("cat"), media_hash(digest)])
     wanted = np.arange(16, dtype="<u4").tobytes() + np.array(numbers, "<u8").tobytes()
     assert data.tokens_hashes.tolist() == [xxhash.xxh3_64_intdigest(wanted, 1337)]
-    assert {found.mm_hash for found in data.mm_objects[0]} == set(numbers)
 
 
 def stored(block_hashes: list[Any], parent: Any = None, **other: Any) -> BlockStored:
     size = other.pop("block_size", 16)
-    tokens = list(range(size * len(block_hashes)))
+    first = other.pop("first_token", 0)
+    tokens = list(range(first, first + size * len(block_hashes)))
     return BlockStored(block_hashes, parent, tokens, size, **{"medium": "GPU", **other})
 
 
-def translated(router: EngineRouter, *events: EngineEvent) -> list[RouterEvent]:
+def translated(router: EngineRouter, *events: EngineEvent) -> list[KvCacheEventData]:
     return router.translate(EngineBatch(0.0, list(events), 0, 0))
 
 
-def test_events_are_numbered_and_keep_rank_and_tier() -> None:
+def test_blocks_are_named_by_their_place_whatever_the_engine_calls_them() -> None:
+    router = EngineRouter(16)
     digest = bytes(range(32))
-    events = translated(
-        EngineRouter(7, 2, 16),
-        stored([digest, 6], 4),
-        BlockRemoved([-1], "CPU"),
+    first, second, gone, cleared = translated(
+        router,
+        stored([digest, 6]),
+        stored([-3], 6, first_token=32),
+        BlockRemoved([-3, digest, 99], "GPU"),
         AllBlocksCleared(),
     )
-    assert [event.event.event_id for event in events] == [0, 1, 2]
-    assert {(event.worker_id, event.event.dp_rank) for event in events} == {(7, 2)}
-    first, second, third = (event.event.data for event in events)
+    names = sequence_hashes(block_hashes(range(48), 16))
     assert isinstance(first, Stored)
-    assert first.parent_hash == 4
-    assert first.block_hashes.tolist() == [int.from_bytes(digest[-8:], "big"), 6]
+    assert first.parent_hash is None
     assert first.tokens_hashes.tolist() == [PLAIN, 15292316782987903195]
-    assert isinstance(second, Removed)
-    assert second.block_hashes.tolist() == [2**64 - 1]
-    assert third == Cleared()
-    assert [event.storage_tier for event in events[:2]] == [
-        StorageTier.DEVICE,
-        StorageTier.HOST_PINNED,
-    ]
-    for event in events:
-        assert decode_msgpack(encode_msgpack(event)) == event
+    assert first.block_hashes.tolist() == names[:2].tolist()
+    assert isinstance(second, Stored)
+    assert (second.parent_hash, second.block_hashes.tolist()) == (names[1], [names[2]])
+    assert isinstance(gone, Removed)
+    assert gone.block_hashes.tolist() == [names[2], names[0]]
+    assert cleared == Cleared()
+    assert router.status().blocks == 0
+    router.ledger.check_integrity()
+
+
+def test_what_is_told_again_comes_to_nothing_and_a_prefix_that_was_lost_comes_back() -> None:
+    router = EngineRouter(16)
+    names = sequence_hashes(block_hashes(range(64), 16)).tolist()
+    assert len(translated(router, stored([1, 2]))) == 1
+    assert not translated(router, stored([1, 2]))
+    (grown,) = translated(router, stored([1, 2, 3]))
+    assert isinstance(grown, Stored)
+    assert (grown.parent_hash, grown.block_hashes.tolist()) == (names[1], names[2:3])
+    translated(router, BlockRemoved([2]))
+    (back,) = translated(router, stored([1, 2, 3]))
+    assert isinstance(back, Stored)
+    assert (back.parent_hash, back.block_hashes.tolist()) == (names[0], names[1:2])
+
+    router.cleared()  # events were lost
+    assert not translated(router, stored([4], 3, first_token=48))
+    assert router.status().orphaned_total == 1
+    (all_of_it,) = translated(router, stored([1, 2, 3, 4]))
+    assert isinstance(all_of_it, Stored)
+    assert all_of_it.block_hashes.tolist() == names
+    router.ledger.check_integrity()
 
 
 def test_a_salt_named_at_the_first_block_goes_on_to_the_blocks_after_it() -> None:
-    router = EngineRouter(1, 0, 16)
     events = translated(
-        router,
+        EngineRouter(16),
         stored([1], extra_keys=[["tenantA"]]),
         stored([2], 1),
         stored([3], 2, extra_keys=[None]),
@@ -89,39 +107,54 @@ def test_a_salt_named_at_the_first_block_goes_on_to_the_blocks_after_it() -> Non
         stored([5], lora_name="my-lora", extra_keys=[["my-lora", "tenantA"]]),
         stored([6], lora_name="my-lora", extra_keys=[["my-lora"]]),
     )
-    found = [event.event.data.tokens_hashes[0] for event in events]  # type: ignore[union-attr]
+    found = [data.tokens_hashes[0] for data in events]  # type: ignore[union-attr]
     lora, both = 7774427462321301335, 4987558542395039106
     assert found == [SALTED, SALTED, SALTED, PLAIN, both, lora]
 
 
-def test_larger_blocks_are_several_of_the_routers_and_go_as_they_came() -> None:
-    router = EngineRouter(1, 0, 16)
-    first, second, removed = translated(
-        router, stored([10, 11], block_size=48), stored([12], 11, block_size=48), BlockRemoved([11])
-    )
-    data = first.event.data
+def test_salts_beyond_what_is_kept_apart_make_it_begin_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ledger, "DOMAINS_MAX", 3)
+    router = EngineRouter(16)
+    for number in range(3):
+        (data,) = translated(router, stored([number], extra_keys=[[f"tenant {number}"]]))
+        assert isinstance(data, Stored)
+    cleared, data = translated(router, stored([9], extra_keys=[["tenantA"]]))
+    assert cleared == Cleared()
     assert isinstance(data, Stored)
-    assert len(set(data.block_hashes.tolist())) == len(data.tokens_hashes) == 6
-    assert data.block_hashes[[2, 5]].tolist() == [10, 11]
-    assert data.tokens_hashes[0] == PLAIN
-    following = second.event.data
-    assert isinstance(following, Stored)
-    assert following.parent_hash == data.block_hashes[-1]
-    gone = removed.event.data
-    assert isinstance(gone, Removed)
-    assert gone.block_hashes.tolist() == data.block_hashes[3:].tolist()
+    assert data.tokens_hashes.tolist() == [SALTED]
+    assert router.status().blocks == 1
+
+
+def test_larger_blocks_are_several_of_the_routers_and_go_as_they_came() -> None:
+    router = EngineRouter(16)
+    first, second, removed = translated(
+        router,
+        stored([10, 11], block_size=48),
+        stored([12], 11, block_size=48, first_token=96),
+        BlockRemoved([11]),
+    )
+    names = sequence_hashes(block_hashes(range(144), 16)).tolist()
+    assert isinstance(first, Stored)
+    assert first.block_hashes.tolist() == names[:6]
+    assert isinstance(second, Stored)
+    assert (second.parent_hash, second.block_hashes.tolist()) == (names[5], names[6:])
+    assert isinstance(removed, Removed)
+    assert removed.block_hashes.tolist() == names[3:6]
 
 
 def test_what_is_not_for_the_index_is_skipped_and_what_contradicts_itself_refused() -> None:
-    router = EngineRouter(1, 0, 16)
+    router = EngineRouter(16, blocks_max=4)
     assert not translated(
         router,
         stored([1], group_idx=1),
         stored([1], medium="TAPE"),
+        stored([1], medium="CPU"),
         stored([1], locality="REMOTE"),
         BlockRemoved([1], "GPU", 1),
     )
-    assert router.status().skipped_total == 4
+    assert router.status().skipped_total == 5
     assert not translated(
         router,
         stored([1], block_size=24),
@@ -134,7 +167,8 @@ def test_what_is_not_for_the_index_is_skipped_and_what_contradicts_itself_refuse
         stored([1], block_size=32, extra_keys=[[["cat", 0]]]),
     )
     assert router.status().refused_total == 8
-    assert router.status().next_event_id == 0
+    assert not translated(router, stored([1, 2, 3, 4, 5]))
+    assert router.status().full_total == 5
 
 
 # -- what comes off the wire ------------------------------------------------------------------

@@ -22,7 +22,10 @@ def tell(line: str) -> None:
 
 
 class Printing:
-    def appeared(self, tier: TierName, keys: Sequence[Key]) -> None:
+    def appeared(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes] = ()) -> None:
+        pass
+
+    def noted(self, tier: TierName, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
         pass
 
     def removed(self, tier: TierName, keys: Sequence[Key], reason: RemovalReason) -> None:

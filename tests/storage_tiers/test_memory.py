@@ -8,6 +8,8 @@ from storage_tiers.testing import TierConformance
 
 
 class TestMemoryTier(TierConformance):
+    loads_notes = True
+
     def make(self, listener: TierListener) -> MemoryTier:
         return MemoryTier(self.capacity_bytes, listener)
 

@@ -8,15 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage_tiers.base import Key, StoreItem, tenant_of
+from storage_tiers.base import NOTE_BYTES_MAX, Key, StoreItem, tenant_of
+from storage_tiers.codec import checksum
 from storage_tiers.objects import (
     CHUNKS_MAX,
+    TAIL_BYTES_MAX,
     BadRecord,
     ObjectName,
     build,
     group,
     parse_record,
+    parse_tail,
     record_bytes,
+    tail_bytes,
 )
 from storage_tiers.testing import make_items, make_key
 
@@ -29,6 +33,7 @@ NAMES = st.builds(
     keys=st.lists(
         st.binary(min_size=16, max_size=16).map(Key), min_size=1, max_size=CHUNKS_MAX
     ).map(tuple),
+    tail_bytes=st.integers(0, TAIL_BYTES_MAX),
 )
 
 
@@ -46,7 +51,8 @@ def test_any_other_name_is_not_ours(text: str) -> None:
 
 def test_the_longest_name_fits_s3_and_a_directory_entry() -> None:
     keys = tuple(make_key(index) for index in range(CHUNKS_MAX))
-    name = ObjectName(10**13 - 1, "n" * 48, "f" * 16, 10**12 - 1, keys).encode("p" * 180)
+    parts = ObjectName(10**13 - 1, "n" * 48, "f" * 16, 10**12 - 1, keys, TAIL_BYTES_MAX)
+    name = parts.encode("p" * 180)
     assert len(name) <= 1024
     assert all(len(part) <= 255 for part in name.split("/"))
 
@@ -104,3 +110,48 @@ def test_sequences_that_came_interleaved_lie_side_by_side_in_their_object() -> N
 def _of_tenant(item: StoreItem, tag: int) -> StoreItem:
     key = Key(item.chunk.key[:-1] + bytes([tag]))
     return replace(item, chunk=replace(item.chunk, key=key, parent=None))
+
+
+@given(st.lists(st.binary(max_size=80), min_size=1, max_size=CHUNKS_MAX), st.data())
+def test_a_tail_gives_back_all_notes_or_says_that_it_is_damaged(
+    notes: list[bytes], data: st.DataObject
+) -> None:
+    items = make_items("a", len(notes), 100)
+    keys = [item.chunk.key for item in items]
+    noted = [
+        replace(item, chunk=replace(item.chunk, note=note))
+        for item, note in zip(items, notes, strict=True)
+    ]
+    body, size = build(noted), tail_bytes([item.chunk for item in noted])
+    assert bytes(body[: len(body) - size]) == bytes(build(items))  # records are what they were
+    assert (size > 0) == any(notes)
+    if not size:
+        return
+    tail = bytes(body[-size:])
+    assert parse_tail(tail, keys) == notes
+    bent = bytearray(tail)
+    bent[data.draw(st.integers(0, size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert parse_tail(bytes(bent), keys) is None
+    assert parse_tail(tail[: data.draw(st.integers(0, size - 1))], keys) is None
+    assert parse_tail(tail, [make_key("another"), *keys[1:]]) is None
+
+
+def test_a_tail_whose_sum_is_right_and_whose_lengths_are_not_is_damaged() -> None:
+    keys = [make_key("a")]
+    for sizes in (b"\xff\xff\xff\xff", b"\0\0\0\0"):
+        body = sizes + b"note"
+        tail = body + checksum(keys[0] + body).to_bytes(8, "little")
+        assert parse_tail(tail, keys) is None
+
+
+def test_a_note_that_is_too_long_is_left_out() -> None:
+    [item] = make_items("a", 1, 100)
+    long = replace(item, chunk=replace(item.chunk, note=b"n" * (NOTE_BYTES_MAX + 1)))
+    assert tail_bytes([long.chunk]) == 0 and build([long]) == build([item])
+
+
+@pytest.mark.parametrize("tail", ["n0", f"n{TAIL_BYTES_MAX + 1}", "n", "n-1"])
+def test_a_name_with_a_tail_out_of_range_is_not_ours(tail: str) -> None:
+    name = ObjectName(1, "n", "1", 100, (make_key("a"),)).encode("p")
+    assert ObjectName.parse("p", name.replace("/100.", "/100n77.")) is not None
+    assert ObjectName.parse("p", name.replace("/100.", f"/100{tail}.")) is None

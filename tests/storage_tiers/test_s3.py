@@ -61,7 +61,7 @@ async def flip_bit(tier: S3Tier, key: Key) -> None:
     stored = tier._index.holder(key)
     assert stored is not None
     body = bytearray(await tier._bucket.get_range(stored.name, 0, stored.size_bytes))
-    body[stored.index_of(key) * (stored.size_bytes // len(stored.chunks)) + 5] ^= 0x40
+    body[stored.index_of(key) * (stored.tail_at // len(stored.chunks)) + 5] ^= 0x40
     await tier._bucket.put(stored.name, body)
 
 

@@ -37,7 +37,9 @@ from storage_tiers.testing import (
     TierConformance,
     load_one,
     make_items,
+    notes_of,
     store_all,
+    with_notes,
 )
 
 MIB = 1 << 20
@@ -66,6 +68,27 @@ class TestSsdTierWithThreads(SsdConformance):
 @pytest.mark.skipif(availability() is not None, reason=f"NIXL: {availability()}")
 class TestSsdTierWithNixl(SsdConformance):
     mover = "nixl"
+
+
+async def test_a_directory_of_before_there_were_notes_opens(tmp_path: Path) -> None:
+    items = make_items("a", 3)
+    tier = tier_at(tmp_path, 1 << 22)
+    await tier.open()
+    await store_all(tier, items)
+    await tier.close()
+    listener = RecordingListener()
+    tier = SsdTier(tmp_path, 1 << 22, listener, mover="plain", recover="strict")
+    report = await tier.open()
+    assert report.chunks == 3 and not report.dropped and not listener.notes
+    noted = with_notes(make_items("b", 3))
+    await store_all(tier, noted)
+    tier.touch([item.chunk.key for item in (*items, *noted)])  # stamps leave notes as they are
+    await tier.close()
+    listener = RecordingListener()
+    tier = SsdTier(tmp_path, 1 << 22, listener, mover="plain", recover="strict")
+    assert (await tier.open()).chunks == 6
+    assert listener.notes == notes_of(noted)
+    await tier.close()
 
 
 def offset_of(tier: SsdTier, key: Key) -> int:

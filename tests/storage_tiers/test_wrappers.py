@@ -24,6 +24,8 @@ from storage_tiers.throttled import Throttled
 class OverMemory(TierConformance):
     """Conformance of a wrapper around the dictionary tier."""
 
+    loads_notes = True
+
     def inner(self, listener: TierListener) -> MemoryTier:
         self.memory = MemoryTier(self.capacity_bytes, listener)
         return self.memory

@@ -9,13 +9,14 @@ import random
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Literal
 
 import numpy as np
 
-from router.holdings import OWNER, TIER_OF
+from router.holdings import OWNER
 from router.index import Tier, WorkerId
+from router.index_writer import TIER_OF
 from runtime.component import Runtime, Serving
 from runtime.events import EventPlane
 from runtime.events.envelope import Envelope, encode_envelope
@@ -72,7 +73,7 @@ class FakeNode:
         self.send: Callable[[bytes], None] = self._publish
         self.questions = 0
         self.snapshots = 0
-        self.pause: Callable[[], AsyncIterator[None]] | None = None  # between rows
+        self.pause: Callable[[], Awaitable[None]] | None = None  # before each of a snapshot's rows
         self._runtime = runtime
         self._plane = plane
         self._namespace = namespace
@@ -128,15 +129,14 @@ class FakeNode:
                 yield data
             return
         self.snapshots += 1
-        rows = list(self._rows())
+        rows = self._rows()
         yield encode_catch_up(Begins(publisher, "snapshot", following))
         for row in rows:
             if self.pause is not None:
-                async for _ in self.pause():
-                    pass
+                await self.pause()
             yield row
 
-    def _rows(self) -> AsyncIterator[bytes] | list[bytes]:
+    def _rows(self) -> list[bytes]:
         rows = []
         for (domain, who, rank, tier), blocks in self.held.items():
             pairs = np.array(list(blocks.values()), "<u8").reshape(-1, 2)
@@ -197,7 +197,9 @@ class FakeNode:
         for (domain, who, rank, tier), blocks in self.held.items():
             workers = [WorkerId(who, rank)]
             if domain == "cache_owner":
-                readers = [WorkerId(*reader) for reader, read in self.readers.items() if read == who]
+                readers = [
+                    WorkerId(*reader) for reader, read in self.readers.items() if read == who
+                ]
                 workers = [WorkerId(who, OWNER), *readers]
             for worker in workers:
                 if blocks:
@@ -218,7 +220,9 @@ class Life:
         node.readers = dict(workers)
         self._node = node
         self._dice = dice
-        self._chains: list[list[int]] = [[dice.getrandbits(64) for _ in range(24)] for _ in range(6)]
+        self._chains: list[list[int]] = [
+            [dice.getrandbits(64) for _ in range(24)] for _ in range(6)
+        ]
         self.places: list[Place] = [("worker", *worker, StorageTier.DEVICE) for worker in workers]
         self.places += [("cache_owner", owner, 0, tier) for owner in owners for tier in LOWER]
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from router.index import Tier, WorkerId
 from tests.router.feed.node import Life
-from tests.router.feed.world import World, held_by
+from tests.router.feed.world import World
 from tests.runtime.planes import until
 
 READERS = {(0x11, 0): 7, (0x11, 1): 7, (0x12, 0): 8}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from router.feed import NodeFeeds
 from router.feed_settings import FeedSettings
+from router.holdings import STAGED
 from router.index import Index, Tier
 from router.node_feed import NodeState
 from router.speeds import Speeds
 from router.workers import Workers
 from runtime.component import Runtime
+from runtime.discovery.base import DiscoveryUnavailable
 from runtime.discovery.leased import LeasedDiscovery
 from runtime.discovery.memory import MemoryStore
 from runtime.embedded import EmbeddedNats
@@ -25,7 +27,7 @@ from runtime.server_process import free_ports
 from tests.router.feed.node import FakeNode, Held
 from tests.runtime.planes import nats_settings, until
 
-NAMESPACE = "test"
+NAMESPACE = "default"
 QUICK: dict[str, Any] = {
     "reorder": 0.02,
     "backoff": 0.02,
@@ -39,11 +41,13 @@ QUICK: dict[str, Any] = {
 TTL_S = 5.0
 
 
-def held_by(index: Index) -> Held:
+def held_by(index: Index, *, staged: bool = False) -> Held:
+    """What is held, or what is gathered beside it or was before."""
     found: Held = {}
     for worker in index.workers:
-        for tier in Tier if worker is not None else ():
-            assert worker is not None
+        if worker is None or (worker.dp_rank >= STAGED) is not staged:
+            continue
+        for tier in Tier:
             names = {int(name) for name in index.held(worker, tier)}
             assert len(names) == index.held_blocks(worker)[tier]
             if names:
@@ -82,6 +86,7 @@ class RouterUnderTest:
             await until(same)
         assert same(), self.feeds.status
         assert held_by(self.index) == truth_of(*nodes)
+        await until(lambda: not held_by(self.index, staged=True))
         self.index.check_integrity()
 
     def state(self, node: str) -> NodeState | None:
@@ -92,12 +97,12 @@ class RouterUnderTest:
 class World:
     """`kind` of event plane: memory, nats or zmq; requests go over TCP."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, memory: MemoryPlane | None = None) -> None:
         self.kind = kind
         self.store = MemoryStore()
         self.nats: EmbeddedNats | None = None
         self._folder = folder
-        self._memory = MemoryPlane()
+        self._memory = memory or MemoryPlane()
         self._zmq_addresses: list[str] = []
         self._stack = AsyncExitStack()
 
@@ -110,6 +115,23 @@ class World:
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
+
+    @contextmanager
+    def discovery_away(self) -> Iterator[None]:
+        """Nothing is told, renewed or written; what there was is there again at the end."""
+
+        async def away(*_: object) -> Any:
+            raise DiscoveryUnavailable("away")
+
+        calls = ("grant", "renew", "put", "delete", "list")
+        before = {name: getattr(self.store, name) for name in calls}
+        for name in calls:
+            setattr(self.store, name, away)
+        try:
+            yield
+        finally:
+            for name, call in before.items():
+                setattr(self.store, name, call)
 
     async def plane(self, **other: Any) -> EventPlane:
         if self.kind == "memory":
