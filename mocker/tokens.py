@@ -16,7 +16,7 @@ from runtime.generation import Generate, Generated, GenerationRefused, encode
 class MockGenerated(Generated, frozen=True, omit_defaults=True, kw_only=True):
     """Also says of which tiers the cached tokens came; who does not ask reads over it."""
 
-    cached_by_tier: dict[Tier, int] = {}  # with the last item
+    cached_by_tier: dict[Tier, int] = msgspec.field(default_factory=dict)  # with the last item
 
 
 def decode_mock_generated(data: bytes) -> MockGenerated:
