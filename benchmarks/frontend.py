@@ -184,7 +184,11 @@ def reference(stack: contextlib.ExitStack, folder: Path, model: Path, venv: Path
     (port,) = free_ports(1)
     plane = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
     loopback = ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_EVENT_PLANE_HOST")
-    environ = {**os.environ, **dict.fromkeys(loopback, "127.0.0.1"), "DYN_LOG": "error"}
+    environ = {
+        **os.environ,
+        **dict.fromkeys(loopback, "127.0.0.1"),
+        "DYN_LOG": "error,request_span=off",
+    }
     environ |= {"DYN_FILE_KV": str(folder / "reference"), "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     python = [str(venv / "bin" / "python"), "-m"]
     command = [*python, "dynamo.mocker", "--model-path", str(model), "--model-name", MODEL, *plane]
