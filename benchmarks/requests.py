@@ -1,8 +1,9 @@
-"""What the request plane costs on loopback, each kind against bare asyncio streams in the same run.
+"""What the request plane costs on loopback, each kind against bare peers in the same run.
 
 Server and client are two processes, as they are in a fleet. Round trips: one after the other, a
 payload of 256 bytes each way. Streamed: one request, many responses of 256 bytes. The peer is an
-echo and a pump over `asyncio.start_server` with a length before each message and no more.
+echo and a pump over `asyncio.start_server` with a length before each message and no more. The
+plane over HTTP has another one: the same two as a bare application on uvicorn, asked with aiohttp.
 
     python -m benchmarks.requests [--rounds 3] [--kinds tcp,nats,http]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import aiohttp
+import uvicorn
 
 from kvbm.cli.figures import Row, compared, tell
 from runtime.embedded import EmbeddedNats
@@ -30,6 +35,7 @@ ROUND_TRIPS = 500
 STREAMED = 20_000
 CONCURRENT = 32
 LENGTH_BYTES = 4
+BARE_HTTP = "bare http"
 PUMP = (0xFFFFFFFF).to_bytes(LENGTH_BYTES, "little")  # in place of a length: send the whole stream
 
 
@@ -60,7 +66,31 @@ async def bare(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         writer.close()
 
 
+async def bare_http(scope: Any, receive: Any, send: Any) -> None:
+    """The HTTP peer: a chunked answer, as the plane's are."""
+    body = b""
+    while (message := await receive()).get("more_body"):
+        body += message["body"]
+    body += message["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(STREAMED if scope["path"] == "/pump" else 1):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def serve_bare_http() -> None:
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off"}
+    config = uvicorn.Config(bare_http, interface="asgi3", proxy_headers=False, **options)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+    await uvicorn.Server(config).serve(sockets=[listener])
+
+
 async def serve(settings: dict[str, Any]) -> None:
+    if settings["plane"] == BARE_HTTP:
+        await serve_bare_http()
+        return
     if settings["plane"] == "bare":
         server = await asyncio.start_server(bare, "127.0.0.1", 0)
         address = str(server.sockets[0].getsockname()[1])
@@ -119,13 +149,24 @@ async def of_bare(address: str) -> dict[str, float]:
     return figures
 
 
-async def of_plane(settings: dict[str, Any], address: str) -> dict[str, float]:
-    client = create_request_plane(RequestPlaneSettings(**settings), "benchmark").client()
+async def of_bare_http(address: str) -> dict[str, float]:
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as http:
 
-    async def trip() -> None:
-        async with client.stream(address, "bench.echo.once", PAYLOAD) as stream:
-            assert [item async for item in stream] == [PAYLOAD]
+        async def trip() -> None:
+            async with http.post(f"{address}/echo", data=PAYLOAD) as response:
+                assert await response.read() == PAYLOAD
 
+        async def stream() -> None:
+            async with http.post(f"{address}/pump", data=PAYLOAD) as response:
+                size_bytes = sum([len(data) async for data in response.content.iter_any()])
+                assert size_bytes == STREAMED * len(PAYLOAD)
+
+        return await of_requests(trip, stream)
+
+
+async def of_requests(
+    trip: Callable[[], Awaitable[None]], stream: Callable[[], Awaitable[None]]
+) -> dict[str, float]:
     async def trips() -> None:
         for _ in range(ROUND_TRIPS):
             await trip()
@@ -134,18 +175,28 @@ async def of_plane(settings: dict[str, Any], address: str) -> dict[str, float]:
         for _ in range(ROUND_TRIPS // CONCURRENT):
             await asyncio.gather(*(trip() for _ in range(CONCURRENT)))
 
-    async def stream() -> None:
-        count = b"%d" % STREAMED
-        async with client.stream(address, "bench.pump.all", count) as items:
-            assert sum([1 async for _ in items]) == STREAMED
-
-    figures = {
+    return {
         "round trips": await per_second(ROUND_TRIPS, trips),
         f"round trips, {CONCURRENT} at once": await per_second(
             ROUND_TRIPS // CONCURRENT * CONCURRENT, many
         ),
         "streamed": await per_second(STREAMED, stream),
     }
+
+
+async def of_plane(settings: dict[str, Any], address: str) -> dict[str, float]:
+    client = create_request_plane(RequestPlaneSettings(**settings), "benchmark").client()
+
+    async def trip() -> None:
+        async with client.stream(address, "bench.echo.once", PAYLOAD) as stream:
+            assert [item async for item in stream] == [PAYLOAD]
+
+    async def stream() -> None:
+        count = b"%d" % STREAMED
+        async with client.stream(address, "bench.pump.all", count) as items:
+            assert sum([1 async for _ in items]) == STREAMED
+
+    figures = await of_requests(trip, stream)
     await client.close()
     return figures
 
@@ -158,6 +209,8 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
         address = process.stdout.readline().strip()
         if settings["plane"] == "bare":
             return asyncio.run(of_bare(address))
+        if settings["plane"] == BARE_HTTP:
+            return asyncio.run(of_bare_http(address))
         return asyncio.run(of_plane(settings, address))
     finally:
         process.kill()
@@ -165,7 +218,10 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def run(kinds: list[str], rounds: int) -> list[Row]:
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in ["bare", *kinds]}
+    peers = {"bare": "bare asyncio streams"}
+    if "http" in kinds:
+        peers[BARE_HTTP] = "bare uvicorn and aiohttp"
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in [*peers, *kinds]}
     with ExitStack() as stack:
         nats: dict[str, Any] = {}
         if "nats" in kinds:
@@ -182,13 +238,15 @@ def run(kinds: list[str], rounds: int) -> list[Row]:
                 found[kind].append(measure({"plane": kind, **(nats if kind == "nats" else {})}))
     return [
         compared(
-            f"{kind}: {name}",
+            f"{kind}: {name}" + (" (of HTTP)" if peer == BARE_HTTP else ""),
             "/s",
             [figures[name] for figures in found[kind]],
-            "bare asyncio streams",
-            [figures[name] for figures in found["bare"]],
+            told,
+            [figures[name] for figures in found[peer]],
         )
         for kind in kinds
+        for peer, told in peers.items()
+        if peer == "bare" or kind == "http"
         for name in found[kind][0]
     ]
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvbm.cli.figures import Row, tell
-from router.index import Index, Tier, WorkerId
+from router.index import Hashes, Index, Tier, WorkerId
 from router.load import ActiveSequences
 from router.router import Prompt, Query, Router
 from router.selector import Chosen, PolicyName, Selector
@@ -67,6 +67,7 @@ class Fleet:
         )
         for instance in range(scale.workers):
             self.router.add_worker(Worker(WorkerId(instance)))
+        self.holdings: list[tuple[WorkerId, Tier, Hashes, Hashes]] = []
         self.prompts = [self.new_prompt() for _ in range(PROMPTS)]
         for tokens in self.prompts:
             self._store(tokens)
@@ -81,6 +82,7 @@ class Fleet:
         for instance in holders:
             for tier in Tier:
                 end = self._dice.randrange(len(local) + 1)
+                self.holdings.append((WorkerId(instance), tier, names[:end], local[:end]))
                 self._index.stored(WorkerId(instance), tier, None, names[:end], local[:end])
 
 

@@ -37,6 +37,7 @@ SIZES_BYTES = (256 << 10, 1 << 20, 4 << 20)
 IN_FLIGHT = 8
 BATCH_BYTES = 32 << 20  # as `offload.batch_bytes`
 TARGET = 0.85
+NOTE = bytes(24 + 8 * 16)  # what an engine says of a chunk of 16 blocks
 
 
 class Ours:
@@ -54,7 +55,7 @@ class Ours:
         """Seconds to store chunks it does not know."""
         number = next(self._rounds)
         self._items = [
-            StoreItem(Chunk(key_of(number, i), self._size, self._sums[i], None, i), source)
+            StoreItem(Chunk(key_of(number, i), self._size, self._sums[i], None, i, NOTE), source)
             for i, source in enumerate(self.sources)
         ]
         step = BATCH_BYTES // self._size

@@ -16,6 +16,7 @@ SOCKET_NAME: Final = "kvbm.sock"
 # What the `kvbm` command reads; they begin like settings of the daemon and are none.
 ADMIN_URL_VARIABLE: Final = "KVBM_ADMIN_URL"
 ADMIN_TOKEN_VARIABLE: Final = "KVBM_ADMIN_TOKEN"  # noqa: S105 (a name, not a token)
+WORKER_ID_VARIABLE: Final = "KVBM_WORKER_ID"  # the engine's instance in discovery, for connectors
 _PEER = struct.Struct("3i")
 SYSTEM_SOCKET: Final = Path("/run/kvbm") / SOCKET_NAME  # of a daemon that systemd started
 

@@ -376,5 +376,5 @@ def _commit_of(filled: Sequence[Filled]) -> Commit:
         b"".join(item.parent or none for item in filled),
         [item.position for item in filled],
         pack_slots((i, 0, item.slot) for i, item in enumerate(filled)),
-        [item.note for item in filled],
+        [item.note for item in filled] if any(item.note for item in filled) else [],
     )

@@ -351,7 +351,9 @@ class BlockManager:
             self._events.stored(tier.name, [chunk.key for chunk in kept])
 
     def _learn(self, chunks: Sequence[Chunk]) -> None:
-        self.notes.learn([chunk.key for chunk in chunks], [chunk.note for chunk in chunks])
+        noted = [chunk for chunk in chunks if chunk.note]
+        if noted:
+            self.notes.learn([chunk.key for chunk in noted], [chunk.note for chunk in noted])
 
     def check_integrity(self) -> None:
         """Assert that claims, tickets and waiters agree. Cost: linear in tickets and residents."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol, Self
 
 import numpy as np
@@ -110,6 +111,13 @@ def is_note(note: bytes) -> bool:
     return whole and 0 < count <= BLOCKS_MAX
 
 
+def domain_in(note: bytes) -> int:
+    """Of what `is_note`."""
+    domain: int = _HEAD.unpack_from(note)[4]
+    return domain
+
+
+@lru_cache(maxsize=64)
 def domain_of(namespace: bytes, salt: bytes, tag: int) -> int:
     """The KV that engines of one key space and tenant share: XXH3-64 of what their keys have in
     common."""

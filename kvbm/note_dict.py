@@ -1,12 +1,15 @@
-"""A notebook in a dictionary: the plain implementation, for tests and small nodes."""
+"""A notebook in dictionaries: the plain implementation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from kvbm.manager import BlockEvents
 from kvbm.note import is_note
 from storage_tiers.base import Key, TierName
+
+_BITS: Final = {tier: 1 << place for place, tier in enumerate(TierName)}
 
 
 class NoteDict:
@@ -15,7 +18,7 @@ class NoteDict:
     def __init__(self, onward: BlockEvents) -> None:
         self._onward = onward
         self._notes: dict[Key, bytes] = {}
-        self._tiers: dict[Key, set[TierName]] = {}
+        self._tiers: dict[Key, int] = {}  # that have the chunk, by `_BITS`
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -31,14 +34,13 @@ class NoteDict:
 
     def stored(self, tier: TierName, keys: Sequence[Key]) -> None:
         for key in keys:
-            self._tiers.setdefault(key, set()).add(tier)
+            self._tiers[key] = self._tiers.get(key, 0) | _BITS[tier]
         self._onward.stored(tier, keys)
 
     def removed(self, tier: TierName, keys: Sequence[Key]) -> None:
         for key in keys:
-            tiers = self._tiers.get(key, set())
-            tiers.discard(tier)
-            if not tiers:
-                self._tiers.pop(key, None)
+            if left := self._tiers.pop(key, 0) & ~_BITS[tier]:
+                self._tiers[key] = left
+            else:
                 self._notes.pop(key, None)
         self._onward.removed(tier, keys)

@@ -7,12 +7,13 @@ from one tier to another may be in neither for a moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from kvbm.manager import BlockEvents
 from kvbm.note import NOTE_BYTES_MAX, VERSION, Note
 from runtime.ledger import KEY_WORDS, KEYS_AT_ONCE_MAX, Group, Keys, Ledger, Run
 from storage_tiers.base import Key, TierName
@@ -132,6 +133,42 @@ class Notebook:
             unique, which = np.unique(domains, return_inverse=True)
         found = [self._ledger.number_of(domain) for domain in unique.tolist()]
         return which, np.array([-1 if number is None else number for number in found], np.int64)
+
+
+class NoteKeeper:
+    """A notebook where there is no event plane: nodes that share the bucket may have routers.
+
+    A `NoteBook`, and `BlockEvents` on their way out.
+    """
+
+    def __init__(self, onward: BlockEvents) -> None:
+        self.notebook = Notebook()
+        self._onward = onward
+
+    def learn(self, keys: Sequence[Key], notes: Sequence[bytes]) -> None:
+        self.notebook.learn(keys, notes)
+
+    def note_of(self, key: Key) -> bytes:
+        return self.notebook.note_of(key)
+
+    def stored(self, tier: TierName, keys: Sequence[Key]) -> None:
+        self._enter(self.notebook.stored, tier, keys)
+        self._onward.stored(tier, keys)
+
+    def removed(self, tier: TierName, keys: Sequence[Key]) -> None:
+        self._enter(self.notebook.removed, tier, keys)
+        self._onward.removed(tier, keys)
+
+    def _enter(
+        self,
+        change: Callable[[TierName, Sequence[Key]], object],
+        tier: TierName,
+        keys: Sequence[Key],
+    ) -> None:
+        if tier in TIERS:
+            for at in range(0, len(keys), KEYS_AT_ONCE_MAX):
+                change(tier, keys[at : at + KEYS_AT_ONCE_MAX])
+            self.notebook.trim()
 
 
 def _words_of(keys: Sequence[Key]) -> Keys:

@@ -171,7 +171,8 @@ class Onboarder:
         if loaded_bytes:
             self._meter.transfer(tier.name.value, self._dram.name.value, loaded_bytes, seconds)
         noted = [o.chunk for o in outcomes if isinstance(o, Loaded) and o.chunk.note]
-        self._notes.learn([chunk.key for chunk in noted], [chunk.note for chunk in noted])
+        if noted:
+            self._notes.learn([chunk.key for chunk in noted], [chunk.note for chunk in noted])
         self._end(ended)
 
     def _pass_on(self, chunk: Chunk, start: int) -> bool:

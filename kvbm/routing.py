@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import xxhash
 
-from kvbm.protocol import WORKER_ID_MAX
 from runtime.events.engine_feed import rank_endpoint
+from runtime.names import parse_instance_id
 
 
 def parse_worker_id(given: int | str) -> int:
     """A number, or text of one: decimal, or hexadecimal after `0x`. Raises ValueError."""
-    number = int(given, 0) if isinstance(given, str) else given
-    if not 0 < number <= WORKER_ID_MAX:
-        raise ValueError(f"{given!r} is not within 1 and 2^64 - 1")
-    return number
+    return parse_instance_id(given)
 
 
 def derived_worker_id(engine_id: str) -> int:
@@ -21,10 +18,24 @@ def derived_worker_id(engine_id: str) -> int:
     return xxhash.xxh3_64_intdigest(engine_id.encode()) or 1
 
 
-def events_endpoint(endpoint: str | None, rank: int) -> str:
-    """Where the daemon, on the same node, hears a rank of an engine; empty if it cannot."""
-    if not endpoint or not endpoint.startswith(("tcp://", "ipc://")):
-        return ""
+def live_endpoint(endpoint: str, rank: int) -> str:
+    """Where the daemon, on the same node, hears a rank's publisher; empty if it cannot.
+
+    vLLM listens at wildcard addresses and paths only; to any other it connects, and whoever listens
+    there hears it.
+    """
+    listens = "*" in endpoint or "::" in endpoint or endpoint.startswith("ipc://")
+    return _of_rank(endpoint, rank) if listens else ""
+
+
+def replay_endpoint(endpoint: str | None, rank: int) -> str:
+    """Where a rank's ring answers, which always listens; empty if it has none."""
+    return _of_rank(endpoint, rank) if endpoint else ""
+
+
+def _of_rank(endpoint: str, rank: int) -> str:
+    if not endpoint.startswith(("tcp://", "ipc://")) or endpoint.endswith(":0"):
+        return ""  # within the engine's process, or at a port that nobody knows
     try:
         return rank_endpoint(endpoint, rank)
     except ValueError:

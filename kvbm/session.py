@@ -18,7 +18,7 @@ from typing import Protocol
 import structlog
 
 from kvbm.manager import Arrivals, BlockManager, Ticket, Wanted
-from kvbm.note import domain_of, is_note
+from kvbm.note import domain_in, domain_of, is_note
 from kvbm.protocol import (
     BLOCK_TOKENS_MAX,
     DP_RANKS_MAX,
@@ -123,6 +123,7 @@ class Session:
         self._lengths: tuple[int, ...] = ()
         self._share_bytes = 0
         self._token_bytes = 0.0
+        self._domain: int | None = None  # of the KV it stores and reads: see `kvbm.note`
 
     @property
     def members(self) -> list[Member]:
@@ -138,8 +139,8 @@ class Session:
         routing = None if self._scheduler is None else self._scheduler.hello.routing
         if routing is None or not self.is_ready or self.ending:
             return None
-        domain = domain_of(routing.namespace, self.tenant.salt, self.tenant.tag)
-        return Connected(routing, domain, self.pace, self._token_bytes)
+        assert self._domain is not None
+        return Connected(routing, self._domain, self.pace, self._token_bytes)
 
     @property
     def leased_bytes(self) -> int:
@@ -161,6 +162,8 @@ class Session:
             if self._scheduler is not None:
                 raise Refusal(f"engine {self.engine} has a scheduler connected already")
             self._scheduler = member
+            if (said := hello.routing) is not None:
+                self._domain = domain_of(said.namespace, self.tenant.salt, self.tenant.tag)
         else:
             if not 0 <= hello.rank < self.world_size or hello.rank in self._workers:
                 raise Refusal(f"rank {hello.rank} is out of range or connected already")
@@ -335,6 +338,8 @@ class Session:
         notes = message.notes or [b""] * count
         if len(notes) != count or not all(is_note(note) for note in notes if note):
             raise FrameError("a commit with notes that are none, or not one for each chunk")
+        if self.tenant.tag and any(domain_in(note) != self._domain for note in notes if note):
+            raise FrameError("a note of another tenant's")
         slots = self._take_leased(message.slots)
         filled: list[tuple[Slot, Chunk]] = []
         for slot, key, parent, position, note in zip(

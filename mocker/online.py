@@ -78,6 +78,7 @@ class Online:
     result: ReplayResult
     feed: FeedStatus
     late_s: float
+    believed: dict[int, int]  # request to tokens that the router took to be in its engine's G1
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Driver:
     speedup: float
     answers: AnswerLength = field(default_factory=AnswerLength)
     records: list[Record] = field(default_factory=list)
+    believed: dict[int, int] = field(default_factory=dict)
 
     async def ask(self, number: int, entry: TraceEntry, arrival_ps: int) -> None:
         """One request from its arrival to its last token. Raises OnlineError."""
@@ -106,6 +108,7 @@ class Driver:
         if not isinstance(routed, Routed):
             raise OnlineError(f"request {number} was not routed: {routed.why}")
         instance = routed.worker.instance
+        self.believed[number] = routed.chosen.covered_blocks()["g1"] * self.block_tokens
         sampling = Sampling(max_tokens=entry.output_tokens)
         payload = encode(Generate(token_ids=tokens.tolist(), sampling=sampling))
         times_s: list[float] = []
@@ -189,7 +192,7 @@ async def replay_online(
         transports = {record.name.id: record.transport for record in found}
         driver = Driver(runtime, router, transports, ids, block_tokens, settings.speedup)
         late_s = await _drive(driver, entries)
-        return Online(_result(driver), feeds.status, late_s)
+        return Online(_result(driver), feeds.status, late_s, driver.believed)
 
 
 async def _drive(driver: Driver, entries: Sequence[TraceEntry]) -> float:

@@ -36,10 +36,13 @@ from router.workers import Worker, Workers
 from runtime.component import Runtime
 from runtime.discovery import create_discovery
 from runtime.discovery.store import Store
+from runtime.event_peers import joined
 from runtime.events import EventPlane, create_event_plane
 from runtime.requests import create_request_plane
 
 MODELS_MAX: Final = 1024
+LANES: Final = 4
+"""In the index, for each worker: its own, and what feeds keep of owners and snapshots that come."""
 RANKS_MAX: Final = 1 << 32
 """Above are ranks that feeds use for themselves."""
 
@@ -71,7 +74,7 @@ class Assembly:
         self.plane = plane
         self.metrics = metrics
         self.models: dict[str, ModelRouter] = {}
-        self.index = Index(settings.index.capacity, settings.index.workers_max)
+        self.index = Index(settings.index.capacity, LANES * settings.index.workers_max)
         self.reservations = Reservations(settings.reservations.limit, clock)
         self.namespace = settings.events.namespace
         self.fleet = Fleet(runtime.discovery, self.namespace, self._put, self._remove)
@@ -312,7 +315,10 @@ async def running(
     try:
         discovery = create_discovery(settings.discovery, environ, memory)
         requests = create_request_plane(settings.requests, PROGRAM)
-        async with Runtime(discovery, requests) as runtime:
+        async with (
+            Runtime(discovery, requests) as runtime,
+            joined(runtime.discovery, plane, settings.events, publishes=True, listens=True),
+        ):
             assembly = Assembly(settings, runtime, plane, metrics)
             async with asyncio.TaskGroup() as tasks:
                 task = tasks.create_task(assembly.run(), name="router")

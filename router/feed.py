@@ -52,6 +52,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class FeedStatus:
+    is_synced: bool  # all nodes were listed by discovery
     nodes: tuple[NodeStatus, ...]
     workers: WorkerFeedStatus  # that publish by themselves
     events_total: int  # of nodes and workers
@@ -64,7 +65,7 @@ class FeedStatus:
     @property
     def is_exact(self) -> bool:
         """Every node in discovery is live: nothing is known to be missing."""
-        return all(node.state is NodeState.LIVE for node in self.nodes)
+        return self.is_synced and all(node.state is NodeState.LIVE for node in self.nodes)
 
 
 class NodeFeeds:
@@ -89,6 +90,9 @@ class NodeFeeds:
         self._speeds = speeds
         self._clock = clock
         self._endpoint = EndpointName(namespace, COMPONENT, ENDPOINT)
+        self._instances = Instances(
+            runtime.discovery, self._endpoint.instances_prefix, self._changed
+        )
         self._subject = blocks_subject(namespace)
         self._records: dict[str, dict[InstanceName, InstanceRecord]] = {}  # by node
         self._nodes: dict[str, NodeFeed] = {}
@@ -107,9 +111,6 @@ class NodeFeeds:
         """Until cancelled."""
         # One subscription for all: `*` is nodes' component and those of other publishers.
         events = event_subject(TOPIC, self._namespace, "*").replace("%2A", "*")
-        instances = Instances(
-            self._runtime.discovery, self._endpoint.instances_prefix, self._changed
-        )
         async with (
             self._plane.subscribe(events, self._settings.messages) as messages,
             self._plane.subscribe(speeds_subject(self._namespace)) as speeds,
@@ -119,22 +120,23 @@ class NodeFeeds:
             tasks.create_task(self._hear_events(messages), name="feed events")
             tasks.create_task(self._hear_speeds(speeds), name="feed speeds")
             tasks.create_task(self._watch(messages), name="feed watch")
-            await instances.start()
+            await self._instances.start()
             try:
                 await asyncio.Event().wait()
             finally:
-                await instances.close()
+                await self._instances.close()
 
     def worker_added(self, worker: WorkerId) -> None:
-        """The router has met a worker, perhaps again: what the index forgot with it is fetched."""
-        if sum(self._writer.settled().held_blocks(worker)) == 0:
-            for node in self._nodes.values():
-                if worker in node.holdings.workers:
-                    node.refresh()
+        """The router has met a worker, perhaps again: what it removed from the index with it is
+        fetched."""
+        for node in self._nodes.values():
+            if node.holdings.lacks(worker):
+                node.refresh()
 
     @property
     def status(self) -> FeedStatus:
         return FeedStatus(
+            is_synced=self._instances.synced.is_set(),
             nodes=tuple(node.status for node in self._nodes.values()),
             workers=self._workers.status,
             events_total=self._events_total,
@@ -190,7 +192,7 @@ class NodeFeeds:
         return node
 
     def _is_of_a_node(self, worker: WorkerId) -> bool:
-        return any(worker in node.holdings.workers for node in self._nodes.values())
+        return any(node.holdings.speaks_for(worker) for node in self._nodes.values())
 
     async def _hear_speeds(self, messages: Subscription) -> None:
         async for message in messages:

@@ -17,14 +17,16 @@ import numpy as np
 
 from router.index import WORKERS_MAX, Hashes, Tier, WorkerId
 from router.index_writer import TIER_OF, IndexWriter
+from runtime.events.envelope import U64_MAX, WireError
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import Cleared, Removed, RouterEvent, Stored
 
-SLICE_BLOCKS: Final = 16384
+SLICE_BLOCKS: Final = 4096
 """Of many blocks, so many are worked on in one turn of the event loop."""
 
+RANKS_MAX: Final = 1 << 32
 OWNER: Final = 1 << 40
-"""An owner's rank in the index; those of workers have 32 bits."""
+"""An owner's rank in the index, which no worker has."""
 STAGED: Final = 1 << 41
 """Added to the rank of what is gathered beside what is held."""
 
@@ -38,17 +40,33 @@ class Holdings:
     def __init__(self, writer: IndexWriter) -> None:
         self._writer = writer
         self.readers: dict[Worker, int] = {}
-        self.workers: set[WorkerId] = set()  # that hold, or held, or read something
+        self.told: set[WorkerId] = set()  # whose own memory the node spoke of
         self.owners: set[int] = set()
         self.refused_total = 0  # events and rows of one more worker or owner than a node may have
         self._fans: dict[WorkerId, tuple[WorkerId, ...]] = {}
+
+    @property
+    def workers(self) -> set[WorkerId]:
+        """That hold something, or may."""
+        return self.told | {WorkerId(*reader) for reader in self.readers}
+
+    def speaks_for(self, worker: WorkerId) -> bool:
+        return worker in self.told or (worker.instance, worker.dp_rank) in self.readers
+
+    def lacks(self, worker: WorkerId) -> bool:
+        """The index has nothing of it, and may have had more: somebody else removed it."""
+        held = self._writer.settled().held_blocks
+        if sum(held(worker)):
+            return False
+        owner = self.readers.get((worker.instance, worker.dp_rank))
+        return worker in self.told or (owner is not None and sum(held(_owner(owner))) > 0)
 
     @property
     def blocks(self) -> int:
         """Counted once for each owner, and for each worker's own memory."""
         held = self._writer.settled().held_blocks
         owned = sum(sum(held(_owner(owner))) for owner in self.owners)
-        return owned + sum(held(worker)[Tier.G1] for worker in self.workers)
+        return owned + sum(held(worker)[Tier.G1] for worker in self.told)
 
     def gather(self, event: RouterEvent) -> int:
         """Put an event down with those to be applied next; how many blocks it is about."""
@@ -89,7 +107,6 @@ class Holdings:
                         self._writer.settled().removed(WorkerId(*reader), tier, names)
                         await asyncio.sleep(0)
         for reader, owner in readers.items():
-            self.workers.add(WorkerId(*reader))
             if before.get(reader) != owner:
                 for tier in LOWER:
                     for names in _sliced(self._writer.settled().held(_owner(owner), tier)):
@@ -106,11 +123,10 @@ class Holdings:
             self._writer.settled().remove_worker(worker)
             await asyncio.sleep(0)
 
-    def became(self, workers: set[WorkerId], owners: set[int]) -> None:
-        """Of whom something is held now, besides those that read."""
+    def became(self, told: set[WorkerId], owners: set[int]) -> None:
+        """Whom the node speaks of now, besides those that read."""
         self._fans.clear()
-        self.workers = workers | {WorkerId(*reader) for reader in self.readers}
-        self.owners = owners
+        self.told, self.owners = told, owners
 
     @asynccontextmanager
     async def stage(self) -> AsyncIterator[Staged]:
@@ -133,7 +149,7 @@ class Holdings:
         if owned:
             self.owners.add(worker_id)
         else:
-            self.workers.add(key)
+            self.told.add(key)
         return fan
 
     def fan(self, key: WorkerId) -> tuple[WorkerId, ...]:
@@ -149,10 +165,14 @@ class Staged:
     def __init__(self, writer: IndexWriter, holdings: Holdings) -> None:
         self._writer = writer
         self._holdings = holdings
-        self._workers: set[WorkerId] = set()
+        self._workers: set[WorkerId] = set()  # all that something is staged for
+        self._told: set[WorkerId] = set()
         self._owners: set[int] = set()
 
     async def add(self, rows: Rows) -> None:
+        """Raises WireError for a worker that cannot be one."""
+        if not (0 <= rows.worker_id <= U64_MAX and 0 <= rows.dp_rank < RANKS_MAX):
+            raise WireError(f"rows of a worker {rows.worker_id}.{rows.dp_rank}")
         owned = rows.residency_domain == _OWNED
         key = _owner(rows.worker_id) if owned else WorkerId(rows.worker_id, rows.dp_rank)
         if key not in self._workers and len(self._workers) >= WORKERS_MAX:
@@ -160,6 +180,8 @@ class Staged:
             return
         if owned:
             self._owners.add(rows.worker_id)
+        else:
+            self._told.add(key)
         workers = self._holdings.fan(key)
         self._workers.update(workers)
         staged = [_staged(worker) for worker in workers]
@@ -173,11 +195,10 @@ class Staged:
     def take_over(self) -> None:
         """This is what the node holds, and nothing else is; in one step."""
         holdings = self._holdings
-        found = {worker for worker in self._workers if worker.dp_rank < OWNER}
         self._workers |= holdings.workers | set(map(_owner, holdings.owners))
         for worker in self._workers:
             self._writer.settled().exchange(worker, _staged(worker))
-        holdings.became(found, self._owners)
+        holdings.became(self._told, self._owners)
 
     async def drop(self) -> None:
         """What is staged, which after `take_over` is what was held before."""

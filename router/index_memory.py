@@ -138,7 +138,7 @@ class IndexMemory:
         elif self.live == 0:
             self.resize_records(RECORDS_MIN)
             self._give_back()
-            state[t.CURSOR] = 0
+            state[t.CURSOR] = state[t.UPKEEP] = 0
         elif self.live < state[t.SPARSE]:
             state[t.SLIDE] = state[t.CURSOR] = 0
         else:

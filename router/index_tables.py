@@ -246,7 +246,7 @@ def _merge(S, table):  # type: ignore[no-untyped-def]
     number = S[at + SEGMENTS] - 1
     source = S[at + ADDRESS] + ((4 * number) << SLOT_BITS)
     S[at + SEGMENTS] = number
-    if number == (S[at + MASK] + 1) >> 1:
+    if number < (S[at + MASK] + 1) >> 1:
         S[at + MASK] >>= 1
     limit(S, table)
     for slot in range(SLOTS):

@@ -144,6 +144,18 @@ SPECS: Final = (
     ),
     Spec(f"{_P}index_stored_blocks_total", "counter", "Blocks put into the index."),
     Spec(f"{_P}index_removed_blocks_total", "counter", "Blocks taken out of it."),
+    Spec(f"{_P}feed_nodes", "gauge", "Nodes whose streams are followed.", ("state",)),
+    Spec(f"{_P}feed_behind_events", "gauge", "Events of nodes known to be missing."),
+    Spec(f"{_P}feed_events_total", "counter", "Events of nodes and workers heard."),
+    Spec(f"{_P}feed_blocks_total", "counter", "Blocks they were about."),
+    Spec(
+        f"{_P}feed_faults_total",
+        "counter",
+        "Events that were malformed, of unknown nodes, dropped for want of room; records in "
+        "discovery that cannot be followed.",
+        ("kind",),
+    ),
+    Spec(f"{_P}feed_delay_seconds", "gauge", "Of a node's last event, by both clocks.", ("node",)),
     Spec(f"{_P}route_memory_blocks", "gauge", "Blocks of routes remembered.", _POOL),
     Spec(
         f"{_P}route_memory_pruned_blocks_total",

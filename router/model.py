@@ -346,12 +346,16 @@ class ModelRouter:
             for one in routed.values():
                 one.end()
             raise
-        if isinstance(decode, Rejected):
-            for one in routed.values():
-                one.end()
-            return decode
-        routed["decode"] = decode
-        return routed
+        if not isinstance(decode, Rejected):
+            routed["decode"] = decode
+            gone = [str(one.worker) for one in routed.values() if self.pool_of(one.worker) is None]
+            if not gone:
+                return routed
+            why = f"worker {gone[0]} has gone while the request waited"
+            decode = Rejected("no-worker", why)
+        for one in routed.values():
+            one.end()
+        return decode
 
 
 def assumed(card: EngineCard) -> Speed:

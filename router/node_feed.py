@@ -72,6 +72,8 @@ class NodeStatus:
     replayed_total: int  # events
     snapshots_total: int
     malformed_total: int
+    dropped_total: int  # waited for those before them, and there was no room; asked for again
+    refused_total: int  # of one more worker or owner than a node may have
 
 
 class NodeFeed:
@@ -357,4 +359,6 @@ class NodeFeed:
             replayed_total=self._replayed_total,
             snapshots_total=self._snapshots_total,
             malformed_total=self._malformed_total,
+            dropped_total=place.dropped_total,
+            refused_total=self.holdings.refused_total,
         )

@@ -34,10 +34,6 @@ class Place:
         """Events that are known to have happened and are not applied."""
         return max(self._ahead) + 1 - (self.next or 0) if self._ahead else 0
 
-    @property
-    def ahead_bytes(self) -> int:
-        return self._ahead_bytes
-
     def meet(self, publisher: int) -> None:
         """The node's daemon is another run from now on: nothing of its stream is known."""
         self.publisher, self.next, self.is_held = publisher, None, False

@@ -7,12 +7,15 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from router.assembly import Assembly
+from router.feed import FeedStatus
 from router.index import Tier, WorkerId
 from router.model import ModelRouter
+from router.node_feed import NodeState
 from router.pool import Pool
 from router.workers import Speed
 from runtime.metrics import Samples
 
+_Found = defaultdict[str, dict[tuple[str, ...], float]]
 _LOWER: Final = ("g2", "g3", "g4")
 _NOTHING: Final = Speed(0.0, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
@@ -101,7 +104,7 @@ def replicas_report(assembly: Assembly) -> dict[str, Any]:
 
 def samples(assembly: Assembly) -> Samples:
     """Of all metrics that are read and not counted."""
-    found: defaultdict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
+    found: _Found = defaultdict(dict)
     metrics, held, index = assembly.metrics, assembly.reservations, assembly.index
     plane, snapshots = assembly.plane.status(), assembly.snapshots
     found["build_info"][metrics.version, metrics.router] = 1
@@ -122,6 +125,7 @@ def samples(assembly: Assembly) -> Samples:
     found["event_plane_connected"][()] = float(plane.connected)
     found["event_plane_dropped_total"][()] = plane.dropped_total
     found["snapshot_bytes"][()] = 0 if snapshots is None else snapshots.status.bytes
+    _of_feed(found, assembly.feed_status)
     for model in assembly.models.values():
         for pool in model.pools.values():
             _of_pool(found, assembly, model.name, pool)
@@ -132,8 +136,27 @@ def samples(assembly: Assembly) -> Samples:
     return {f"kvbm_router_{name}": values for name, values in found.items()}
 
 
+def _of_feed(found: _Found, feed: FeedStatus | None) -> None:
+    for state in NodeState:
+        nodes = () if feed is None else feed.nodes
+        found["feed_nodes"][state.value,] = sum(node.state is state for node in nodes)
+    if feed is None:
+        return
+    found["feed_behind_events"][()] = sum(node.behind for node in feed.nodes)
+    found["feed_events_total"][()] = feed.events_total
+    found["feed_blocks_total"][()] = feed.blocks_total
+    faults = found["feed_faults_total"]
+    faults["malformed",] = feed.malformed_total
+    faults["unknown",] = feed.unknown_total
+    faults["dropped",] = feed.dropped_total
+    faults["refused",] = feed.refused_total
+    for node in feed.nodes:
+        if node.delay_s is not None:
+            found["feed_delay_seconds"][node.node,] = node.delay_s
+
+
 def _of_pool(
-    found: defaultdict[str, dict[tuple[str, ...], float]],
+    found: _Found,
     assembly: Assembly,
     model: str,
     pool: Pool,

@@ -157,7 +157,10 @@ class IndexSettings(Section):
         description="Distinct blocks in the index, about 35 bytes each.",
     )
     workers_max: int = Field(
-        default=WORKERS_MAX, ge=1, le=1 << 14, description="Workers, and owners of shared tiers."
+        default=WORKERS_MAX,
+        ge=1,
+        le=1 << 14,
+        description="Workers of all models; more are left out.",
     )
     predicted_ttl: Duration = Field(
         default=0.0,
@@ -227,6 +230,8 @@ class ComponentSettings(Section):
 
 
 class HttpSettings(WebSettings):
+    section = "http"
+
     port: int = Field(default=9480, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
     body_max: Size = Field(
         default=16 << 20,

@@ -27,6 +27,7 @@ from runtime.server_process import (
     launch_on_free_ports,
 )
 from runtime.sigv4 import signed_headers
+from runtime.tls import TlsSettings
 
 NATS_READY_TIMEOUT_S: Final = 10.0
 S3_READY_TIMEOUT_S: Final = 60.0
@@ -44,22 +45,27 @@ class EmbeddedNats:
         *,
         port: int | None = None,
         jetstream: bool = False,
+        tls: TlsSettings | None = None,
         log_directory: Path | None = None,
+        login: tuple[str, str] | None = None,
     ) -> None:
-        """`port` pins the port, which then must be free; by default any free one is taken."""
+        """`port` pins the port, which then must be free; by default any free one is taken.
+
+        `login` is user and password; by default they are made up.
+        """
         self._directory = directory.absolute()
         self._log_directory = (log_directory or directory).absolute()
         self._pinned = port
         self._jetstream = jetstream
+        self._tls = tls
         self._process: ServerProcess | None = None
         self._name = f"kvbm-{secrets.token_hex(8)}"  # tells it from another that has the port
         self.port = port or 0  # 0 until started
-        self.user = "kvbm"
-        self.password = secrets.token_hex(16)
+        self.user, self.password = login or ("kvbm", secrets.token_hex(16))
 
     @property
     def url(self) -> str:
-        return f"nats://{LOOPBACK}:{self.port}"
+        return f"{'nats' if self._tls is None else 'tls'}://{LOOPBACK}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -101,14 +107,24 @@ class EmbeddedNats:
         self.stop()
 
     def _configuration(self) -> str:
+        login = f"user: {json.dumps(self.user)}, password: {json.dumps(self.password)}"
         lines = [
             f'listen: "{LOOPBACK}:{self.port}"',
             f'server_name: "{self._name}"',
-            f'authorization {{ user: "{self.user}", password: "{self.password}" }}',
+            f"authorization {{ {login} }}",
         ]
         if self._jetstream:
             store = json.dumps(str(self._directory / "jetstream"))
             lines.append(f"jetstream {{ store_dir: {store} }}")
+        if self._tls is not None:
+            files = {
+                "cert_file": self._tls.certificate,
+                "key_file": self._tls.key,
+                "ca_file": self._tls.authority,
+            }
+            given = [f"{name}: {json.dumps(str(file))}" for name, file in files.items() if file]
+            given += ["verify: true"] if self._tls.mutual else []
+            lines.append(f"tls {{ {', '.join(given)} }}")
         return "\n".join(lines) + "\n"
 
     def _greets(self) -> bool:

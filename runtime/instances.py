@@ -112,10 +112,16 @@ class Registration:
     async def register(self) -> Outcome:
         return await self.move(State.REGISTERED)
 
-    async def move(self, state: State) -> Outcome:
-        """Take a step and tell it; the lifecycle says which may be taken."""
+    async def move(self, state: State, labels: Mapping[str, str] | None = None) -> Outcome:
+        """Take a step and tell it; the lifecycle says which may be taken.
+
+        `labels`, where given, replace the record's: what an instance learns while it starts.
+        """
         assert state is not State.DEREGISTERED, "that is what `deregister` does"
         self.lifecycle.to(state)
+        if labels is not None:
+            assert len(labels) <= LABELS_MAX
+            self._labels = dict(labels)
         return await self._discovery.put(self.name.key, self.record.encode())
 
     async def relabel(self, labels: Mapping[str, str]) -> Outcome:

@@ -1,8 +1,8 @@
 """Which runs of blocks are held, and what routers are to be told of them: columns, not objects.
 
 A run is one or more blocks that follow each other, under a key of 16 bytes: a chunk kept outside
-the engine, or one block of an engine under the engine's own name. For each there is a row of 40
-bytes, 8 to 16 in the table, and 8 for each block's hash where there are several; up to eight bits
+the engine, or one block of an engine under the engine's own name. For each there is a row of 48
+bytes, 4 to 8 in the table, and 8 for each block's hash where there are several; up to eight bits
 say where it is held. A row whose last bit goes is kept for a while, so that a run which moves from
 one place to another is not forgotten on its way: until `trim`, and then the latest `slack`.
 
@@ -72,7 +72,9 @@ class Ledger:
         self._domains: list[int] = []
         self._numbers: dict[int, int] = {}
         self._state[k.CLASSES] = address(self._classes)
+        self._state[k.BUCKETS] = self._state[k.HALF] = 1
         self._rows: Words = zeros(0, np.uint64)
+        self._table: NDArray[np.uint32] = zeros(0, np.uint32)
         self._resize(_ROWS_MIN)
 
     def __len__(self) -> int:
@@ -226,7 +228,7 @@ class Ledger:
         used = metas >> np.uint64(24) & np.uint64(1) != 0
         counts = (metas & np.uint64(0xFFFF)).astype(np.int64)
         held = metas >> np.uint64(16) & np.uint64(0xFF)
-        assert used.sum() == len(self) == np.count_nonzero(self._table)
+        assert used.sum() == len(self) <= self._state[k.BUCKETS] <= len(self._table) + 1
         here = np.flatnonzero(used)
         assert (self.rows_of(rows[here, :2]) == here).all(), "each key leads to its row"
         assert self.bare == ((held != 0) & (counts == 0) & used).sum()
@@ -300,12 +302,11 @@ class Ledger:
     def _resize(self, size: int) -> None:
         rows = zeros(size * k.ROW_WORDS, np.uint64)
         rows[: len(self._rows)] = self._rows
-        self._rows = rows
-        self._table: NDArray[np.uint32] = zeros(2 * size, np.uint32)
+        table = zeros(size, np.uint32)
+        table[: len(self._table)] = self._table
+        self._rows, self._table = rows, table
         self._state[k.ROWS] = address(rows)
-        self._state[k.TABLE] = address(self._table)
-        self._state[k.SHIFT] = 64 - (2 * size).bit_length() + 1
-        k.rehash(self._state, int(self._state[k.ROW_END]))
+        self._state[k.TABLE] = address(table)
 
     def _make_places(self, blocks: int, count: int) -> None:
         if blocks == 1:

@@ -1,10 +1,12 @@
 """What `runtime.ledger` does in compiled code: rows found, made, marked, hashed and freed.
 
-`state` holds counts and addresses (`S`). A row is five words: key (two), sequence hash of the block
-before, place of the hashes of its blocks' tokens (the hash itself where there is one), and count,
-bits, flags and domain. The table of entries (row + 1, 0 for none) is at most half full. Hashes of
-runs of one length lie in one array (`CLASS_WORDS` words about each). Free rows and places are
-linked through their own first word. Importing this module compiles: seconds, once a machine.
+`state` holds counts and addresses. A row is six words: key (two), sequence hash of the block
+before, place of the hashes of its blocks' tokens (the hash itself where there is one), count, bits,
+flags and domain, and the next row of its bucket. There are as many buckets as there ever were rows
+(first row + 1, 0 for none); they grow by one at a time, the next in turn being split in two (linear
+hashing), so that no call moves everything. Hashes of runs of one length lie in one array
+(`CLASS_WORDS` words about each). Free rows and places are linked through their own first word.
+Importing this module compiles: seconds, once a machine.
 """
 
 from __future__ import annotations
@@ -26,18 +28,19 @@ ROW_END: Final = 1  # rows below it have been used
 ROW_FREE: Final = 2  # the first free one of those + 1
 ROWS_LIVE: Final = 3
 TABLE: Final = 4  # address
-SHIFT: Final = 5  # 64 less the bits of an entry's number
-CLASSES: Final = 6  # address
-RING: Final = 7  # address
-RING_SIZE: Final = 8
-RING_HEAD: Final = 9
-RING_COUNT: Final = 10
-BARE: Final = 11  # rows with a bit and without hashes
-BLOCKS: Final = 12  # by bit: blocks of rows that have it
+BUCKETS: Final = 5
+HALF: Final = 6  # the largest power of two that is not above BUCKETS
+CLASSES: Final = 7  # address
+RING: Final = 8  # address
+RING_SIZE: Final = 9
+RING_HEAD: Final = 10
+RING_COUNT: Final = 11
+BARE: Final = 12  # rows with a bit and without hashes
+BLOCKS: Final = 13  # by bit: blocks of rows that have it
 BITS: Final = 8
 STATE_WORDS: Final = BLOCKS + BITS
 
-ROW_WORDS: Final = 5
+ROW_WORDS: Final = 6
 CLASS_WORDS: Final = 4  # address, end, first free place + 1, how many are free
 RUN_WORDS: Final = 5  # domain, whether there is a block before, its name, first block, blocks
 NOTE_WORDS: Final = 3  # before the hashes: version, parent?, count; domain; parent
@@ -57,28 +60,53 @@ Change = Callable[[NDArray[np.int64], int, int, int, int], int]
 
 
 @inlined
-def _home(state, low, high):  # type: ignore[no-untyped-def]
-    return int64(((low ^ (high * _STEP)) * _MIX) >> uint64(state[SHIFT]))
+def _bucket(state, low, high):  # type: ignore[no-untyped-def]
+    hashed = int64(((low ^ (high * _STEP)) * _MIX) >> uint64(32))
+    half = state[HALF]
+    bucket = hashed & (2 * half - 1)
+    return bucket if bucket < state[BUCKETS] else bucket - half
 
 
 @inlined
-def _last(state):  # type: ignore[no-untyped-def]
-    """The number of the table's last entry."""
-    return (int64(1) << (64 - state[SHIFT])) - 1
+def _next(state, row):  # type: ignore[no-untyped-def]
+    return load32(state[ROWS], 2 * (row * ROW_WORDS + 5)) - 1
 
 
 @inlined
-def _entry(state, low, high):  # type: ignore[no-untyped-def]
-    """Of the key, or the empty one where it belongs."""
-    rows, table, last = state[ROWS], state[TABLE], _last(state)
-    at = _home(state, low, high)
-    while True:
-        row = load32(table, at) - 1
-        if row < 0:
-            return at
+def _set_next(state, row, other):  # type: ignore[no-untyped-def]
+    store32(state[ROWS], 2 * (row * ROW_WORDS + 5), other + 1)
+
+
+@inlined
+def _found(state, low, high):  # type: ignore[no-untyped-def]
+    """The key's row, or -1."""
+    rows = state[ROWS]
+    row = load32(state[TABLE], _bucket(state, low, high)) - 1
+    while row >= 0:
         if load64(rows, row * ROW_WORDS) == low and load64(rows, row * ROW_WORDS + 1) == high:
-            return at
-        at = (at + 1) & last
+            return row
+        row = _next(state, row)
+    return row
+
+
+@inlined
+def _split(state):  # type: ignore[no-untyped-def]
+    """One more bucket; its rows are some of those that are in the one in turn."""
+    rows, table, half = state[ROWS], state[TABLE], state[HALF]
+    last = state[BUCKETS]
+    row = load32(table, last - half) - 1
+    store32(table, last - half, 0)
+    store32(table, last, 0)
+    state[BUCKETS] += 1
+    if state[BUCKETS] == 2 * half:
+        state[HALF] = 2 * half
+    while row >= 0:
+        following = _next(state, row)
+        base = row * ROW_WORDS
+        bucket = _bucket(state, load64(rows, base), load64(rows, base + 1))
+        _set_next(state, row, load32(table, bucket) - 1)
+        store32(table, bucket, row + 1)
+        row = following
 
 
 @inlined
@@ -99,8 +127,7 @@ def _domain(state, row):  # type: ignore[no-untyped-def]
 @inlined
 def _made(state, low, high):  # type: ignore[no-untyped-def]
     """The key's row, made if there is none. There is room for one."""
-    at = _entry(state, low, high)
-    found = load32(state[TABLE], at) - 1
+    found = _found(state, low, high)
     if found >= 0:
         return found
     rows = state[ROWS]
@@ -111,12 +138,16 @@ def _made(state, low, high):  # type: ignore[no-untyped-def]
         row = state[ROW_END]
         state[ROW_END] += 1
     state[ROWS_LIVE] += 1
-    store32(state[TABLE], at, row + 1)
+    if state[ROWS_LIVE] > state[BUCKETS]:
+        _split(state)
     store64(rows, row * ROW_WORDS, low)
     store64(rows, row * ROW_WORDS + 1, high)
     store64(rows, row * ROW_WORDS + 2, _ZERO)
     store64(rows, row * ROW_WORDS + 3, _ZERO)
     store64(rows, row * ROW_WORDS + 4, uint64(_USED))
+    bucket = _bucket(state, low, high)
+    _set_next(state, row, load32(state[TABLE], bucket) - 1)
+    store32(state[TABLE], bucket, row + 1)
     return row
 
 
@@ -160,20 +191,16 @@ def _queue(state, row, meta):  # type: ignore[no-untyped-def]
 
 @inlined
 def _free(state, row):  # type: ignore[no-untyped-def]
-    """Forget a row: close the gap in the table, so that each key is reached from its home."""
-    rows, table, last = state[ROWS], state[TABLE], _last(state)
-    gap = _entry(state, load64(rows, row * ROW_WORDS), load64(rows, row * ROW_WORDS + 1))
-    at = gap
-    while True:
-        at = (at + 1) & last
-        other = load32(table, at) - 1
-        if other < 0:
-            break
-        home = _home(state, load64(rows, other * ROW_WORDS), load64(rows, other * ROW_WORDS + 1))
-        if ((at - home) & last) >= ((at - gap) & last):
-            store32(table, gap, other + 1)
-            gap = at
-    store32(table, gap, 0)
+    """Forget a row."""
+    rows, table = state[ROWS], state[TABLE]
+    bucket = _bucket(state, load64(rows, row * ROW_WORDS), load64(rows, row * ROW_WORDS + 1))
+    other = load32(table, bucket) - 1
+    if other == row:
+        store32(table, bucket, _next(state, row) + 1)
+    else:
+        while _next(state, other) != row:
+            other = _next(state, other)
+        _set_next(state, other, _next(state, row))
     count = _meta(state, row) & _COUNT
     if count > 1:
         classes = state[CLASSES]
@@ -254,8 +281,7 @@ def clear(state, bit, count, keys, out):  # type: ignore[no-untyped-def]
     until the next `trim`."""
     found = 0
     for n in range(count):
-        at = _entry(state, load64(keys, 2 * n), load64(keys, 2 * n + 1))
-        row = load32(state[TABLE], at) - 1
+        row = _found(state, load64(keys, 2 * n), load64(keys, 2 * n + 1))
         if row < 0:
             continue
         meta = _meta(state, row)
@@ -292,20 +318,7 @@ def trim(state, slack):  # type: ignore[no-untyped-def]
 def find(state, count, keys, out):  # type: ignore[no-untyped-def]
     """Each key's row, or -1."""
     for n in range(count):
-        at = _entry(state, load64(keys, 2 * n), load64(keys, 2 * n + 1))
-        store64(out, n, uint64(load32(state[TABLE], at) - 1))
-
-
-@kernel(types.void(WORDS, _I64))
-def rehash(state, rows):  # type: ignore[no-untyped-def]
-    """Enter all rows below `rows` that are used into a table that is empty."""
-    for row in range(rows):
-        if _meta(state, row) & _USED:
-            base = row * ROW_WORDS
-            at = _home(state, load64(state[ROWS], base), load64(state[ROWS], base + 1))
-            while load32(state[TABLE], at):
-                at = (at + 1) & _last(state)
-            store32(state[TABLE], at, row + 1)
+        store64(out, n, uint64(_found(state, load64(keys, 2 * n), load64(keys, 2 * n + 1))))
 
 
 @inlined

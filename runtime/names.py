@@ -15,12 +15,14 @@ from urllib.parse import quote, unquote
 SCHEME: Final = "dyn://"
 INSTANCES: Final = "v1/instances/"
 CARDS: Final = "v1/mdc/"  # model cards
+EVENT_CHANNELS: Final = "v1/event_channels/"
 INSTANCE_ID_MAX: Final = (1 << 64) - 1
 PART_CHARACTERS_MAX: Final = 63
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _ENDPOINT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(/[A-Za-z0-9][A-Za-z0-9_-]*)*")
 _ID = re.compile(r"[1-9a-f][0-9a-f]{0,15}")
+_ID_WRITTEN = re.compile(r"[0-9]{1,20}|0[xX][0-9a-fA-F]{1,16}")
 _PART_ALLOWED: Final = (
     f"allowed: 1 to {PART_CHARACTERS_MAX} letters, digits, '_' and '-', a letter or digit first"
 )
@@ -114,6 +116,19 @@ class InstanceName:
         if not model:
             raise NameRefused("model", model, "allowed: any text but none")
         return f"{self.endpoint.cards_prefix}{self.id:x}/{encode_segment(model)}"
+
+
+def parse_instance_id(value: object) -> int:
+    """As people write it: in decimal, or in hexadecimal behind 0x. Raises NameRefused."""
+    text = str(value)
+    number = 0
+    if _ID_WRITTEN.fullmatch(text):
+        number = int(text, 16 if text[:2] in {"0x", "0X"} else 10)
+    if not 1 <= number <= INSTANCE_ID_MAX:
+        raise NameRefused(
+            "instance id", text, f"{_ID_ALLOWED}, in decimal or in hexadecimal as 0x1f"
+        )
+    return number
 
 
 def component_prefix(namespace: str, component: str | None = None) -> str:

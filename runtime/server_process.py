@@ -24,6 +24,7 @@ LOOPBACK: Final = "127.0.0.1"
 STOP_TIMEOUT_S: Final = 10.0
 LAUNCH_ATTEMPTS: Final = 3
 _POLL_S: Final = 0.02
+_RUNS_TRIED: Final = 256
 _LOG_TAIL_BYTES: Final = 2000
 # Below the range from which the kernel gives ports to outgoing connections.
 _PORTS: Final = range(15000, 32000)
@@ -56,10 +57,9 @@ class ServerProcess:
     def start(self, is_ready: Callable[[], bool], timeout_s: float) -> None:
         """Launch and wait until `is_ready`; raises ServerError, with nothing left running."""
         assert self._process is None, "started already"
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(int(signal.SIGTERM))]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*launch, str(os.getpid()), *self._command],
+                with_death_signal(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -73,14 +73,14 @@ class ServerProcess:
             self.stop()
             raise
 
-    def stop(self) -> None:
+    def stop(self, gently_s: float = STOP_TIMEOUT_S) -> None:
         """End it, gently first. Idempotent."""
         process, self._process = self._process, None
         if process is None:
             return
         process.terminate()
         try:
-            process.wait(STOP_TIMEOUT_S)
+            process.wait(gently_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -106,6 +106,15 @@ class ServerProcess:
     def _last_words(self) -> str:
         tail = self._log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip()
         return f"its log {self._log} ends:\n{tail}"
+
+
+def with_death_signal(command: Sequence[str]) -> list[str]:
+    """The command such that the kernel sends it SIGTERM when the thread that starts it ends.
+
+    Its program must be a path; the starting process must be this one.
+    """
+    launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(int(signal.SIGTERM))]
+    return [*launch, str(os.getpid()), *command]
 
 
 def find_program(name: str, package: str) -> str:
@@ -139,6 +148,22 @@ def free_ports(count: int) -> list[int]:
                 continue
             ports.append(port)
     return ports
+
+
+def free_port_run(count: int) -> int:
+    """The first of `count` loopback ports in a row that nothing listens on now."""
+    assert 0 < count < len(_PORTS) // 2
+    # Others may be picking at the same moment, so the places are random.
+    for first in random.sample(range(_PORTS.start, _PORTS.stop - count), _RUNS_TRIED):
+        with ExitStack() as held:
+            try:
+                for port in range(first, first + count):
+                    sock = held.enter_context(socket.socket())
+                    sock.bind((LOOPBACK, port))
+            except OSError:
+                continue
+            return first
+    raise ServerError(f"no {count} loopback ports in a row are free in {_PORTS}")
 
 
 def launch_on_free_ports(launch: Callable[[], None], *, is_pinned: bool = False) -> None:

@@ -28,7 +28,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 _FIRST: Final = ("event", "level", "timestamp", "logger")
 # These say at "info" what is our "debug".
-_TALKATIVE: Final = ("nats", "uvicorn", "botocore", "boto3", "urllib3", "asyncio", "s3transfer")
+_TALKATIVE: Final = (
+    *("nats", "uvicorn", "asyncio", "httpx2", "httpcore2"),
+    *("botocore", "boto3", "urllib3", "s3transfer"),
+)
 
 
 def configure(

@@ -16,6 +16,7 @@ from typing import Any
 
 from msgspec import structs
 from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
@@ -43,7 +44,7 @@ from connectors.vllm.worker_side import KvbmWorker
 from kvbm.fingerprint import namespace_of
 from kvbm.note import BLOCKS_MAX
 from kvbm.protocol import VERSION, Hello, Routing
-from kvbm.routing import derived_worker_id, events_endpoint
+from kvbm.routing import derived_worker_id, live_endpoint, replay_endpoint
 from kvbm.token_chain import warm_up
 
 logger = logging.getLogger("kvbm.connector")
@@ -248,9 +249,15 @@ def _routing(vllm_config: VllmConfig, noted: GroupOffloadConfig, worker_id: int)
     events = vllm_config.kv_events_config
     live = replay = topic = ""
     if events is not None and events.enable_kv_cache_events and events.publisher == "zmq":
-        live = events_endpoint(events.endpoint, rank)
-    if live:
-        replay, topic = events_endpoint(events.replay_endpoint, rank), events.topic
+        live = live_endpoint(events.endpoint, rank)
+        if live:
+            replay, topic = replay_endpoint(events.replay_endpoint, rank), events.topic
+        else:
+            logger.warning(
+                "KV events are published to %s, where kvbm-daemon cannot hear them: routers do "
+                "not know what is in this engine's memory; use tcp://*:PORT",
+                events.endpoint,
+            )
     return Routing(
         worker_id=worker_id or derived_worker_id(engine_id),
         dp_rank=rank,
@@ -284,3 +291,7 @@ def _namespaces(vllm_config: VllmConfig, fingerprint: dict[str, str]) -> Callabl
         return namespace_of({**fingerprint, "private": uuid.uuid4().hex})
 
     return make
+
+
+# MultiConnector makes a child's statistics by the child's name alone.
+KVConnectorFactory.register_connector("KvbmConnector", __name__, "KvbmConnector")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kvbm.address import find_socket
+from kvbm.address import WORKER_ID_VARIABLE, find_socket
 from kvbm.routing import parse_worker_id
 
 # Keys that vLLM's own offloading seam reads from the same dictionary.
@@ -23,9 +23,6 @@ _SEAM_KEYS = frozenset(
         "sync_load_budget_bytes",
     }
 )
-
-
-WORKER_ID_VARIABLE = "KVBM_WORKER_ID"
 
 
 class OptionError(ValueError):

@@ -10,6 +10,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 import structlog
@@ -23,6 +24,7 @@ from kvbm.announce.tiers import TierAnnouncer
 from kvbm.manager import BlockEvents
 from kvbm.session import Connected
 from runtime.component import Runtime, Serving
+from runtime.event_peers import joined
 from runtime.events import EventPlane, EventPlaneSettings
 from runtime.events.envelope import PUBLISHER_ID_MAX
 from runtime.events.node_stream import (
@@ -50,9 +52,18 @@ class Announcer:
     """Made before the event loop runs; `run` once."""
 
     def __init__(
-        self, plane: EventPlane, settings: EventPlaneSettings, node: str, onward: BlockEvents
+        self,
+        plane: EventPlane,
+        settings: EventPlaneSettings,
+        node: str,
+        onward: BlockEvents,
+        *,
+        listens: bool,
     ) -> None:
+        """`listens`: this program hears others' events too, so that it must find their planes."""
         self._plane = plane
+        self._settings = settings
+        self._listens = listens
         self._namespace = settings.namespace
         self._node = node
         publisher = secrets.randbelow(PUBLISHER_ID_MAX) + 1
@@ -115,7 +126,7 @@ class Announcer:
         retry_s = RETRY_S
         while True:
             try:
-                async with make_runtime() as runtime:
+                async with make_runtime() as runtime, self._found(runtime):
                     component = runtime.namespace(self._namespace).component(COMPONENT)
                     self._to_label.clear()
                     serving = await component.endpoint(ENDPOINT).serve(
@@ -131,6 +142,12 @@ class Announcer:
                 self._name = None
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_S_MAX)
+
+    def _found(self, runtime: Runtime) -> AbstractAsyncContextManager[object]:
+        """While it lasts, listeners find this program's events where the plane has no broker."""
+        return joined(
+            runtime.discovery, self._plane, self._settings, publishes=True, listens=self._listens
+        )
 
     async def _keep_labels(
         self, serving: Serving, connected: Callable[[], Sequence[Connected]]

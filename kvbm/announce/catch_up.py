@@ -22,7 +22,7 @@ from kvbm.announce.tiers import TierAnnouncer
 from runtime.events.node_stream import Begins, Rows, decode_question, encode_catch_up
 from runtime.requests import RequestContext
 
-BLOCKS_AT_ONCE: Final = 1 << 16
+BLOCKS_AT_ONCE: Final = 1 << 15
 
 
 class CatchUpHandler:

@@ -37,6 +37,7 @@ class EngineFollower:
         )
         self._router = EngineRouter(routing.block_tokens, group=routing.group)
         self._task: asyncio.Task[None] | None = None
+        self._failed_total = 0
 
     async def start(self) -> None:
         await self._feed.start()
@@ -78,7 +79,7 @@ class EngineFollower:
             lost_total=feed.lost_total,
             restarts_total=feed.restarts_total,
             skipped_total=router.skipped_total,
-            refused_total=router.refused_total,
+            refused_total=router.refused_total + self._failed_total,
             orphaned_total=router.orphaned_total + router.full_total,
         )
 
@@ -93,7 +94,12 @@ class EngineFollower:
     async def _run(self) -> None:
         taken = 0
         async for item in self._feed:
-            self.take(item)
+            try:
+                self.take(item)
+            except Exception:  # noqa: BLE001 (an engine's events must not end the daemon)
+                _log.exception("engine_events_failed", endpoint=self.routing.events)
+                self._failed_total += 1
+                self._publish(self._router.cleared())
             taken += 1
             if taken % BATCHES_AT_ONCE == 0:
                 await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""`kvbm`: status, top, why, peers, doctor, events, chunks, benchmarks, and a node's actions.
+"""`kvbm`: status, top, why, peers, instances, doctor, engines, events, chunks, benchmarks, actions.
 
 Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
 Data goes to standard output, talk to standard error.
@@ -10,7 +10,19 @@ import sys
 
 import typer
 
-from kvbm.cli import actions, bench, chunks, doctor, events, status, top, why
+from kvbm.cli import (
+    actions,
+    bench,
+    chunks,
+    doctor,
+    engine,
+    events,
+    instances,
+    programs,
+    status,
+    top,
+    why,
+)
 from kvbm.cli.client import Failure
 
 app = typer.Typer(
@@ -20,14 +32,16 @@ app = typer.Typer(
     help="Look after the KV-cache block manager of a node.",
 )
 for command in (
-    *(status.status, status.tiers, status.peers, top.top, doctor.doctor),
+    *(status.status, status.tiers, status.peers, instances.instances, top.top, doctor.doctor),
     *(why.why, chunks.chunks),
     *(actions.drain, actions.resume, actions.flush, actions.scrub),
 ):
     app.command()(command)
 app.add_typer(chunks.quarantine, name="quarantine")
+app.add_typer(engine.app, name="engine")
 app.add_typer(events.app, name="events")
 app.add_typer(bench.app, name="bench")
+app.command(**programs.PASSED_ON)(programs.router)
 
 
 def main() -> None:

@@ -32,7 +32,12 @@ def chunks(key: Key, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJso
             residency["checksum"] if residency["sealed"] else "not yet",
             "-" if claims is None else str(claims),
         )
-    console().print(shown)
+    out = console()
+    out.print(shown)
+    if (note := found["note"]) is not None:
+        after = f"after {note['parent']}" if note["parent"] else "from the beginning"
+        count = len(note["blocks"])
+        out.print(f"for routers: {count} blocks {after}, in domain {note['domain']}")
 
 
 quarantine = typer.Typer(invoke_without_command=True)

@@ -16,7 +16,7 @@ from kvbm.cli.findings import Finding, Place, Verdict, ok, problem, warning
 from kvbm.cli.machine import check_machine
 from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
 from kvbm.cli.output import console, print_json
-from runtime.loopback import is_loopback
+from runtime.hosts import is_loopback
 
 _STYLES: Final = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.PROBLEM: "red"}
 _LOG: Final = "its log says more (journalctl -u kvbm-daemon)"
@@ -116,8 +116,9 @@ def _daemon_findings(checks: dict[str, str], node: Json) -> Iterator[Finding]:
     else:
         yield problem(
             "events",
-            f"NATS at {process['events_url']} cannot be reached: {error}",
-            "start NATS or mend events.nats_url and its credentials; nothing else waits for it",
+            f"the event plane over NATS at {process['events_url']}: {error}",
+            "start NATS, or mend events.nats_url, its credentials, its TLS files or JetStream; "
+            "nothing else waits for it",
         )
 
 

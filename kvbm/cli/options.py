@@ -1,7 +1,8 @@
-"""The options that every command has."""
+"""The options that commands share."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -21,5 +22,12 @@ Token = Annotated[
         help="The daemon's admin.token, or file:PATH.",
         show_default=False,
     ),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The node's settings, YAML or TOML.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

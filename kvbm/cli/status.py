@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import typer
 from rich.table import Table
 
-from kvbm.cli.client import AdminClient, Json
-from kvbm.cli.options import DEFAULT_URL, AsJson, Token, Url
+from kvbm.cli.client import AdminClient, Failure, Json
+from kvbm.cli.instances import heading, instances_table, look
+from kvbm.cli.options import DEFAULT_URL, AsJson, Config, Token, Url
 from kvbm.cli.output import age, console, print_json, share, size, table
 
 NOT_READY = 3
 
 
-def status(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """Is the node ready, what does it hold, who is connected? Exit status 3 if it is not ready."""
+def status(
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is the node ready, what does it hold, who is connected? Exit status 3 if it is not ready.
+
+    Instances are those of discovery as the settings here have it: --config and KVBM_DISCOVERY__*.
+    """
     with AdminClient(url, token) as client:
         checks = client.readiness()
         node = client.get("/v1/node")
         found = client.get("/v1/tiers")
         sessions = client.get("/v1/sessions")["sessions"]
         stream = client.get("/v1/stream")["stream"]
+    registered = _registered(config)
     ready = all(reason == "ok" for reason in checks.values())
     if as_json:
         told = {"ready": ready, "checks": checks, **node, **found, "sessions": sessions}
-        told["stream"] = stream
-        print_json(told)
+        print_json({**told, "stream": stream, "discovery": registered})
     else:
         _show(ready, checks, node, found, sessions)
         if stream is not None:
             _show_stream(stream)
+        _show_instances(registered)
     if not ready:
         raise typer.Exit(NOT_READY)
 
@@ -138,10 +149,31 @@ def _show(
     claims = sum(session["claims"] for session in sessions)
     leased = sum(session["leased_bytes"] for session in sessions)
     waiting = sum(queue["depth"] for queue in found["queues"])
+    workers = sorted({s["worker_id"] for s in sessions if s["worker_id"] is not None})
+    known = f" (worker {', '.join(f'0x{one}' for one in workers)})" if workers else ""
     out.print(
-        f"{len(engines)} engines in {len(sessions)} connections; {claims} chunks claimed, "
+        f"{len(engines)} engines in {len(sessions)} connections{known}; {claims} chunks claimed, "
         f"{size(leased)} of slots lent; {waiting} chunks wait in queues"
     )
+
+
+def _registered(config: Path | None) -> Json:
+    """What discovery has; if that cannot be told, `error` says why and `instances` is null."""
+    try:
+        return {**look(config, []), "error": None}
+    except Failure as failure:
+        return {"discovery": None, "namespace": None, "instances": None, "error": str(failure)}
+
+
+def _show_instances(registered: Json) -> None:
+    out = console()
+    if registered["error"] is not None:
+        out.print(f"[red]instances[/]: {registered['error']}", soft_wrap=True)
+        return
+    out.print(heading(registered))
+    if registered["instances"]:
+        out.print()
+        out.print(instances_table(registered["instances"]))
 
 
 def _show_stream(found: Json) -> None:

@@ -26,6 +26,7 @@ from kvbm.daemon.unit import CACHE, Installation, unit_text
 from kvbm.peers.owner import PeerSocketError
 from runtime import telemetry
 from runtime.allocator import map_large_blocks
+from runtime.server_process import ServerError
 from runtime.settings import Loaded, SettingsError, parse_assignments
 from runtime.web.server import ListenError
 from storage_tiers.arena import ArenaError
@@ -60,7 +61,7 @@ def serve(config: Config = None, assignments: Assignments = None) -> None:
         _log.warning("unknown_variable", name=name)
     try:
         asyncio.run(_serve(settings))
-    except (ArenaError, TierError, SocketError, PeerSocketError, ListenError) as error:
+    except (ArenaError, TierError, SocketError, PeerSocketError, ListenError, ServerError) as error:
         _log.error("cannot_run", reason=str(error))
         raise typer.Exit(1) from None
 

@@ -34,8 +34,8 @@ from kvbm.daemon.view import (
     ScrubStatus,
     SessionStatus,
 )
-from kvbm.manager import BlockManager, Catalogue
-from kvbm.note import NoNotes, NoteBook
+from kvbm.manager import BlockEvents, BlockManager, Catalogue
+from kvbm.note import NoNotes, Note, NoteBook
 from kvbm.pace import TierPace
 from kvbm.patrol import Patrol
 from kvbm.peers.contents import Contents
@@ -81,8 +81,8 @@ class Node:
         self.plane: EventPlane = create_event_plane(settings.events, f"{PROGRAM} {settings.node}")
         self.blocks = self._make_publisher()
         self.announcer = self._make_announcer()
-        self.notes: NoteBook = NoNotes() if self.announcer is None else self.announcer.tiers
-        contents = Contents(self.blocks if self.announcer is None else self.announcer.tiers)
+        self.notes, events = self._make_notes()
+        contents = Contents(events)
         catalogue = Catalogue(contents, self.notes)
         inheritance = inherit(inherited or {}, notifier, settings.dram)
         self.arena = (
@@ -154,7 +154,19 @@ class Node:
             return None
         from kvbm.announce.announcer import Announcer  # compiles, which takes a while
 
-        return Announcer(self.plane, settings.events, settings.node, self.blocks)
+        listens = settings.peers is not None  # to what they keep
+        return Announcer(self.plane, settings.events, settings.node, self.blocks, listens=listens)
+
+    def _make_notes(self) -> tuple[NoteBook, BlockEvents]:
+        """What keeps notes, and is told of residencies for it."""
+        if self.announcer is not None:
+            return self.announcer.tiers, self.announcer.tiers
+        if self.settings.s3 is None:
+            return NoNotes(), self.blocks
+        from kvbm.notebook import NoteKeeper  # compiles, too
+
+        keeper = NoteKeeper(self.blocks)
+        return keeper, keeper
 
     async def announce(self) -> None:
         """Run the announcer, until it is cancelled; there is one."""
@@ -259,6 +271,7 @@ class Node:
             dropped_total=blocks.dropped_total,
             connected=plane.connected,
             messages_dropped_total=plane.dropped_total,
+            messages_unconfirmed_total=plane.unconfirmed_total,
         )
 
     def stream(self) -> AnnouncerStatus | None:
@@ -298,7 +311,9 @@ class Node:
             (chunk,) = tier.find([key])
             if chunk is not None:
                 residencies.append(Residency(tier.name, chunk, sealed=True, claims=None))
-        return ChunkStatus(residencies, key in self.manager.onboarder)
+        note = self.notes.note_of(key)
+        found = Note.decode(note) if note else None
+        return ChunkStatus(residencies, key in self.manager.onboarder, found)
 
     def quarantine(self) -> QuarantineStatus:
         return self.operations.quarantine()
@@ -375,6 +390,8 @@ def _status(hello: Hello, since: float, claims: int, leased_bytes: int) -> Sessi
         connected_s=time.monotonic() - since,
         claims=claims if is_scheduler else 0,
         leased_bytes=leased_bytes if is_scheduler else 0,
+        worker_id=None if hello.routing is None else f"{hello.routing.worker_id:x}",
+        dp_rank=None if hello.routing is None else hello.routing.dp_rank,
     )
 
 

@@ -20,6 +20,7 @@ from kvbm.daemon.view import (
     ScrubStatus,
     SessionStatus,
 )
+from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from storage_tiers.base import Key, RecoveryReport, TierUsage
@@ -123,15 +124,31 @@ class ResidencyReport(BaseModel):
         )
 
 
+class NoteReport(BaseModel):
+    """What routers are told of a chunk; hashes as 16 hexadecimal digits."""
+
+    domain: str
+    parent: str | None  # the block before its first, by sequence hash
+    blocks: list[str]  # its own, by the hash of their tokens
+
+    @classmethod
+    def of(cls, note: Note) -> NoteReport:
+        parent = None if note.parent is None else f"{note.parent:016x}"
+        blocks = [f"{block:016x}" for block in note.tokens_hashes.tolist()]
+        return cls(domain=f"{note.domain:016x}", parent=parent, blocks=blocks)
+
+
 class ChunkReport(BaseModel):
     key: str
     residencies: list[ResidencyReport]
     onboarding: bool
+    note: NoteReport | None
 
     @classmethod
     def of(cls, key: Key, status: ChunkStatus) -> ChunkReport:
         found = [ResidencyReport.of(residency) for residency in status.residencies]
-        return cls(key=key.hex(), residencies=found, onboarding=status.is_coming)
+        note = None if status.note is None else NoteReport.of(status.note)
+        return cls(key=key.hex(), residencies=found, onboarding=status.is_coming, note=note)
 
 
 class QuarantinedReport(BaseModel):

@@ -11,13 +11,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Final
+from urllib.parse import urlsplit
 
 import structlog
 
 from kvbm.daemon.admin import create_app
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
+from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.systemd import Notifier
+from runtime.embedded import EmbeddedNats
 from runtime.web.server import WebServer
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
@@ -44,12 +47,14 @@ class Server:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end cleanly.
 
-        Raises TierError, SocketError, PeerSocketError or ListenError if it cannot start.
+        Raises TierError, SocketError, PeerSocketError, ListenError or ServerError if it cannot
+        start.
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
             if node.settings.dram.prefault:
                 cleanup.enter_context(Prefault(node.arena.data))
+            await _start_nats(node.settings, cleanup)
             await node.plane.start()
             cleanup.push_async_callback(self._close_events)
             for tier in node.all_tiers:
@@ -160,6 +165,24 @@ class Server:
             self._node.announcer.tiers.flush()
         self._node.blocks.flush()
         await self._node.plane.close()
+
+
+async def _start_nats(settings: DaemonSettings, cleanup: contextlib.AsyncExitStack) -> None:
+    """The node's own NATS server, if it is to have one. Raises ServerError."""
+    events = settings.events
+    if not events.nats_embedded:
+        return
+    assert events.nats_user is not None and events.nats_password is not None, "settings see to it"
+    settings.socket.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    server = EmbeddedNats(
+        settings.socket.parent / "nats",
+        port=urlsplit(events.nats_url).port,
+        jetstream=events.nats_durable,
+        login=(events.nats_user, events.nats_password.get_secret_value()),
+    )
+    await asyncio.to_thread(server.start)
+    cleanup.callback(server.stop)
+    _log.info("nats_started", url=server.url, pid=server.pid)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

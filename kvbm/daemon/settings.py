@@ -20,8 +20,10 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from kvbm.address import (
     ADMIN_TOKEN_VARIABLE,
     ADMIN_URL_VARIABLE,
+    WORKER_ID_VARIABLE,
     default_socket,
 )
+from kvbm.engine.settings import EngineSettings
 from kvbm.peers.settings import PeerSettings
 from runtime.discovery.settings import DiscoverySettings
 from runtime.events.node_stream import COMPONENT, ENDPOINT
@@ -38,7 +40,7 @@ _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
-_OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE}
+_OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE, WORKER_ID_VARIABLE}
 _OF_THE_ROUTER: Final = "KVBM_ROUTER_"  # its settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -253,6 +255,8 @@ class TenantSettings(Section):
 
 
 class AdminSettings(WebSettings):
+    section = "admin"
+
     port: int = Field(default=9470, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
 
 
@@ -354,6 +358,11 @@ class DaemonSettings(Settings):
     )
     governor: GovernorSettings = Field(
         default=GovernorSettings(), description="Loading against computing."
+    )
+    engine: EngineSettings = Field(
+        default=EngineSettings(),
+        description="For `kvbm engine` ([ENGINES.md](ENGINES.md)), which registers engines in "
+        "`discovery` whatever `events.plane` is; the daemon itself needs none of it.",
     )
 
     tenants: dict[str, TenantSettings] = Field(

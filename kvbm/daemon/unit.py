@@ -35,12 +35,12 @@ def unit_text(where: Installation) -> str:
     )
     outside = where.ssd is not None and not where.ssd.is_relative_to(CACHE)
     values = {
-        "@PROGRAM@": _escaped(where.program),
-        "@CONFIG@": _escaped(where.config),
+        "@PROGRAM@": escaped(where.program),
+        "@CONFIG@": escaped(where.config),
         "@USER@": where.user,
         "@GROUP@": where.group,
         "@PROTECT_HOME@": "read-only" if hidden else "yes",
-        "@READ_WRITE_PATHS@": f"ReadWritePaths={_escaped(where.ssd)}"
+        "@READ_WRITE_PATHS@": f"ReadWritePaths={escaped(where.ssd)}"
         if outside and where.ssd is not None
         else "#ReadWritePaths=/mnt/nvme0/kvbm",
     }
@@ -50,7 +50,7 @@ def unit_text(where: Installation) -> str:
     return text
 
 
-def _escaped(path: Path) -> str:
+def escaped(path: Path) -> str:
     """As systemd reads it: specifiers begin with a percent sign, words end at a space."""
     text = str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
     return f'"{text}"' if any(mark in text for mark in _QUOTED) else text

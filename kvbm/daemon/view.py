@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvbm.announce.status import AnnouncerStatus
 from kvbm.daemon.rates import Rate
+from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from kvbm.receipts import Receipt
@@ -37,6 +38,8 @@ class SessionStatus:
     connected_s: float
     claims: int
     leased_bytes: int
+    worker_id: str | None = None  # of a scheduler: its instance in discovery, hexadecimal
+    dp_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class EventsStatus:
     dropped_total: int = 0
     connected: bool = False
     messages_dropped_total: int = 0  # taken, and then lost because the plane was away
+    messages_unconfirmed_total: int = 0  # sent, but not known to be kept (`nats_durable`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class Residency:
 class ChunkStatus:
     residencies: Sequence[Residency]
     is_coming: bool  # on its way up into host memory
+    note: Note | None = None
 
 
 @dataclass(frozen=True, slots=True)

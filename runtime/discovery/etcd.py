@@ -8,7 +8,6 @@ was, unless the server is not the one it was; whatever else ends it, it begins f
 from __future__ import annotations
 
 import math
-import ssl
 from base64 import b64decode, b64encode
 from collections.abc import AsyncGenerator
 from typing import Any, Final
@@ -26,6 +25,7 @@ from runtime.discovery.base import (
 )
 from runtime.discovery.settings import DiscoverySettings
 from runtime.discovery.store import LeaseLost, Snapshot
+from runtime.tls import TlsSettings, client_context
 
 REQUEST_TIMEOUT_S: Final = 3.0
 WATCH_SILENCE_S: Final = 20.0
@@ -46,9 +46,13 @@ class EtcdStore:
         self._turn = 0
         self._token: str | None = None
         timeout = httpx2.Timeout(min(REQUEST_TIMEOUT_S, settings.ttl / 3), pool=None)
-        context = ssl.create_default_context(cafile=settings.etcd_ca)
+        tls = TlsSettings(
+            authority=settings.etcd_ca,
+            certificate=settings.etcd_certificate,
+            key=settings.etcd_key,
+        )
         self._client = httpx2.AsyncClient(
-            verify=context,
+            verify=client_context(tls),
             timeout=timeout,
             trust_env=False,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=4),

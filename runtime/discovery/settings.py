@@ -49,6 +49,10 @@ class DiscoverySettings(Section):
     etcd_ca: Path | None = Field(
         default=None, description="Certificate that signs etcd's, if the system does not know it."
     )
+    etcd_certificate: Path | None = Field(
+        default=None, description="This program's certificate (PEM), where etcd asks for one."
+    )
+    etcd_key: Path | None = Field(default=None, description="The certificate's private key (PEM).")
     kubernetes_url: str | None = Field(
         default=None,
         description="The API server; by default the one of the cluster that this runs in.",
@@ -67,6 +71,8 @@ class DiscoverySettings(Section):
     def _check(self) -> Self:
         if (self.etcd_user is None) != (self.etcd_password is None):
             raise ValueError("etcd_user and etcd_password go together: give both or neither")
+        if (self.etcd_certificate is None) != (self.etcd_key is None):
+            raise ValueError("etcd_certificate and etcd_key go together: give both or neither")
         for name, urls in {
             "etcd_url": self.etcd_urls,
             "kubernetes_url": [self.kubernetes_url] if self.kubernetes_url is not None else [],

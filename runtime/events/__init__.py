@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from runtime.events.base import EventPlane, Message, PlaneStatus, Subscription, SupportsPeers
+from runtime.events.base import (
+    EventPlane,
+    HistoryUnavailable,
+    Message,
+    PlaneStatus,
+    Subscription,
+    SupportsHistory,
+    SupportsPeers,
+)
 from runtime.events.settings import EventPlaneSettings
 
 __all__ = [
     "EventPlane",
     "EventPlaneSettings",
+    "HistoryUnavailable",
     "Message",
     "PlaneStatus",
     "Subscription",
+    "SupportsHistory",
     "SupportsPeers",
     "create_event_plane",
 ]

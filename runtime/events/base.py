@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, runtime_checkable
 
 SUBSCRIPTION_MESSAGES: Final = 4096
 
@@ -35,6 +35,7 @@ class PlaneStatus:
     queue_limit: int
     missed_total: int = 0  # known, by their numbers, to have been lost on their way here
     malformed_total: int = 0  # what came and was no message
+    unconfirmed_total: int = 0  # sent, but not known to be kept (`nats_durable`)
 
 
 class EventPlane(Protocol):
@@ -59,6 +60,7 @@ class EventPlane(Protocol):
     def status(self) -> PlaneStatus: ...
 
 
+@runtime_checkable
 class SupportsPeers(Protocol):
     """A plane without a broker: each program listens to the others' own addresses."""
 
@@ -67,12 +69,34 @@ class SupportsPeers(Protocol):
         """Where this one publishes, once it is known; with the wildcard host if bound to one."""
         ...
 
+    async def bound(self) -> str:
+        """`address`, as soon as it is known: it may be taken when the plane starts."""
+        ...
+
     def add_peer(self, address: str) -> None:
         """Listen to a publisher from now on, also if it comes later. Idempotent."""
         ...
 
     def remove_peer(self, address: str) -> None:
         """Listen no more. Idempotent."""
+        ...
+
+
+class HistoryUnavailable(Exception):
+    """What was published cannot be read again, or not to its end; the message says why."""
+
+
+@runtime_checkable
+class SupportsHistory(Protocol):
+    """A plane that keeps some of what is published, for those who were away."""
+
+    def history(self, subject: str, since_s: float) -> AsyncGenerator[Message, None]:
+        """What was published since then (in seconds since 1970) and is kept, in its order.
+
+        It ends with what was there when it was asked: who subscribes first and then reads this
+        misses nothing, and gets what came in between twice. How long messages are kept is the
+        settings' to say, the time is the server's. Raises HistoryUnavailable.
+        """
         ...
 
 

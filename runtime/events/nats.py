@@ -4,15 +4,16 @@ One task owns the connection: it connects, subscribes, sends what is queued in b
 the server, and begins anew when the connection breaks, for as long as the plane is open. Messages
 leave the queue only when the server has confirmed them, so a server's restart costs none while
 the queue has room; those of an unconfirmed burst are sent again. A full queue drops new messages
-and counts them.
+and counts them. With `nats_durable` block events are kept in a stream of JetStream besides
+(`jetstream.py`): a burst then waits for its confirmations too, but never for long.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
-from itertools import islice
+import secrets
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import structlog
@@ -20,16 +21,23 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
-from runtime.events.base import SUBSCRIPTION_MESSAGES, Message, PlaneStatus, Subscription
+from runtime.events.base import (
+    SUBSCRIPTION_MESSAGES,
+    HistoryUnavailable,
+    Message,
+    PlaneStatus,
+    Subscription,
+)
+from runtime.events.jetstream import STREAM_RETRY_S, EventStream
+from runtime.events.outbox import Outbox
 from runtime.events.settings import EventPlaneSettings
+from runtime.nats_client import CLOSE_TIMEOUT_S, connect, shut
 
 CONNECT_TIMEOUT_S: Final = 5.0
 CONFIRM_TIMEOUT_S: Final = 5.0
-CLOSE_TIMEOUT_S: Final = 2.0
 RETRY_S: Final = 0.1  # doubles up to
 RETRY_S_MAX: Final = 2.0
 BURST_MESSAGES_MAX: Final = 256
-_PING_INTERVAL_S: Final = 10
 
 _log = structlog.get_logger()
 
@@ -39,17 +47,15 @@ class NatsPlane:
         """`name` is how the connection shows in the server's own tools."""
         self._settings = settings
         self._name = name
-        self._queue: deque[Message] = deque()
-        self._queued_bytes = 0
-        self._full = False
+        self._outbox = Outbox(settings.queue_messages, settings.queue_bytes)
+        self._publisher = secrets.token_hex(8)
         self._subscriptions: set[Subscription] = set()
         self._wake = asyncio.Event()
-        self._empty = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._connected = False
+        self._client: Client | None = None  # while connected
+        self._stream: EventStream | None = None  # of this connection, or the last
         self._error: str | None = "not connected yet"
-        self._published_total = 0
-        self._dropped_total = 0
+        self._unconfirmed_total = 0  # on earlier connections
 
     async def start(self) -> None:
         assert self._task is None, "started already"
@@ -59,10 +65,9 @@ class NatsPlane:
         task, self._task = self._task, None
         if task is None:
             return
-        if self._connected and self._queue:
-            self._empty.clear()
+        if self._client is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
+                await asyncio.wait_for(self._outbox.empty.wait(), CLOSE_TIMEOUT_S)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
@@ -70,17 +75,8 @@ class NatsPlane:
             subscription.close()
 
     def publish(self, subject: str, payload: bytes) -> bool:
-        if (
-            len(self._queue) >= self._settings.queue_messages
-            or self._queued_bytes + len(payload) > self._settings.queue_bytes
-        ):
-            if not self._full:
-                _log.warning("event_queue_full", messages=len(self._queue), error=self._error)
-            self._full = True
-            self._dropped_total += 1
+        if not self._outbox.put(Message(subject, payload), self._error):
             return False
-        self._queue.append(Message(subject, payload))
-        self._queued_bytes += len(payload)
         self._wake.set()
         return True
 
@@ -90,15 +86,25 @@ class NatsPlane:
         self._wake.set()
         return subscription
 
+    def history(self, subject: str, since_s: float) -> AsyncGenerator[Message, None]:
+        if not self._settings.nats_durable:
+            raise HistoryUnavailable("nothing is kept: nats_durable is not set")
+        if self._stream is None or self._client is None:
+            raise HistoryUnavailable(self._error or "not connected")
+        return self._stream.history(subject, since_s)
+
     def status(self) -> PlaneStatus:
+        stream = self._stream
         return PlaneStatus(
             kind="nats",
-            connected=self._connected,
-            error=self._error,
-            published_total=self._published_total,
-            dropped_total=self._dropped_total,
-            queued=len(self._queue),
-            queue_limit=self._settings.queue_messages,
+            connected=self._client is not None,
+            error=self._error or (stream.trouble if stream is not None else None),
+            published_total=self._outbox.sent_total,
+            dropped_total=self._outbox.dropped_total,
+            queued=len(self._outbox),
+            queue_limit=self._outbox.messages_max,
+            unconfirmed_total=self._unconfirmed_total
+            + (stream.unconfirmed_total if stream is not None else 0),
         )
 
     # -- the one task ---------------------------------------------------------------------
@@ -106,9 +112,10 @@ class NatsPlane:
     async def _run(self) -> None:
         retry_s = RETRY_S
         while True:
-            client = Client()
+            client = None
             try:
-                await self._connect(client)
+                client = await connect(self._settings, self._name, CONNECT_TIMEOUT_S, self._woken)
+                _log.info("event_plane_connected", server=client.connected_url.netloc)
                 retry_s = RETRY_S
                 await self._serve(client)
             except (NatsError, OSError, TimeoutError, ValueError) as error:
@@ -116,61 +123,41 @@ class NatsPlane:
             except Exception as error:  # noqa: BLE001 (task border: events must not end a program)
                 self._lost(f"{type(error).__name__}: {error}")
             finally:
-                self._connected = False
-                await _shut(client)
+                self._client = None
+                if client is not None:
+                    await shut(client)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_S_MAX)
 
-    async def _connect(self, client: Client) -> None:
-        settings = self._settings
-        options: dict[str, Any] = {}
-        if settings.nats_user is not None and settings.nats_password is not None:
-            options["user"] = settings.nats_user
-            options["password"] = settings.nats_password.get_secret_value()
-        if settings.nats_credentials is not None:
-            options["user_credentials"] = str(settings.nats_credentials)
-        causes: list[Exception] = []
-
-        async def note(error: Exception) -> None:
-            causes[:] = [error]
-
-        async def wake() -> None:
-            self._wake.set()
-
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await client.connect(
-                    servers=settings.nats_urls,
-                    name=self._name,
-                    allow_reconnect=False,  # `_run` does it, and subscribes again
-                    max_reconnect_attempts=1,
-                    reconnect_time_wait=0,
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    ping_interval=_PING_INTERVAL_S,
-                    error_cb=note,
-                    closed_cb=wake,
-                    disconnected_cb=wake,
-                    **options,
-                )
-        except (NatsError, TimeoutError) as error:
-            # "No servers available" says less than what the last of them answered.
-            raise (causes[0] if causes else error) from error
-        self._connected = True
-        self._error = None
-        _log.info("event_plane_connected", server=client.connected_url.netloc)
-
     async def _serve(self, client: Client) -> None:
         subscribed: dict[Subscription, Any] = {}
+        stream = await self._open_stream(client)
+        self._client, self._error = client, None
         try:
             while client.is_connected:
                 self._wake.clear()
                 await self._follow_subscriptions(client, subscribed)
-                if not await self._send_burst(client):
-                    await self._wake.wait()
+                if stream is not None:
+                    await stream.ensure()
+                if not await self._send_burst(client, stream):
+                    # A stream that is in trouble is looked at again, also if nothing happens.
+                    look_s = STREAM_RETRY_S if stream is not None and stream.trouble else None
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(look_s):
+                            await self._wake.wait()
         finally:
             for subscription in subscribed:
                 subscription.active.clear()
         raise ConnectionError("the connection was closed")
+
+    async def _open_stream(self, client: Client) -> EventStream | None:
+        if not self._settings.nats_durable:
+            return None
+        if self._stream is not None:
+            self._unconfirmed_total += self._stream.unconfirmed_total
+        self._stream = EventStream(self._settings, client, self._publisher)
+        await self._stream.start()
+        return self._stream
 
     async def _follow_subscriptions(
         self, client: Client, subscribed: dict[Subscription, Any]
@@ -187,15 +174,14 @@ class NatsPlane:
             for subscription in fresh:
                 subscription.active.set()
 
-    async def _send_burst(self, client: Client) -> bool:
+    async def _send_burst(self, client: Client, stream: EventStream | None) -> bool:
         """Send some of what is queued; False if nothing was."""
-        burst = list(islice(self._queue, BURST_MESSAGES_MAX))
+        outbox = self._outbox
+        burst = outbox.burst(BURST_MESSAGES_MAX)
         if not burst:
-            self._full = False
-            self._empty.set()
             return False
         too_large = 0
-        for message in burst:
+        for number, message in enumerate(burst, outbox.first_number):
             if len(message.payload) > client.max_payload:
                 too_large += 1
                 _log.warning(
@@ -204,19 +190,21 @@ class NatsPlane:
                     size_bytes=len(message.payload),
                     limit_bytes=client.max_payload,
                 )
-                continue
-            await client.publish(message.subject, message.payload)
+            elif stream is not None and stream.keeps(message.subject):
+                await stream.send(number, message)
+            else:
+                await client.publish(message.subject, message.payload)
         await client.flush(timeout=CONFIRM_TIMEOUT_S)
-        for message in burst:
-            assert self._queue[0] is message
-            self._queue.popleft()
-            self._queued_bytes -= len(message.payload)
-        self._published_total += len(burst) - too_large
-        self._dropped_total += too_large
+        if stream is not None:
+            await stream.settle()
+        outbox.done(len(burst), dropped=too_large)
         return True
 
     def _unsubscribe(self, subscription: Subscription) -> None:
         self._subscriptions.discard(subscription)
+        self._wake.set()
+
+    async def _woken(self) -> None:
         self._wake.set()
 
     def _lost(self, reason: str) -> None:
@@ -230,10 +218,3 @@ def _delivery(subscription: Subscription) -> Any:
         subscription.deliver(Message(message.subject, message.data))
 
     return deliver
-
-
-async def _shut(client: Client) -> None:
-    """Close, whatever state the client is in."""
-    with contextlib.suppress(NatsError, OSError, TimeoutError, AttributeError):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await client.close()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
+from runtime.hosts import is_loopback
 from runtime.settings import Section
+from runtime.tls import TlsSettings
 from runtime.units import Duration, Secret, Size
 
 
@@ -34,6 +37,29 @@ class EventPlaneSettings(Section):
         default=None,
         description="NATS credentials file (JWT and key), instead of user and password.",
     )
+    nats_embedded: bool = Field(
+        default=False,
+        description="The daemon starts the NATS server itself, out of the package "
+        "`kvbm-daemon[embedded]`, for programs on this machine: `nats_url` is then a loopback "
+        "address with a port, and `nats_user` and `nats_password` are what it asks for.",
+    )
+    nats_durable: bool = Field(
+        default=False,
+        description="Block events are kept in a stream of JetStream too, so that a router that was "
+        "away for long reads what it missed. The server must have JetStream enabled.",
+    )
+    nats_durable_age: Duration = Field(
+        default=3600.0, ge=1.0, description="How long the stream keeps block events."
+    )
+    nats_durable_bytes: Size = Field(
+        default=1 << 30, ge=1 << 20, description="How much the stream keeps at most."
+    )
+    nats_durable_replicas: int = Field(
+        default=1, ge=1, le=5, description="On how many servers of a cluster the stream is kept."
+    )
+    tls: TlsSettings | None = Field(
+        default=None, description="TLS to the NATS server; without it the URL decides."
+    )
     zmq_bind: str = Field(
         default="tcp://127.0.0.1:0",
         description="Where this program's events are published with `zmq`; port 0 is any free one.",
@@ -41,6 +67,11 @@ class EventPlaneSettings(Section):
     zmq_peers: list[str] = Field(
         default=[],
         description="Addresses of the publishers to listen to with `zmq`, as `tcp://HOST:PORT`.",
+    )
+    zmq_advertise_host: str | None = Field(
+        default=None,
+        description="The host others reach this program's events by with `zmq`; by default that of "
+        "`zmq_bind`, or this machine's address where that is a wildcard.",
     )
     zmq_high_water_messages: int = Field(
         default=100_000,
@@ -87,6 +118,10 @@ class EventPlaneSettings(Section):
             raise ValueError("nats_user and nats_password go together: give both or neither")
         if self.nats_credentials is not None and self.nats_user is not None:
             raise ValueError("give nats_credentials or nats_user with nats_password, not both")
+        if self.nats_durable and self.plane != "nats":
+            raise ValueError(f"nats_durable needs plane nats; it is {self.plane}")
+        if self.nats_embedded:
+            self._check_embedded()
         for url in self.nats_urls:
             if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
                 raise ValueError(f"nats_url: {url!r} is no NATS URL; accepted: nats://HOST:PORT")
@@ -94,6 +129,17 @@ class EventPlaneSettings(Section):
             if not address.startswith(("tcp://", "ipc://")):
                 raise ValueError(f"{address!r} is no ZMQ address; accepted: tcp://HOST:PORT")
         return self
+
+    def _check_embedded(self) -> None:
+        found = urlsplit(self.nats_url)
+        if self.plane != "nats" or self.tls is not None:
+            raise ValueError("nats_embedded needs plane nats, without tls")
+        if self.nats_password is None:
+            raise ValueError("nats_embedded needs nats_user and nats_password")
+        if found.scheme != "nats" or not is_loopback(found.hostname or "") or not found.port:
+            raise ValueError(
+                f"nats_embedded: nats_url {self.nats_url!r} is not nats://127.0.0.1:PORT"
+            )
 
     @property
     def nats_urls(self) -> list[str]:

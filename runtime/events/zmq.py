@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -33,6 +32,7 @@ from runtime.events.envelope import (
     encode_envelope,
     encode_frame,
 )
+from runtime.events.outbox import Outbox
 from runtime.events.settings import EventPlaneSettings
 
 MESSAGE_BYTES_MAX: Final = 64 << 20
@@ -56,9 +56,7 @@ class ZmqPlane:
         self._name = name
         self._publisher_id = secrets.randbelow(PUBLISHER_ID_MAX + 1)
         self._sequences: dict[str, int] = {}
-        self._queue: deque[Message] = deque()
-        self._queued_bytes = 0
-        self._full = False
+        self._outbox = Outbox(settings.queue_messages, settings.queue_bytes)
         self._subscriptions: list[Subscription] = []
         self._peers: dict[str, _Peer] = {}
         self._wake = asyncio.Event()
@@ -67,9 +65,8 @@ class ZmqPlane:
         self._listening: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._address: str | None = None
+        self._bound = asyncio.Event()
         self._error: str | None = "not bound yet"
-        self._published_total = 0
-        self._dropped_total = 0
         self._missed_total = 0  # of peers that are listed no more
         self._malformed_total = 0
 
@@ -103,6 +100,11 @@ class ZmqPlane:
     def address(self) -> str | None:
         return self._address
 
+    async def bound(self) -> str:
+        await self._bound.wait()
+        assert self._address is not None
+        return self._address
+
     def add_peer(self, address: str) -> None:
         if address in self._peers:
             return
@@ -121,17 +123,8 @@ class ZmqPlane:
             self._malformed_total += peer.malformed_total
 
     def publish(self, subject: str, payload: bytes) -> bool:
-        if (
-            len(self._queue) >= self._settings.queue_messages
-            or self._queued_bytes + len(payload) > self._settings.queue_bytes
-        ):
-            if not self._full:
-                _log.warning("event_queue_full", messages=len(self._queue), error=self._error)
-            self._full = True
-            self._dropped_total += 1
+        if not self._outbox.put(Message(subject, payload), self._error):
             return False
-        self._queue.append(Message(subject, payload))
-        self._queued_bytes += len(payload)
         self._wake.set()
         return True
 
@@ -156,10 +149,10 @@ class ZmqPlane:
             kind="zmq",
             connected=self._address is not None and not away,
             error=error,
-            published_total=self._published_total,
-            dropped_total=self._dropped_total,
-            queued=len(self._queue),
-            queue_limit=self._settings.queue_messages,
+            published_total=self._outbox.sent_total,
+            dropped_total=self._outbox.dropped_total,
+            queued=len(self._outbox),
+            queue_limit=self._outbox.messages_max,
             missed_total=self._missed_total + sum(peer.missed_total for peer in peers),
             malformed_total=self._malformed_total + sum(peer.malformed_total for peer in peers),
         )
@@ -175,14 +168,13 @@ class ZmqPlane:
             while True:
                 self._wake.clear()
                 self._send_burst(publisher)
-                if self._queue:
+                if len(self._outbox):
                     await asyncio.sleep(0)
                 else:
-                    self._full = False
                     await self._wake.wait()
         finally:
             if self._address is not None:
-                while self._queue:
+                while len(self._outbox):
                     self._send_burst(publisher)
             publisher.close()
 
@@ -201,17 +193,17 @@ class ZmqPlane:
             else:
                 self._address = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
                 self._error = None
+                self._bound.set()
                 _log.info("event_plane_bound", program=self._name, address=self._address)
                 return
 
     def _send_burst(self, publisher: Any) -> None:
         """A send to PUB never waits: it goes to each listener that has room."""
-        for _ in range(min(len(self._queue), BURST_MESSAGES_MAX)):
-            message = self._queue.popleft()
-            self._queued_bytes -= len(message.payload)
-            self._published_total += 1
+        burst = self._outbox.burst(BURST_MESSAGES_MAX)
+        for message in burst:
             publisher.send_multipart(self._parts(message), zmq.NOBLOCK)
             self._deliver(message)
+        self._outbox.done(len(burst))
 
     def _parts(self, message: Message) -> list[bytes]:
         if message.subject not in self._sequences and len(self._sequences) >= SUBJECTS_MAX:

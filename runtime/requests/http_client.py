@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Final
 from urllib.parse import quote, urlsplit
 
-import httpx2
+import aiohttp
+from yarl import URL
 
 from runtime.requests.base import REQUEST_ID, ClientStatus, with_request_id
 from runtime.requests.errors import (
@@ -22,7 +24,6 @@ from runtime.requests.errors import (
 from runtime.requests.http import MEDIA_TYPE, REQUESTS, STOPS, STREAM, TIMEOUT, to_wire
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.requests.stream import Call, ResponseStream
-from runtime.requests.tls import client_context
 from runtime.requests.wire import (
     HEADERS_MAX,
     ITEM_COST_BYTES,
@@ -34,30 +35,44 @@ from runtime.requests.wire import (
     Ping,
     encode,
 )
+from runtime.tls import client_context
 
-_NOT_SENT: Final = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+_NOT_SENT: Final = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_NOT_ADDED: Final = frozenset({"accept", "accept-encoding", "content-type"})
 _BUSY: Final = {429, 503}
 
 
 class HttpClient:
     def __init__(self, settings: RequestPlaneSettings, name: str) -> None:
         self._settings = settings
+        self._name = name
         self._exchanges: set[_Exchange] = set()
         self._closed = False
         self._lost_total = 0
         self._violations_total = 0
-        tls = settings.tls
-        name_expected = tls.server_name if tls is not None else None
-        self._extensions = {"sni_hostname": name_expected} if name_expected is not None else {}
-        connect_s, silence_s = settings.connect_timeout, settings.silence_max
-        self._http = httpx2.AsyncClient(
-            verify=client_context(tls) if tls is not None else True,
-            timeout=httpx2.Timeout(silence_s, connect=connect_s, pool=connect_s),
-            # A second connection of each may be needed to stop it.
-            limits=httpx2.Limits(max_connections=2 * settings.in_flight_max),
-            headers={"user-agent": name},
-            trust_env=False,
-        )
+        self._made: aiohttp.ClientSession | None = None
+
+    @property
+    def _http(self) -> aiohttp.ClientSession:
+        """Made with the first request: it belongs to the loop that runs then."""
+        if self._made is None:
+            settings = self._settings
+            # A second connection of each request may be needed to stop it.
+            connector = aiohttp.TCPConnector(
+                limit=2 * settings.in_flight_max,
+                ssl=client_context(settings.tls) if settings.tls is not None else True,
+            )
+            self._made = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(
+                    total=None, connect=settings.connect_timeout, sock_read=settings.silence_max
+                ),
+                headers={"user-agent": self._name},
+                skip_auto_headers=_NOT_ADDED,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._made
 
     def stream(
         self,
@@ -81,10 +96,10 @@ class HttpClient:
             if not _is_address(address):
                 raise ConnectionLost(f"{address!r} is no address of this plane (http://HOST:PORT)")
             self._check(endpoint, payload, found)
-            exchange = _Exchange(call, self._http, address, self._extensions)
+            exchange = _Exchange(call, self._http, address, self._settings)
             self._exchanges.add(exchange)
             sent = {**to_wire(found), TIMEOUT: repr(timeout_s), STREAM: exchange.name}
-            exchange.start(endpoint, payload, sent, self._settings.frame_max)
+            exchange.start(endpoint, payload, sent)
             assert exchange.task is not None
             exchange.task.add_done_callback(lambda _: self._ended(exchange))
 
@@ -96,7 +111,8 @@ class HttpClient:
             exchange.call.cancel(ConnectionLost("the client was closed"))
         tasks = [exchange.task for exchange in self._exchanges if exchange.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._http.aclose()
+        if self._made is not None:
+            await self._made.close()
 
     def status(self) -> ClientStatus:
         return ClientStatus(
@@ -128,7 +144,7 @@ class _Exchange:
     """One request and its answer; the call's driver."""
 
     def __init__(
-        self, call: Call, http: httpx2.AsyncClient, address: str, extensions: dict[str, str]
+        self, call: Call, http: aiohttp.ClientSession, address: str, settings: RequestPlaneSettings
     ) -> None:
         self.call = call
         self.name = secrets.token_hex(8)
@@ -136,16 +152,14 @@ class _Exchange:
         self.was_lost = False
         self.broke_rules = False
         self._http = http
-        self._extensions = extensions
+        self._settings = settings
         self._address = address.rstrip("/")
         self._room = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
 
-    def start(
-        self, endpoint: str, payload: bytes, headers: dict[str, str], frame_bytes_max: int
-    ) -> None:
+    def start(self, endpoint: str, payload: bytes, headers: dict[str, str]) -> None:
         self.call.driver = self
-        run = self._run(REQUESTS + quote(endpoint, safe=""), payload, headers, frame_bytes_max)
+        run = self._run(REQUESTS + quote(endpoint, safe=""), payload, headers)
         self.task = asyncio.create_task(run, name=f"request {endpoint}")
 
     # -- Driver ---------------------------------------------------------------------------
@@ -164,35 +178,40 @@ class _Exchange:
 
     # -- within ---------------------------------------------------------------------------
 
+    def _post(
+        self, path: str, payload: bytes = b"", headers: dict[str, str] | None = None
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        tls = self._settings.tls
+        return self._http.post(
+            URL(self._address + path, encoded=True),
+            data=payload,
+            headers=headers,
+            allow_redirects=False,
+            server_hostname=tls.server_name if tls is not None else None,
+        )
+
     async def _stop(self) -> None:
         # Where this fails, what becomes of the request itself tells the same.
-        with contextlib.suppress(httpx2.TransportError):
-            await self._http.post(f"{self._address}{STOPS}{self.name}", extensions=self._extensions)
+        with contextlib.suppress(aiohttp.ClientError):
+            async with self._post(STOPS + self.name):
+                pass
 
-    async def _run(
-        self, path: str, payload: bytes, headers: dict[str, str], frame_bytes_max: int
-    ) -> None:
+    async def _run(self, path: str, payload: bytes, headers: dict[str, str]) -> None:
         call = self.call
         try:
-            async with self._http.stream(
-                "POST",
-                self._address + path,
-                content=payload,
-                headers=headers,
-                extensions=self._extensions,
-            ) as response:
+            async with self._post(path, payload, headers) as response:
                 if response.headers.get("content-type") != MEDIA_TYPE:
-                    call.finish(_foreign(response.status_code))
+                    call.finish(_foreign(response.status))
                     return
-                reader = FrameReader(frame_bytes_max)
-                async for data in response.aiter_raw():
+                reader = FrameReader(self._settings.frame_max)
+                async for data in response.content.iter_any():
                     await self._read(reader, data)  # also past the end: the connection is kept
             if not call.ended:
-                raise httpx2.ReadError("the answer has no end")
+                raise aiohttp.ClientPayloadError("the answer has no end")
         except FrameError as error:
             self.broke_rules = True
             call.finish(ConnectionLost(f"{self._address} broke the rules: {error}"))
-        except httpx2.TransportError as error:
+        except aiohttp.ClientError as error:
             self.was_lost = True
             call.finish(self._lost(error))
         finally:
@@ -215,11 +234,11 @@ class _Exchange:
                 case _:
                     raise FrameError(f"{type(frame).__name__} from a server")
 
-    def _lost(self, error: httpx2.TransportError) -> ConnectionLost:
+    def _lost(self, error: aiohttp.ClientError) -> ConnectionLost:
         if isinstance(error, _NOT_SENT):
             self.call.driver = None
-        if isinstance(error, httpx2.ReadTimeout):
-            silent_s = self._http.timeout.read
+        if isinstance(error, aiohttp.SocketTimeoutError):
+            silent_s = self._settings.silence_max
             return ConnectionLost(f"{self._address} said nothing for {silent_s:g} s")
         return ConnectionLost(str(error) or type(error).__name__)
 

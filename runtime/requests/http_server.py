@@ -19,12 +19,12 @@ from runtime.requests.errors import Outcome, PayloadTooLarge
 from runtime.requests.http import MEDIA_TYPE, REQUESTS, STOPS, STREAM, TIMEOUT, from_wire
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.requests.tcp import authority
-from runtime.requests.tls import server_context
-from runtime.requests.wire import ITEM_COST_BYTES, LENGTH_BYTES, End, Item, Ping, encode
+from runtime.requests.wire import LENGTH_BYTES, End, Item, Ping, encode
+from runtime.tls import server_context
 
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 2
-YIELD_BYTES: Final = 64 << 10  # others get a turn after so much
+BUFFER_BYTES: Final = 64 << 10
 _POLL_S: Final = 0.005
 _STATUS: Final = {
     Outcome.DONE: 200,
@@ -55,6 +55,7 @@ class HttpServer:
         self._settings = settings
         self._dispatcher = Dispatcher(settings)
         self._streams: dict[str, Running] = {}
+        self._replies: set[HttpReply] = set()
         self._violations_total = 0
         self._address: str | None = None
         self._uvicorn: _Uvicorn | None = None
@@ -96,6 +97,7 @@ class HttpServer:
             await serving
             raise OSError("the HTTP server ended as it started")
         self._tasks.append(asyncio.create_task(watch(self._dispatcher), name="canaries"))
+        self._tasks.append(asyncio.create_task(self._beat(), name="http-beat"))
         scheme = "http" if settings.tls is None else "https"
         host = settings.advertise_host or settings.host
         self._address = f"{scheme}://{authority(host, listener.getsockname()[1])}"
@@ -135,7 +137,7 @@ class HttpServer:
                 self._violations_total += 1
                 kind = Outcome.TOO_LARGE if str(error) else Outcome.DEADLINE
                 reply.end(kind, "a request's body")
-                await reply.finish()
+                await reply.run()
                 return
             if payload is not None:
                 request = Request(
@@ -157,51 +159,43 @@ class HttpServer:
     ) -> None:
         running = self._dispatcher.open(request, reply)
         if running is None:
-            await reply.finish()
+            await reply.run()
             return
         self._streams[stream] = running
-        leaving = asyncio.create_task(_disconnected(receive), name="http-disconnect")
-        awaited: set[asyncio.Future[Any]] = {leaving, reply.ended}
-        beat: asyncio.Task[None] | None = None
+        self._replies.add(reply)
+        leaving = asyncio.create_task(_kill_when_left(receive, running), name="http-disconnect")
         try:
-            while not reply.ended.done():
-                await asyncio.wait(
-                    awaited,
-                    timeout=self._settings.ping_interval,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if leaving.done():
-                    running.kill()
-                    await asyncio.wait({reply.ended})
-                elif not reply.ended.done() and reply.is_idle and (beat is None or beat.done()):
-                    beat = asyncio.create_task(reply.beat(), name="http-beat")
-            if not leaving.done():
-                await reply.finish()
+            await reply.run()
         finally:
+            self._replies.discard(reply)
             self._streams.pop(stream, None)
             running.kill()  # of no effect on one that has ended
-            for task in (leaving, beat):
-                if task is not None:
-                    task.cancel()
+            leaving.cancel()
+
+    async def _beat(self) -> None:
+        """For all, that those who wait know that the server is there."""
+        while True:
+            await asyncio.sleep(self._settings.ping_interval)
+            for reply in self._replies:
+                reply.beat()
 
 
 class HttpReply:
-    """Frames as the body of an answer that begins when there is something to say."""
+    """Frames as the body of an answer that begins when there is something to say.
+
+    `run` alone sends. What is said in one turn of the event loop goes out in one piece, so that
+    a short answer costs one write; who says more than `BUFFER_BYTES` waits until it is sent.
+    """
 
     def __init__(self, send: Send, settings: RequestPlaneSettings) -> None:
-        self.ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._send = send
         self._frame_bytes_max = settings.frame_max
+        self._buffer = bytearray()
+        self._due = asyncio.Event()
+        self._room = asyncio.Event()
+        self._end: End | None = None
         self._begun = False
-        self._sending = 0
-        self._sent_since_look = False
-        self._unyielded_bytes = 0
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing was sent since this was last asked, nor is being sent."""
-        was_sent, self._sent_since_look = self._sent_since_look, False
-        return not was_sent and not self._sending
+        self._sending = False
 
     async def item(self, payload: bytes) -> None:
         data = encode(Item(1, payload))
@@ -211,44 +205,51 @@ class HttpReply:
             raise PayloadTooLarge(
                 f"a response of {len(payload)} bytes; at most {most_bytes} may be"
             )
-        await self._body(data, 200)
-        # Sending to a client that has left never waits; that it has left must be noticed.
-        self._unyielded_bytes += len(data) + ITEM_COST_BYTES
-        if self._unyielded_bytes >= YIELD_BYTES:
-            self._unyielded_bytes = 0
-            await asyncio.sleep(0)
+        self._buffer += data
+        self._due.set()
+        if len(self._buffer) >= BUFFER_BYTES:
+            self._room.clear()
+            await self._room.wait()
 
     def end(self, outcome: Outcome, message: str) -> None:
-        if not self.ended.done():
-            self.ended.set_result(End(1, outcome, message))
+        if self._end is None:
+            self._end = End(1, outcome, message)
+            self._due.set()
 
-    async def finish(self) -> None:
-        """Send how it ended, which is known by now."""
-        end = self.ended.result()
-        await self._body(encode(end), _STATUS[end.outcome], is_last=True)
+    def beat(self) -> None:
+        """Called now and then: says that there is nothing to say."""
+        if not self._sending and not self._due.is_set():
+            self._buffer += encode(Ping())
+            self._due.set()
 
-    async def beat(self) -> None:
-        await self._body(encode(Ping()), 200)
+    async def run(self) -> None:
+        """Send until the end. To a client that has left nothing is sent, without an error."""
+        while True:
+            await self._due.wait()
+            await asyncio.sleep(0)  # the end of a short answer comes with its last item
+            self._due.clear()
+            end, data = self._end, bytes(self._buffer)
+            self._buffer.clear()
+            self._room.set()
+            status = 200 if data or end is None else _STATUS[end.outcome]
+            if end is not None:
+                data += encode(end)
+            self._sending = True
+            await self._body(data, status, is_last=end is not None)
+            self._sending = False
+            if end is not None:
+                return
 
     async def plain(self, status: int) -> None:
         await self._send({"type": "http.response.start", "status": status, "headers": []})
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def _body(self, data: bytearray, status: int, *, is_last: bool = False) -> None:
-        self._sending += 1
-        try:
-            if not self._begun:
-                self._begun = True
-                headers = [(b"content-type", MEDIA_TYPE.encode())]
-                await self._send(
-                    {"type": "http.response.start", "status": status, "headers": headers}
-                )
-            await self._send(
-                {"type": "http.response.body", "body": bytes(data), "more_body": not is_last}
-            )
-        finally:
-            self._sending -= 1
-            self._sent_since_look = True
+    async def _body(self, data: bytes, status: int, *, is_last: bool) -> None:
+        if not self._begun:
+            self._begun = True
+            headers = [(b"content-type", MEDIA_TYPE.encode())]
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
 
 async def _body(receive: Receive, most_bytes: int) -> bytes | None:
@@ -265,9 +266,10 @@ async def _body(receive: Receive, most_bytes: int) -> bytes | None:
             return bytes(data)
 
 
-async def _disconnected(receive: Receive) -> None:
+async def _kill_when_left(receive: Receive, running: Running) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    running.kill()
 
 
 def _timeout_s(text: bytes | None, most_s: float) -> float:

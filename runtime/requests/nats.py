@@ -21,6 +21,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from runtime.nats_client import CLOSE_TIMEOUT_S, connect, shut
 from runtime.requests.base import RequestClient, RequestServer
 from runtime.requests.client import SessionClient
 from runtime.requests.client_session import ClientSession
@@ -28,17 +29,14 @@ from runtime.requests.errors import ConnectionLost
 from runtime.requests.server import Accept, SessionServer
 from runtime.requests.session import Link, Session
 from runtime.requests.settings import RequestPlaneSettings
-from runtime.requests.tls import client_context
 from runtime.requests.wire import LENGTH_BYTES
 
 SCHEME: Final = "nats://"
 NUMBER_BYTES: Final = 8
-CLOSE_TIMEOUT_S: Final = 2.0
 RETRY_S: Final = 0.1  # doubles up to
 RETRY_S_MAX: Final = 2.0
 QUEUE_HIGH_BYTES: Final = 1 << 20  # sessions wait above it
 QUEUE_LOW_BYTES: Final = 256 << 10  # and go on below it
-_PING_INTERVAL_S: Final = 10
 _NO_RESPONDERS: Final = "503"
 
 _log = structlog.get_logger()
@@ -84,44 +82,15 @@ class _Connection:
     async def open(self) -> None:
         """Raises OSError where NATS cannot be reached."""
         settings = self._settings
-        options: dict[str, Any] = {}
-        if settings.nats_user is not None and settings.nats_password is not None:
-            options["user"] = settings.nats_user
-            options["password"] = settings.nats_password.get_secret_value()
-        if settings.nats_credentials is not None:
-            options["user_credentials"] = str(settings.nats_credentials)
-        if settings.tls is not None:
-            options["tls"] = client_context(settings.tls)
-        causes: list[Exception] = []
-
-        async def note(error: Exception) -> None:
-            causes[:] = [error]
 
         async def broke() -> None:
             self.broken.set()
             self._wake.set()
 
         try:
-            async with asyncio.timeout(settings.connect_timeout):
-                await self._client.connect(
-                    servers=settings.nats_urls,
-                    name=self._name,
-                    allow_reconnect=False,
-                    max_reconnect_attempts=1,
-                    reconnect_time_wait=0,
-                    connect_timeout=settings.connect_timeout,
-                    ping_interval=_PING_INTERVAL_S,
-                    error_cb=note,
-                    closed_cb=broke,
-                    disconnected_cb=broke,
-                    **options,
-                )
-        except (NatsError, OSError, TimeoutError, ValueError) as error:
-            await _shut(self._client)
-            cause = causes[0] if causes else error
-            raise OSError(
-                f"NATS at {settings.nats_url}: {cause or type(cause).__name__}"
-            ) from error
+            self._client = await connect(settings, self._name, settings.connect_timeout, broke)
+        except OSError as error:
+            raise OSError(f"NATS at {settings.nats_url}: {error}") from error
         self._writer = asyncio.create_task(self._write(), name="request-plane-nats")
 
     async def close(self) -> None:
@@ -138,7 +107,7 @@ class _Connection:
         for link in list(self.links):
             link.lost("the connection to NATS is closed")
         await asyncio.gather(*self._leaving)
-        await _shut(self._client)
+        await shut(self._client)
         self.broken.set()
 
     async def subscribe(self, subject: str, heard: Callable[[Msg], Awaitable[None]]) -> Any:
@@ -353,10 +322,3 @@ async def _unsubscribe(subscription: Any) -> None:
     with contextlib.suppress(NatsError, OSError, TimeoutError):
         async with asyncio.timeout(CLOSE_TIMEOUT_S):
             await subscription.unsubscribe()
-
-
-async def _shut(client: Client) -> None:
-    """Close, whatever state the client is in."""
-    with contextlib.suppress(NatsError, OSError, TimeoutError, AttributeError):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await client.close()

@@ -8,34 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from runtime.settings import Section
+from runtime.tls import TlsSettings
 from runtime.units import Duration, Secret, Size
-
-
-class TlsSettings(Section):
-    certificate: Path | None = Field(
-        default=None, description="This side's certificate chain (PEM); a server needs one."
-    )
-    key: Path | None = Field(default=None, description="The certificate's private key (PEM).")
-    authority: Path | None = Field(
-        default=None,
-        description="Certificates (PEM) that sign the other side's; the system's if not given.",
-    )
-    mutual: bool = Field(
-        default=False, description="A server asks clients for certificates of `authority` too."
-    )
-    server_name: str | None = Field(
-        default=None,
-        description="The name a client expects in the server's certificate; the address's host "
-        "if not given.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key go together: give both or neither")
-        if self.mutual and self.authority is None:
-            raise ValueError("mutual needs an authority: whose certificates clients must have")
-        return self
 
 
 class RequestPlaneSettings(Section):

@@ -19,7 +19,7 @@ from runtime.requests.errors import ConnectionLost
 from runtime.requests.server import Accept, SessionServer
 from runtime.requests.session import Link, Session
 from runtime.requests.settings import RequestPlaneSettings
-from runtime.requests.tls import client_context, server_context
+from runtime.tls import client_context, server_context
 
 SCHEME: Final = "tcp://"
 CLOSE_TIMEOUT_S: Final = 1.0  # for what is still to be sent when a connection is closed

@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.exceptions import HTTPException
 
-from runtime.loopback import is_loopback
+from runtime.hosts import is_loopback
 
 _bearer = HTTPBearer(auto_error=False, description="The token of the program's settings.")
 _Given = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from runtime.loopback import is_loopback
+from runtime.hosts import is_loopback
 from runtime.settings import Section
 from runtime.units import Secret
 
@@ -15,7 +15,9 @@ _TOKEN = re.compile(r"[!-~]{8,}")
 
 
 class WebSettings(Section):
-    """Programs have their own defaults."""
+    """Programs have their own defaults, and name the section as it stands in their settings."""
+
+    section: ClassVar[str]
 
     host: str = Field(default="127.0.0.1", description="Address the HTTP server listens on.")
     port: int = Field(default=0, ge=0, le=65535, description="Its TCP port; 0 for any free one.")
@@ -36,8 +38,9 @@ class WebSettings(Section):
     def _guarded(self) -> Self:
         if self.token is None and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host!r} is no loopback address, so that others could reach the API: "
-                "set a token (`file:PATH` reads it from a file), or use 127.0.0.1"
+                f"{self.section}.host {self.host!r} is no loopback address, so that others could "
+                f"reach the API: set {self.section}.token (`file:PATH` reads it from a file), or "
+                "use 127.0.0.1"
             )
         return self
 

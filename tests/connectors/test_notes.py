@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from vllm.config.kv_events import KVEventsConfig
-from vllm.distributed.kv_events import EventBatch
+from vllm.distributed.kv_events import EventBatch, ZmqEventPublisher
 from vllm.lora.request import LoRARequest
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
@@ -27,7 +27,7 @@ from connectors.vllm import notes as notes_module
 from connectors.vllm.connector import _noted_group, _routing
 from connectors.vllm.notes import RequestNotes
 from kvbm.note import Note, domain_of
-from kvbm.routing import derived_worker_id
+from kvbm.routing import derived_worker_id, live_endpoint
 from kvbm.token_chain import TokenChain
 from runtime.events.engine_router import EngineRouter
 from runtime.events.engine_wire import decode_engine_batch
@@ -78,7 +78,7 @@ class Engine:
     def __init__(self) -> None:
         self._pool = BlockPool(64, True, BLOCK, enable_kv_cache_events=True)
         self._blocks = self._pool.get_new_blocks(32)
-        self._router = EngineRouter(worker_id=1, dp_rank=0, block_size=BLOCK)
+        self._router = EngineRouter(BLOCK)
         self._cached = 0
 
     def cache(self, request: Request, blocks: int) -> np.ndarray:
@@ -86,9 +86,9 @@ class Engine:
         self._pool.cache_full_blocks(request, self._blocks, self._cached, blocks, BLOCK, 0)
         self._cached = blocks
         wire = msgspec.msgpack.encode(EventBatch(0.0, self._pool.take_events(), 0))
-        [event] = self._router.translate(decode_engine_batch(wire))
-        assert isinstance(event.event.data, Stored)
-        return event.event.data.tokens_hashes
+        [stored] = self._router.translate(decode_engine_batch(wire))
+        assert isinstance(stored, Stored)
+        return stored.tokens_hashes
 
 
 def noted(notes: RequestNotes, start: int, end: int) -> Note:
@@ -307,8 +307,28 @@ def test_routing_says_where_the_events_of_a_rank_are_heard() -> None:
         {"enable_kv_cache_events": False},
         {"enable_kv_cache_events": True, "publisher": "null"},
         {"enable_kv_cache_events": True, "endpoint": "inproc://events"},
+        {"enable_kv_cache_events": True, "endpoint": "tcp://*:0"},
+        {"enable_kv_cache_events": True, "endpoint": "tcp://127.0.0.1:5557"},  # it connects there
     ],
 )
-def test_an_engine_that_nobody_outside_can_hear_says_so(events: dict[str, Any]) -> None:
+def test_an_engine_that_nobody_outside_can_hear_says_so(
+    events: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     routing = _routing(vllm_config(**events), group(0, None), 0)
     assert (routing.events, routing.replay, routing.topic) == ("", "", "")
+    assert ("cannot hear them" in caplog.text) == ("endpoint" in events)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "rank", "heard"),
+    [
+        ("tcp://*:5557", 0, "tcp://127.0.0.1:5557"),
+        ("tcp://[::]:5557", 1, "tcp://127.0.0.1:5558"),
+        ("ipc:///run/events", 0, "ipc:///run/events"),
+        ("ipc:///run/events", 1, ""),
+        ("tcp://10.0.0.1:5557", 0, ""),
+    ],
+)
+def test_what_vllm_listens_at_is_heard(endpoint: str, rank: int, heard: str) -> None:
+    assert ZmqEventPublisher._is_bind_endpoint(endpoint) >= bool(heard)
+    assert live_endpoint(endpoint, rank) == heard

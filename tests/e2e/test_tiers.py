@@ -7,7 +7,9 @@ The random model's output depends on the whole prompt, so that wrong KV is a wro
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +17,22 @@ import pytest
 
 from examples.demo.daemon import Daemon
 from examples.demo.engine import Answer, Engine
+from examples.demo.process import free_port
+from kvbm.note import Note
 from runtime.embedded import EmbeddedS3
+from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptions
+from runtime.events.engine_router import EngineRouter
+from runtime.events.router_event import Stored
 from storage_tiers.bucket import S3Bucket
+from storage_tiers.s3 import S3Tier
+from storage_tiers.testing import RecordingListener
 from tests.e2e.conftest import BUCKET, MakeDaemon, StartEngines, s3_settings
-from tests.e2e.texts import prompt, reusable
+from tests.e2e.texts import BLOCK_TOKENS, prompt, reusable
 from tests.waiting import wait_until
 
 RELEASE_TIMEOUT_S = 10.0
+QUIET_S = 8.0
+"""Without a word from an engine and its ring: it has said everything."""
 
 
 @dataclass
@@ -30,6 +41,7 @@ class Node:
     a: Engine
     b: Engine
     s3: EmbeddedS3
+    ports: tuple[int, int]  # of a's own KV events, and of their ring
 
     def settle(self) -> None:
         self.daemon.settle()
@@ -55,8 +67,16 @@ def node(llama: Path, s3: EmbeddedS3, engines: StartEngines, make_daemon: MakeDa
     daemon = make_daemon(dram="256MiB", ssd="512MiB", s3=s3_settings(s3))
     daemon.start()
     config = {"model": llama, "socket": daemon.socket}
-    a, b = engines(a=config, b=config)
-    node = Node(daemon, a, b, s3)
+    ports = (free_port(), free_port())
+    events = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"tcp://*:{ports[0]}",
+        "replay_endpoint": f"tcp://*:{ports[1]}",
+    }
+    with_events = {**config, "arguments": ("--kv-events-config", json.dumps(events))}
+    a, b = engines(a=with_events, b=config)
+    node = Node(daemon, a, b, s3, ports)
     node.connect()
     return node
 
@@ -144,6 +164,52 @@ def test_from_s3_after_the_ssd_was_emptied(node: Node) -> None:
     assert same(back, cold)
     assert back.cached_tokens == reusable(cold.prompt_tokens)
     assert tiers == {"G2", "G4"}
+
+
+def test_notes_in_s3_name_blocks_as_the_engines_own_events_do(node: Node) -> None:
+    """The daemon of the connector that made them told no router; another node reads them."""
+    text = prompt("noted")
+    before = asyncio.run(names_in_events(node))
+    cold = computed_and_kept(node, text)
+    heard = [name for name in asyncio.run(names_in_events(node)) if name not in before]
+    blocks = reusable(cold.prompt_tokens) // BLOCK_TOKENS
+    assert len(heard) >= blocks
+    asyncio.run(noted_in_s3(node.s3, set(heard[:blocks])))
+
+
+async def names_in_events(node: Node) -> list[int]:
+    """Sequence hashes of all blocks that engine `a` ever announced, in their order."""
+    live, ring = (f"tcp://127.0.0.1:{port}" for port in node.ports)
+    feed = EngineFeed(EngineFeedOptions(live, ring, probe_s=0.5))
+    translated = EngineRouter(BLOCK_TOKENS)
+    names: list[int] = []
+    await feed.start()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(QUIET_S) as quiet:
+            async for item in feed:
+                assert isinstance(item, EngineEvents)
+                quiet.reschedule(asyncio.get_running_loop().time() + QUIET_S)
+                for data in translated.translate(item.batch):
+                    if isinstance(data, Stored):
+                        names += data.block_hashes.tolist()
+    await feed.close()
+    return list(dict.fromkeys(names))
+
+
+async def noted_in_s3(server: EmbeddedS3, wanted: set[int]) -> None:
+    """Wait until a tier that just opened knows notes of all these blocks, from objects alone."""
+    listener = RecordingListener()
+    tier = S3Tier(bucket_of(server), 1 << 40, listener, node="reader", prefix="kvbm/")
+    await tier.open()
+    try:
+        async with asyncio.timeout(RELEASE_TIMEOUT_S * 3):
+            while True:
+                notes = [Note.decode(note) for note in listener.notes.values()]
+                if wanted <= {name for note in notes for name in note.chain.tolist()}:
+                    return
+                await asyncio.sleep(0.1)
+    finally:
+        await tier.close()
 
 
 def test_vllm_tells_where_its_hits_came_from(node: Node) -> None:
@@ -239,13 +305,7 @@ def flip_extents(extents: Path) -> None:
 
 async def flip_objects(server: EmbeddedS3) -> int:
     """One bit near the begin of every 16 KiB of every object; how many objects."""
-    bucket = S3Bucket(
-        BUCKET,
-        endpoint_url=server.endpoint_url,
-        region=server.region,
-        access_key_id=server.access_key_id,
-        secret_access_key=server.secret_access_key,
-    )
+    bucket = bucket_of(server)
     await bucket.open()
     try:
         objects = await bucket.list_after("", "")
@@ -257,3 +317,13 @@ async def flip_objects(server: EmbeddedS3) -> int:
     finally:
         await bucket.close()
     return len(objects)
+
+
+def bucket_of(server: EmbeddedS3) -> S3Bucket:
+    return S3Bucket(
+        BUCKET,
+        endpoint_url=server.endpoint_url,
+        region=server.region,
+        access_key_id=server.access_key_id,
+        secret_access_key=server.secret_access_key,
+    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+
+import pytest
 
 from examples.demo.process import free_port
 from kvbm.stand_in import StandIn
@@ -40,3 +43,25 @@ def test_nats_that_goes_away_costs_events_only_and_is_told(
         nats.start()
         wait_until(lambda: daemon.counted("kvbm_events_connected") == 1, WAIT_S, "it is back")
         daemon.process.check()
+
+
+def test_a_nats_server_of_the_daemons_own_lives_and_ends_with_it(make_daemon: MakeWatched) -> None:
+    port = free_port()
+    events = {
+        "plane": "nats",
+        "nats_embedded": True,
+        "nats_url": f"nats://127.0.0.1:{port}",
+        "nats_user": "kvbm",
+        "nats_password": 'quoted "and" long',
+    }
+    daemon = make_daemon(events=events)
+    for _ in range(2):  # a restart brings it back where it was
+        daemon.start()
+        wait_until(lambda: daemon.counted("kvbm_events_connected") == 1, WAIT_S, "connected")
+        assert daemon.said("nats_started")
+        daemon.stop()
+        with (
+            pytest.raises(ConnectionRefusedError),
+            socket.create_connection(("127.0.0.1", port), 1.0),
+        ):
+            pass

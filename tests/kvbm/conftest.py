@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import structlog
 
 from kvbm.cli import __main__ as cli
 from tests.kvbm import builders
@@ -48,7 +50,20 @@ Kvbm = Callable[..., Run]
 
 
 @pytest.fixture
-def kvbm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Kvbm:
+def logging_kept() -> Iterator[None]:
+    """What a program sets up of logging, and its stream, end with the test."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def kvbm(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, logging_kept: None
+) -> Kvbm:
     """The command as `kvbm` runs it, in this process."""
 
     def run(*arguments: object) -> Run:

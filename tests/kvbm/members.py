@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvbm.protocol import (
     VERSION,
@@ -18,6 +18,7 @@ from kvbm.protocol import (
     Matched,
     MatchGroup,
     Message,
+    Routing,
     encode,
     pack_slots,
     unpack_slots,
@@ -40,10 +41,12 @@ def make_hello(
     replicated: bool = False,
     version: int = VERSION,
     tenant: str = "",
+    routing: Mapping[str, Any] | None = None,
 ) -> Hello:
     fingerprint = {"test": "yes", "tenant": tenant}
     sizes = list(group_bytes) if role == "worker" else []
-    return Hello(version, role, engine, rank, world_size, fingerprint, sizes, replicated, 1)
+    said = Routing(**routing) if routing is not None else None
+    return Hello(version, role, engine, rank, world_size, fingerprint, sizes, replicated, 1, said)
 
 
 class Peer:

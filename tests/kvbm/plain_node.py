@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvbm.announce.status import AnnouncerStatus, EngineStatus, StreamStatus, TiersStatus
 from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
@@ -26,6 +28,7 @@ from kvbm.daemon.view import (
     ScrubStatus,
     SessionStatus,
 )
+from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.protocol import Pace
 from kvbm.quarantine import Quarantined
@@ -122,6 +125,7 @@ class Node:
                 Residency(TierName.SSD, chunk, sealed=True, claims=None),
             ],
             is_coming=False,
+            note=Note(0xD0, 0xAB, np.array([1, 2], dtype=np.uint64)),
         )
 
     def quarantine(self) -> QuarantineStatus:

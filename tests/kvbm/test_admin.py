@@ -173,6 +173,9 @@ async def test_a_chunk_is_found_by_its_key_in_hex(client: httpx2.AsyncClient) ->
         assert (dram["tier"], dram["claims"], ssd["tier"], ssd["claims"]) == ("G2", 2, "G3", None)
         assert (dram["length"], dram["position"], dram["parent"]) == (4096, 3, PARENT.hex())
         assert dram["sealed"] and dram["checksum"] == "0000000000000abc"
+        note = body["note"]
+        assert (note["domain"], note["parent"]) == (f"{0xD0:016x}", f"{0xAB:016x}")
+        assert note["blocks"] == [f"{1:016x}", f"{2:016x}"]
 
 
 @pytest.mark.parametrize(

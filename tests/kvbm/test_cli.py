@@ -12,15 +12,18 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from kvbm.cli import __main__ as cli
 from kvbm.cli.event_feed import Printer
+from kvbm.note import Note
 from kvbm.protocol import MatchGroup
 from kvbm.stand_in import TOKENS_PER_CHUNK, StandIn
 from runtime.embedded import EmbeddedNats
@@ -168,6 +171,30 @@ def test_a_chunk_is_found_in_every_tier_that_has_it(
     assert told["residencies"][0]["claims"] == 1, "a request holds it"
     engine.client.forget(lookup)
     assert "64 KiB" in kvbm("chunks", items[0].chunk.key.hex(), "--url", daemon.url).out
+
+
+def test_what_routers_are_told_of_a_chunk_is_shown(
+    daemon: Daemon, engine: StandIn, kvbm: Kvbm
+) -> None:
+    items = [
+        replace(item, chunk=replace(item.chunk, note=Note(7, parent, hashes).encode()))
+        for item, parent, hashes in zip(
+            make_items("noted", 2, CHUNK),
+            (None, 0xAB),
+            (np.array([1, 2], np.uint64), np.array([3], np.uint64)),
+            strict=True,
+        )
+    ]
+    engine.store(items)
+    first, second = (item.chunk.key.hex() for item in items)
+    wait_until(lambda: shown(kvbm, daemon, second), WAIT_S, "the daemon has it")
+    told = shown(kvbm, daemon, first)
+    assert "2 blocks from the beginning, in domain 0000000000000007" in told
+    assert "1 blocks after 00000000000000ab" in shown(kvbm, daemon, second)
+
+
+def shown(kvbm: Kvbm, daemon: Daemon, key: str) -> str:
+    return kvbm("chunks", key, "--url", daemon.url).out
 
 
 @pytest.mark.parametrize(
@@ -500,6 +527,8 @@ def test_doctor_goes_by_the_settings_when_no_daemon_answers(kvbm: Kvbm, tmp_path
 
 # -- every command ------------------------------------------------------------------------
 
+ENGINE = {f"engine {name}" for name in ("vllm", "attach", "print-unit")}
+WITHOUT_DAEMON = {"bench replay", "router", "instances"} | ENGINE
 COMMANDS = [
     *(["status"], ["tiers"], ["peers"], ["top"], ["why"]),
     *(["quarantine"], ["chunks", make_key("k").hex()]),
@@ -545,13 +574,19 @@ def leaves() -> Iterator[tuple[str, Any]]:
 
 def test_every_command_has_the_same_options_and_is_documented() -> None:
     page = (ROOT / "docs/OPERATING.md").read_text()
-    # Doctor goes on without a daemon; a replay has nothing to do with one.
-    assert len(list(leaves())) == len(COMMANDS) + 2
+    # Doctor goes on without a daemon; others have nothing to do with one, or go on as well.
+    assert len(list(leaves())) == len(COMMANDS) + 1 + len(WITHOUT_DAEMON)
     for name, command in leaves():
         options = {option for parameter in command.params for option in parameter.opts}
-        assert {"--url", "--token", "--json"} <= options or name == "bench replay", name
+        assert {"--url", "--token", "--json"} <= options or name in WITHOUT_DAEMON, name
         assert command.help, name
         assert f"`kvbm {name}" in page, f"docs/OPERATING.md does not mention kvbm {name}"
+
+
+def test_the_router_is_started_in_the_commands_place() -> None:
+    command = [sys.executable, "-m", "kvbm.cli", "router", "check-config", "--set", "policy=best"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2 and "policy (from override)" in done.stderr
 
 
 def test_what_is_slow_to_load_is_loaded_by_the_commands_that_need_it() -> None:

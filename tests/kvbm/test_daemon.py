@@ -12,13 +12,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.process import ProcessError
+from kvbm.note import Note
 from kvbm.stand_in import StandIn
 from runtime.embedded import EmbeddedNats, EmbeddedS3
 from runtime.events import EventPlaneSettings, create_event_plane
@@ -160,6 +163,59 @@ def test_another_node_reads_what_the_first_left_in_s3(
     first.process.kill()
     kept(second, "G4", len(items))
     with StandIn(second.socket, CHUNK) as engine:
+        assert engine.fetch(keys_of(items)) == bytes_of(items)
+
+
+def noted(name: str, count: int) -> list[StoreItem]:
+    """A sequence whose chunks have notes of two blocks each, every third none."""
+    return [
+        item
+        if place % 3 == 2
+        else replace(item, chunk=replace(item.chunk, note=note_of(place).encode()))
+        for place, item in enumerate(make_items(name, count, CHUNK))
+    ]
+
+
+def note_of(place: int) -> Note:
+    parent = 1000 + place if place else None
+    return Note(7, parent, np.array([2 * place, 2 * place + 1], np.uint64))
+
+
+def notes_known(daemon: Daemon, items: list[StoreItem]) -> list[list[str] | None]:
+    """Token hashes of each chunk's blocks, as its node knows them."""
+    told = [daemon._get(f"/v1/chunks/{key.hex()}")["note"] for key in keys_of(items)]
+    return [note and note["blocks"] for note in told]
+
+
+def notes_given(items: list[StoreItem]) -> list[list[str] | None]:
+    notes = [Note.decode(item.chunk.note) if item.chunk.note else None for item in items]
+    return [note and [f"{block:016x}" for block in note.tokens_hashes.tolist()] for note in notes]
+
+
+def test_notes_are_known_after_a_restart_and_on_another_node(
+    make_daemon: MakeDaemon, s3: EmbeddedS3
+) -> None:
+    section = s3_section(s3, prefix="notes")
+    # The first tells no router itself; what is on its SSD it knows.
+    first = make_daemon("node-1", s3=section | {"note_reads_per_s": 0})
+    second = make_daemon("node-2", s3=section, ssd=None, events={"plane": "memory"})
+    items, bare = noted("notes", 12), make_items("no notes", 2, CHUNK)
+    first.start()
+    second.start()
+    with StandIn(first.socket, CHUNK) as engine:
+        engine.store([*items, *bare])
+        kept(first, "G4", len(items) + len(bare))
+        assert notes_known(first, items) == notes_given(items)
+    kept(second, "G4", len(items) + len(bare))
+    told = "the notes of what is in S3 alone are read"
+    wait_until(lambda: notes_known(second, items) == notes_given(items), WAIT_S, told)
+    assert notes_known(second, bare) == [None] * len(bare)
+    g4 = next(tier for tier in second.tiers() if tier["tier"] == "G4")
+    assert g4["requests"]["get_notes"] >= 1 and not g4["errors"]
+    first.stop()
+    first.start()
+    assert notes_known(first, items) == notes_given(items)
+    with StandIn(first.socket, CHUNK) as engine:
         assert engine.fetch(keys_of(items)) == bytes_of(items)
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import numpy as np
 import pytest
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.process import Process, ProcessError
+from kvbm.note import Note
 from kvbm.protocol import Fence, FromDaemon
 from kvbm.stand_in import StandIn
 from storage_tiers.arena import Slot
@@ -101,6 +103,7 @@ def daemon(tmp_path: Path) -> Iterator[Held]:
                 records=folder,
                 ssd=None,
                 dram="32MiB",
+                events={"plane": "memory"},  # without, and without S3, it keeps no notes
             )
         )
         cleanup.callback(held.process.stop)
@@ -110,6 +113,20 @@ def daemon(tmp_path: Path) -> Iterator[Held]:
 
 ITEMS = make_items("handed over", 40, CHUNK)
 KEYS = [item.chunk.key for item in ITEMS]
+
+
+def with_notes(items: list[StoreItem]) -> list[StoreItem]:
+    """The same, each chunk with a note but the second."""
+    return [
+        item
+        if place == 1
+        else replace(
+            item, chunk=replace(item.chunk, note=Note(7, None, np.array([place], "u8")).encode())
+        )
+        for place, item in enumerate(items)
+    ]
+
+
 BYTES: list[bytes | None] = [bytes(item.data) for item in ITEMS]
 
 
@@ -133,9 +150,11 @@ def fetch(daemon: Daemon, keys: list[Key]) -> list[bytes | None]:
 def test_what_host_memory_holds_outlives_the_daemon(
     daemon: Held, restart: Callable[[Held], dict[str, Any]]
 ) -> None:
-    store(daemon)
+    store(daemon, with_notes(ITEMS))
     for _ in range(2):
         found = restart(daemon)
+        told = [daemon._get(f"/v1/chunks/{key.hex()}")["note"] for key in KEYS[:3]]
+        assert [note and note["blocks"] for note in told] == [[f"{0:016x}"], None, [f"{2:016x}"]]
         assert (found["adopted_chunks"], found["dropped"]) == (len(ITEMS), {})
         assert found["adopted_bytes"] == len(ITEMS) * CHUNK
         assert fetch(daemon, KEYS) == BYTES

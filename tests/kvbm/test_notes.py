@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from kvbm.client import Filled, SchedulerClient
 from kvbm.note import BLOCKS_MAX, NOTE_BYTES_MAX, Note, NoteError, domain_of, is_note
 from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
-from kvbm.protocol import FrameError
+from kvbm.protocol import FRAME_BYTES_MAX, Commit, FrameError, encode
 from kvbm.session import Sessions
 from runtime.hashing import sequence_hashes
 from storage_tiers.arena import Slot
 from storage_tiers.base import Key, RemovalReason, StoreItem, TierName
 from storage_tiers.testing import make_key
 from tests.kvbm.builders import Node, RecordingEvents, chunks_of, keys_of, wanted
-from tests.kvbm.members import commit_of, join_engine
+from tests.kvbm.members import commit_of, join_engine, make_hello
 
 MakeNode = Callable[..., Node]
 
@@ -114,6 +115,17 @@ def test_a_notebook_forgets_what_is_in_no_tier_any_more() -> None:
     assert book.note_of(one) == b"" and not len(book)
 
 
+def test_a_note_that_comes_late_stays_as_long_as_its_chunk() -> None:
+    book, key = NoteDict(RecordingEvents()), make_key("late")
+    book.stored(TierName.S3, [key])
+    book.stored(TierName.DRAM, [key])
+    book.learn([key], [make_note(1)])
+    book.removed(TierName.DRAM, [key])
+    assert book.note_of(key) == make_note(1)
+    book.removed(TierName.S3, [key])
+    assert not len(book)
+
+
 # -- what a session takes ---------------------------------------------------------------
 
 
@@ -161,6 +173,23 @@ async def test_bad_notes_are_a_breach_of_the_protocol(node: Node, notes: list[by
     with pytest.raises(FrameError, match="notes"):
         say_commit(node, items, notes)
     assert not len(node.dram) and not len(node.notes)
+
+
+def test_a_commit_with_the_longest_notes_fits_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SchedulerClient("nowhere", lambda: make_hello("scheduler"), [1])
+    sent: list[Commit] = []
+    monkeypatch.setattr(client, "_send", sent.append)
+    longest = make_note(0, blocks=BLOCKS_MAX)
+    assert len(longest) == NOTE_BYTES_MAX
+    keys = [make_key(number) for number in range(600)]
+    client.commit([Filled(key, None, 0, Slot(4096, 4096, 1), longest) for key in keys])
+    assert b"".join(message.keys for message in sent) == b"".join(keys)
+    for message in sent:
+        assert len(message.notes) * len(keys[0]) == len(message.keys)
+        assert len(encode(message)) < FRAME_BYTES_MAX
+    sent.clear()
+    client.commit([Filled(keys[0], None, 0, Slot(4096, 4096, 1))])
+    assert sent[0].notes == [], "nothing is sent for nothing"
 
 
 # -- down and up ------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from tests.kvbm.builders import CHUNK_BYTES, Node, chunks_of, keys_of
 from tests.kvbm.members import Engine, Peer, commit_of, join_engine, make_hello, pack, said
 
 MakeNode = Callable[..., Node]
+ROUTING = {"worker_id": 7, "dp_rank": 0, "namespace": b"n", "block_tokens": 16, "group": 0}
 
 
 @pytest.fixture
@@ -54,6 +55,11 @@ def engine(sessions: Sessions) -> Engine:
 
 
 # -- joining ----------------------------------------------------------------------------
+
+
+def test_what_an_engine_says_for_routers_is_taken(sessions: Sessions) -> None:
+    hello = make_hello("scheduler", routing=ROUTING | {"worker_id": (1 << 64) - 1})
+    assert hello.routing is not None and sessions.join(Peer(hello)).members[0].hello is hello
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,13 @@ def engine(sessions: Sessions) -> Engine:
         (make_hello(group_bytes=[1 << 31], world_size=2), "lower the connector's blocks_per_chunk"),
         (make_hello(group_bytes=[4096, -4096]), "bytes per chunk"),
         (make_hello(group_bytes=[4096] * (GROUPS_MAX + 1)), "bytes per chunk"),
+        (make_hello("scheduler", routing=ROUTING | {"worker_id": 0}), "worker id 0"),
+        (make_hello("scheduler", routing=ROUTING | {"worker_id": 1 << 64}), "worker id"),
+        (make_hello("scheduler", routing=ROUTING | {"dp_rank": -1}), "data-parallel rank -1"),
+        (make_hello("scheduler", routing=ROUTING | {"block_tokens": 0}), "0 tokens in a block"),
+        (make_hello("scheduler", routing=ROUTING | {"group": GROUPS_MAX}), "cache group"),
+        (make_hello("scheduler", routing=ROUTING | {"namespace": b"n" * 65}), "namespace"),
+        (make_hello("scheduler", routing=ROUTING | {"events": "tcp" * 200}), "events are heard"),
     ],
 )
 def test_a_member_that_fits_no_engine_is_told_why(

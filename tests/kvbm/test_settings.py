@@ -77,6 +77,8 @@ def test_credentials_are_secrets() -> None:
         ({"events__nats_user": "u"}, "nats_user and nats_password go together"),
         ({"node": "a.b"}, "node (from override)"),
         ({"admin__host": "0.0.0.0"}, "is no loopback address, so that others could reach"),
+        ({"events__nats_embedded": True}, "needs plane nats"),
+        ({"events__nats_embedded": True, "events__plane": "nats"}, "needs nats_user"),
         ({"admin__host": "node-1.example"}, "set admin.token"),
         ({"admin__token": "short"}, "at least 8 characters of ASCII without spaces"),
         ({"admin__token": "file:/nonexistent/token"}, "/nonexistent/token cannot be read"),

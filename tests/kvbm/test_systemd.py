@@ -16,6 +16,8 @@ import pytest
 
 from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import Installation, unit_text
+from kvbm.engine.settings import EngineSettings
+from kvbm.engine.unit import unit_text as engine_unit_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,6 +157,19 @@ DOCUMENTED = Installation(
 
 def test_the_unit_that_is_deployed_is_the_one_that_is_printed() -> None:
     assert (ROOT / "deploy/kvbm-daemon.service").read_text() == unit_text(DOCUMENTED)
+
+
+def test_the_template_for_engines_is_the_one_that_is_printed() -> None:
+    program, config = Path("/opt/kvbm/bin/kvbm"), Path("/etc/kvbm/kvbm.yaml")
+    text = engine_unit_text(program, config, "kvbm", "kvbm")
+    assert (ROOT / "deploy/kvbm-engine@.service").read_text() == text
+    unit = ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read_string(text)
+    service, engine = unit["Service"], EngineSettings()
+    assert service["ExecStart"].endswith(" engine vllm --config /etc/kvbm/kvbm.yaml -- $VLLM_ARGS")
+    assert service["KillMode"] == "mixed", "the launcher drains before the engine is told"
+    assert int(service["TimeoutStopSec"]) > engine.drain_timeout + engine.stop_timeout
 
 
 def test_the_unit_names_what_is_where() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import msgspec
+import numpy as np
 import pytest
 
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.tiers import make_tenants
 from kvbm.fingerprint import key_of, namespace_of
+from kvbm.note import Note, domain_of
 from kvbm.protocol import HERE, MISS, FrameError
 from kvbm.session import Refusal, Sessions
 from kvbm.tenants import Tenant, Tenants, UnknownTenantError
@@ -17,7 +20,7 @@ from runtime.settings import SettingsError
 from storage_tiers.base import StoreItem, TierName, tenant_of
 from storage_tiers.testing import make_items, make_key
 from tests.kvbm.builders import CHUNK_BYTES, Node
-from tests.kvbm.members import Engine, join_engine
+from tests.kvbm.members import Engine, Peer, commit_of, join_engine, make_hello
 
 MakeNode = Callable[..., Node]
 ACME, BETA = Tenant("acme", 7, b"a" * 32), Tenant("beta", 8, b"b" * 32)
@@ -64,6 +67,32 @@ def test_another_tenant_s_keys_are_neither_looked_up_nor_stored(
         thief.match(1, [*items_of(BETA, 1), *items_of(ACME, 1)])
     with pytest.raises(FrameError, match="another tenant"):
         store(node, thief, items_of(ACME, 2))
+
+
+def test_notes_say_whose_kv_it_is_and_another_tenant_s_are_not_taken(
+    node: Node, sessions: Sessions
+) -> None:
+    said = {"worker_id": 5, "dp_rank": 0, "namespace": b"m", "block_tokens": 16, "group": 0}
+    scheduler = Peer(make_hello("scheduler", tenant="beta", routing=said))
+    worker = Peer(make_hello(tenant="beta"))
+    session = sessions.join(scheduler)
+    assert sessions.join(worker) is session
+    engine = Engine(sessions, scheduler, [worker], session)
+    (connected,) = sessions.connected
+    assert connected.domain == domain_of(b"m", BETA.salt, BETA.tag)
+    hashes = np.array([3], np.uint64)
+    for domain, taken in ((connected.domain, True), (domain_of(b"m", ACME.salt, 7), False)):
+        items = items_of(BETA, 1)
+        commit = commit_of(engine.lease(1), items)
+        noted = msgspec.structs.replace(commit, notes=[Note(domain, None, hashes).encode()])
+        if taken:
+            engine.say(noted)
+            assert node.notes.note_of(items[0].chunk.key) == noted.notes[0]
+        else:
+            with pytest.raises(FrameError, match="note of another tenant"):
+                engine.say(noted)
+    sessions.leave(worker)
+    assert not sessions.connected
 
 
 @pytest.mark.parametrize(("name", "reason"), [("gamma", "'gamma' is not conf"), ("", "no tenant")])

@@ -30,7 +30,7 @@ from runtime.events.node_stream import WorkerSpeed
 from runtime.requests import RequestPlaneSettings, create_request_plane
 from tests.mocker.builders import BLOCK, settings
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 WORKERS = (11, 12)
 SPEED = WorkerSpeed(WORKERS[0], 0, prefill_s_per_token=0.25)
 

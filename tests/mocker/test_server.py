@@ -20,11 +20,18 @@ from mocker.openai import OpenAi
 from mocker.realtime import RealtimeEngine
 from mocker.text import VOCABULARY, conversation, text_of, tokens_of
 from mocker.timing import PS_PER_MS, StepTiming
+from runtime.hashing import block_hashes
 from tests.mocker.builders import settings
 
 TIMING = StepTiming(PS_PER_MS, PS_PER_MS, 1000, 0, 0)
 MODEL = "mock"
-WAIT_S = 20.0
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Kernels, so that no request waits for them."""
+    block_hashes(range(16), 16)
 
 
 @dataclass

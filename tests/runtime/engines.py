@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Engines:
-    """A process that has imported vLLM and forks engines with its publisher class."""
+    """A process that forks engines with vLLM's publisher class."""
 
     def __init__(self) -> None:
         # As a module: beside the script this folder's `requests` would hide the library.

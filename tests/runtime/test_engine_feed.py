@@ -12,6 +12,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from runtime.events import engine_feed
 from runtime.events.engine_feed import (
     EngineEvents,
     EngineFeed,
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", autouse=True)
 def engines() -> Iterator[Engines]:
-    """Importing takes longer than all tests: it goes on during those that need no engine."""
+    """Starts while tests that need no engine run."""
     engines = Engines()
     yield engines
     engines.close()
@@ -169,8 +170,9 @@ async def test_an_answer_with_a_hole_is_asked_for_again(
 
 
 async def test_a_ring_that_does_not_answer_stops_nothing(
-    raw: RawEngine, ports: tuple[int, int], feeds: Any
+    raw: RawEngine, ports: tuple[int, int], feeds: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine_feed, "RECONNECT_S", 0.02)  # between questions to the ring
     feed = await feeds((ports[0], free_ports(1)[0]), replay_timeout_s=0.05)
     await until(lambda: feed.status().connected)
     await until(lambda: "ring" in str(feed.status().error))
@@ -289,9 +291,10 @@ async def test_what_a_slow_consumer_made_zmq_drop_comes_from_the_ring(
 
 
 async def test_a_loss_at_the_end_is_found_though_nothing_follows(
-    engine: Engine, ports: tuple[int, int], feeds: Any
+    engine: Engine, ports: tuple[int, int], feeds: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another topic than the feed hears stands for messages that were dropped."""
+    monkeypatch.setattr(engine_feed, "FIRST_PROBE_S", 0.1)
     engine.start(ports, topic="kv")
     feed = await feeds(ports, topic="kv-of-another-engine")
     await until(lambda: feed.status().connected)

@@ -162,7 +162,7 @@ def test_it_grows_and_uses_again_what_was_given_back() -> None:
         ledger.check_integrity()
         assert taken in {0, ledger.used_bytes}
         taken = ledger.used_bytes
-        assert taken <= (40 + 16 * 65536 / 40_000 + 16) * len(keys)
+        assert taken <= (48 + 4 * 65536 / 40_000 + 16) * len(keys)
         for at in range(0, len(keys), ledger_module.KEYS_AT_ONCE_MAX):
             ledger.clear(1, keys[at : at + ledger_module.KEYS_AT_ONCE_MAX])
             ledger.trim()

@@ -194,7 +194,7 @@ async def scenario(dice: Random) -> Counter[str]:
     return came_up
 
 
-def test_routers_end_with_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_routers_end_with_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """In 100 lives of a node: what was missed is replayed or taken anew while things change."""
     monkeypatch.setattr(catch_up, "BLOCKS_AT_ONCE", 3)
     monkeypatch.setattr(tiers, "CHUNKS_AT_ONCE", 3)
@@ -202,7 +202,7 @@ def test_routers_end_with_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     came_up: Counter[str] = Counter()
     for seed in range(100):
         try:
-            came_up += asyncio.run(scenario(Random(seed)))
+            came_up += await scenario(Random(seed))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}") from error
     assert min(came_up["snapshots"], came_up["replays"], came_up["skips"]) > 40, came_up

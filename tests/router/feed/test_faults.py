@@ -13,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from router import holdings
 from router.index import Tier, WorkerId
 from router.node_feed import NodeState
+from runtime.events.node_stream import Rows, encode_catch_up
+from runtime.events.router_event import StorageTier
+from runtime.requests import RequestContext
 from tests.router.feed.node import FakeNode, Life
 from tests.router.feed.world import NAMESPACE, RouterUnderTest, World, held_by, truth_of
 from tests.runtime.planes import until
@@ -171,6 +175,31 @@ async def test_a_daemon_that_was_restarted_is_another_run(world: World, keep: bo
         await router.equals(node)
 
 
+async def test_a_daemon_that_lost_everything_leaves_nothing(world: World) -> None:
+    node, _ = await lived(world)
+    async with world.router() as router:
+        await until(router.is_live)
+        node.begin(keep=False)
+        node.readers = {}
+        await node.relabel()
+        await router.equals(node)
+        assert len(router.index) == 0 and set(router.index.workers) == {None}
+
+
+async def test_a_replay_with_a_hole_is_not_believed(world: World) -> None:
+    node, life = await lived(world)
+    async with world.router() as router:
+        await until(router.is_live)
+        node.send = lambda _: None
+        life.live(9)
+        del node._ring[-4]
+        node.send = node._publish
+        life.live(1)
+        await router.equals(node)
+        status = router.feeds.status.nodes[0]
+        assert (status.failures_total, status.snapshots_total) == (1, 2)
+
+
 async def test_a_daemon_that_was_killed_and_came_back_is_followed_beside_its_old_record(
     world: World,
 ) -> None:
@@ -291,6 +320,38 @@ async def test_a_stale_node_that_still_speaks_is_still_heard(world: World) -> No
         await until(lambda: held_by(router.index) == truth_of(node))
 
 
+async def test_a_snapshot_of_nonsense_is_refused_and_asked_for_again(world: World) -> None:
+    node, life = await lived(world)
+    async with world.router(stale_for=0.0) as router:
+        await until(router.is_live)
+        before = held_by(router.index)
+        nonsense = encode_catch_up(Rows(1, -1, "worker", StorageTier.DEVICE, b"", b""))
+        honest = node._rows
+        node._rows = lambda: [nonsense]  # type: ignore[method-assign]
+        router.feeds._nodes["a"].refresh()
+        await until(lambda: router.feeds.status.nodes[0].failures_total > 0)
+        assert held_by(router.index) == before
+        await until(lambda: router.state("a") is NodeState.STALE)
+        node._rows = honest  # type: ignore[method-assign]
+        life.live(10)
+        await router.equals(node)
+
+
+@pytest.mark.parametrize("answer", [[], [b"?"], [b"", b""]])
+async def test_an_answer_that_is_none_is_a_failure(world: World, answer: list[bytes]) -> None:
+    node = await world.node(serve=False)
+
+    async def answers(payload: bytes, context: RequestContext) -> AsyncIterator[bytes]:
+        for item in answer:
+            yield item
+
+    node._answer = answers  # type: ignore[assignment,method-assign]
+    await node.serve()
+    async with world.router() as router:
+        await until(lambda: router.state("a") is NodeState.STALE)
+        assert router.feeds.status.nodes[0].error
+
+
 # -- discovery and routers ---------------------------------------------------------------
 
 
@@ -386,6 +447,22 @@ async def test_a_worker_that_joins_an_owner_gets_its_blocks_and_loses_them_when_
             assert expected(WorkerId(0x11, 0))
         await router.equals(node)
         assert node.snapshots == 1
+
+
+async def test_workers_join_and_leave_while_blocks_come_and_go(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holdings, "SLICE_BLOCKS", 2)
+    node, life = await lived(world, 300)
+    async with world.router() as router:
+        await until(router.is_live)
+        for owner in (7, 8, None, 7):
+            node.readers = dict(READERS) | ({(0x99, 0): owner} if owner else {})
+            await node.relabel()
+            for _ in range(300):  # turns of the event loop, of which each slice takes one
+                life.live(1)
+                await asyncio.sleep(0)
+            await router.equals(node)
 
 
 def node_lower(node: FakeNode, owner: int) -> list[int]:

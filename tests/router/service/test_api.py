@@ -17,9 +17,12 @@ from router.index import Tier
 from router.metrics import SPECS, router_metrics_page
 from runtime.component import Runtime
 from runtime.discovery import DiscoverySettings, create_discovery
+from runtime.events.router_event import StorageTier
 from runtime.hashing import block_hashes
 from runtime.requests import RequestPlaneSettings, create_request_plane
+from tests.router.feed.node import FakeNode
 from tests.router.service.world import BLOCK, MODEL, Routing, World, soon
+from tests.runtime.planes import until
 
 ROOT = Path(__file__).parents[3]
 PROMPT = list(range(100, 420))  # 20 blocks
@@ -291,6 +294,12 @@ async def test_every_metric_of_the_table_is_exported_and_no_other(world: World) 
     await router.post("/v1/route", tokens=PROMPT, worker="9.0")
     await router.client.post("/v1/route", content=b"{")
     router.assembly.metrics.snapshot("written")
+    node = FakeNode(router.assembly.runtime, router.assembly.plane, "default", "node-1")
+    await node.serve()
+    node.stored(("worker", 1, 0, StorageTier.DEVICE), None, [1, 2])
+    feed = router.assembly.feed
+    assert feed is not None
+    await until(lambda: any(node.delay_s is not None for node in feed.status.nodes))
     text = (await router.client.get("/metrics")).text
     families = {
         family.name: family

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.router.service.world import BLOCK, MODEL, Routing, World
+from tests.runtime.planes import until
 
 PROMPT = list(range(100, 420))  # 20 blocks
 
@@ -24,7 +27,7 @@ async def test_prompts_go_by_what_is_found_and_decoding_by_load(world: World, po
     router.store("2.0", PROMPT, 15)
     router.store("3.0", PROMPT, 20)  # which counts for nothing: the KV comes from elsewhere
     other = list(range(5000, 5100))
-    await router.route(other, worker="3.0", request="other")
+    await router.route(other, worker="3.0", prefill_worker="1.0", request="other")
     told = (await router.post("/v1/route/explain", tokens=PROMPT)).json()
     assert told["disaggregated"] and told["why"] == "prefill workers are there"
     assert told["prefill"]["worker"] == "2.0" and told["decode"]["worker"] == "4.0"
@@ -89,6 +92,28 @@ async def test_what_no_decode_worker_takes_is_not_left_with_a_prefill_worker(wor
     assert router.at_rest()
     found = await router.route(PROMPT, prefill_worker="1.0", workers=["4.0"])
     assert (found["prefill"]["worker"], found["worker"]) == ("1.0", "4.0")
+
+
+async def test_a_prefill_worker_that_goes_while_its_request_waits_is_not_given_out(
+    world: World,
+) -> None:
+    router = await world.router(queue__hold_above=0.1)
+    await world.engines.add(3, role="decode")
+    await router.see("3.0")
+    await router.route(PROMPT, request="first")  # computed there, so that it has no room
+    await world.engines.add(1, role="prefill")
+    await router.see("1.0", "3.0")
+    waits = asyncio.create_task(router.post("/v1/route", tokens=PROMPT))
+    decode = router.assembly.models[MODEL].pools["decode"]
+    await until(lambda: decode.router.waiting == 1)
+    assert (await router.load("1.0"))["requests"] == 1
+    await world.engines.remove(1)
+    await router.see("3.0")
+    await router.client.post("/v1/requests/first/end")
+    refused = await waits
+    assert (refused.status_code, refused.json()["kind"]) == (503, "no-worker")
+    assert "worker 1.0 has gone" in refused.json()["detail"]
+    assert router.at_rest()
 
 
 async def test_an_engine_that_changes_its_role_moves(world: World) -> None:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -120,12 +120,6 @@ async def a_site(folder: Path, engines: int) -> AsyncIterator[Site]:
     await discovery.close()
 
 
-@pytest.fixture(scope="module")
-def nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedNats]:
-    with EmbeddedNats(tmp_path_factory.mktemp("nats")) as server:
-        yield server
-
-
 def over(nats: EmbeddedNats) -> dict[str, Any]:
     return {
         "events__plane": "nats",
@@ -167,6 +161,19 @@ async def test_replicas_count_the_same_and_one_that_is_killed_is_forgotten(
         for router in (other, third):
             await router.sees({"1.0": 0, "2.0": 2})
         assert other.end() == 0 and third.end() == 0
+
+
+async def test_routers_without_a_broker_find_each_other(tmp_path: Path) -> None:
+    async with a_site(tmp_path, 1) as site:
+        one = site.start("one", events__plane="zmq")
+        await one.ready(1)
+        await one.route(request="early")
+        other = site.start("other", events__plane="zmq")
+        await other.ready(1)
+        await other.route(request="late")
+        for router in (one, other):
+            await router.sees({"1.0": 2})
+        assert one.end() == 0 and other.end() == 0
 
 
 async def test_a_router_that_starts_again_has_its_index_from_the_snapshot(tmp_path: Path) -> None:

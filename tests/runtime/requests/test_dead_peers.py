@@ -105,6 +105,14 @@ async def test_a_server_that_hangs_is_noticed_long_before_the_deadline(child: Ch
     assert await asyncio.wait_for(anext(again), WAIT_S) == b"back"
 
 
+async def test_a_handler_that_is_quiet_for_long_is_not_taken_for_dead(child: Child) -> None:
+    stream = child.client.stream(child.address, "test.until.stopped", b"")
+    assert await asyncio.wait_for(anext(stream), WAIT_S) == b"begun"
+    await asyncio.sleep(1.3)  # twice `silence_max`
+    stream.stop()
+    assert await asyncio.wait_for(anext(stream), WAIT_S) == b"stopped"
+
+
 async def test_a_deadline_holds_while_the_server_hangs(child: Child) -> None:
     stream = child.client.stream(child.address, "test.wait.forever", b"", deadline_s=0.4)
     assert await asyncio.wait_for(anext(stream), WAIT_S) == b"begun"

@@ -1,0 +1,1 @@
+"""Engines of any kind as instances: their place in discovery, their health, their end."""
