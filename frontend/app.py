@@ -14,7 +14,7 @@ from starlette.routing import Route
 from frontend.errors import ApiError, model_not_found
 from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet, ModelInfo
-from frontend.gate import Gate, Scope
+from frontend.gate import Gate, Receive, Scope, Send
 from frontend.meter import Measured, Meter
 from frontend.relay import Relay
 from frontend.request import decode, model_decoder
@@ -47,7 +47,9 @@ def make_exchanges(
     return made
 
 
-def make_app(exchanges: Mapping[str, Exchange], fleet: Fleet, gate: Gate, meter: Meter) -> FastAPI:
+def make_app(
+    exchanges: Mapping[str, Exchange], fleet: Fleet, gate: Gate, meter: Meter
+) -> Application:
     app = FastAPI(title="kvbm frontend", docs_url=None, redoc_url=None)
     for path, exchange in exchanges.items():
         app.router.routes.append(Route(path, exchange, methods=["POST"]))
@@ -55,7 +57,25 @@ def make_app(exchanges: Mapping[str, Exchange], fleet: Fleet, gate: Gate, meter:
     _add_probes(app, fleet, meter)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    return app
+    return Application(exchanges, app)
+
+
+class Application:
+    """ASGI: requests that engines answer go straight to their exchange, all others to `pages`.
+
+    The framework's middleware would be some microseconds for each request and each event.
+    """
+
+    def __init__(self, exchanges: Mapping[str, Exchange], pages: FastAPI) -> None:
+        self._exchanges = exchanges
+        self._pages = pages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = self._exchanges.get(scope.get("path", ""))
+        if exchange is not None and scope.get("method") == "POST":
+            await exchange(scope, receive, send)
+        else:
+            await self._pages(scope, receive, send)
 
 
 class ByModel:

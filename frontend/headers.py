@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import secrets
 from collections.abc import Iterable
 from typing import Final
 
@@ -36,12 +36,18 @@ _OWN_HOP: Final = frozenset(
 _ID = re.compile(rb"[!-~]{1,128}")
 _TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
+# Ids tell requests apart and protect nothing: no system call for each.
+_random_bits: Final = random.Random().getrandbits
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
 def first(headers: Headers, name: bytes) -> bytes | None:
     """`name` in lower case, as the server gives all of them."""
-    return next((value for given, value in headers if given == name), None)
+    for given, value in headers:  # looked for several times in each request: no generator
+        if given == name:
+            return value
+    return None
 
 
 def request_id(headers: Headers) -> str:
@@ -49,7 +55,7 @@ def request_id(headers: Headers) -> str:
     given = first(headers, REQUEST_ID)
     if given is not None and _ID.fullmatch(given):
         return given.decode()
-    return secrets.token_hex(16)
+    return f"{_random_bits(128):032x}"
 
 
 def traceparent(headers: Headers) -> str:
@@ -57,8 +63,8 @@ def traceparent(headers: Headers) -> str:
     given = first(headers, TRACEPARENT)
     if given is not None and _TRACE.fullmatch(given) and given[:2] != b"ff":
         version, trace, _, flags = given.decode().split("-")
-        return f"{version}-{trace}-{secrets.token_hex(8)}-{flags}"
-    return f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-00"
+        return f"{version}-{trace}-{_random_bits(64):016x}-{flags}"
+    return f"00-{_random_bits(128):032x}-{_random_bits(64):016x}-00"
 
 
 def onward(headers: Headers) -> list[tuple[str, str]]:

@@ -90,6 +90,7 @@ class Meter:
         self.cached_tokens = made["cached_tokens_total"]
         self.output_events = made["output_events_total"]
         self.migrations = made["migrations_total"]
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
 
     def _made(self, spec: Spec) -> Any:
         given = (spec.name, spec.help, spec.labels)
@@ -100,6 +101,13 @@ class Meter:
                 return Gauge(*given, registry=self.registry)
             case "histogram":
                 return Histogram(*given, registry=self.registry, buckets=_BUCKETS[spec.name])
+
+    def child(self, metric: Any, *labels: str) -> Any:
+        """`metric.labels`, which takes locks and checks, once for each; they are few."""
+        found = self._children.get((metric, labels))
+        if found is None:
+            found = self._children[metric, labels] = metric.labels(*labels)
+        return found
 
     def begin(self, route: str) -> Measured:
         return Measured(self, route)
@@ -121,19 +129,19 @@ class Measured:
         self._began = self._latest = time.perf_counter()
         self._first: float | None = None
         self._events = 0
-        meter.inflight.labels(route).inc()
+        meter.child(meter.inflight, route).inc()
 
     def prepared(self, tokens: int) -> None:
         self._stage("prepare")
         if tokens:
-            self._meter.input_tokens.labels(self.model).observe(tokens)
+            self._meter.child(self._meter.input_tokens, self.model).observe(tokens)
 
     def sent(self, assigned: Assigned, *, migrated: bool) -> None:
         self._stage("route")
         if migrated:
-            self._meter.migrations.labels(self.model).inc()
+            self._meter.child(self._meter.migrations, self.model).inc()
         elif assigned.cached_tokens:
-            self._meter.cached_tokens.labels(self.model).inc(assigned.cached_tokens)
+            self._meter.child(self._meter.cached_tokens, self.model).inc(assigned.cached_tokens)
 
     def first_token(self) -> None:
         if self._first is None:
@@ -149,19 +157,19 @@ class Measured:
     def end(self) -> None:
         meter, by = self._meter, (self.model, self._route)
         now = time.perf_counter()
-        meter.inflight.labels(self._route).dec()
+        meter.child(meter.inflight, self._route).dec()
         outcome = self.outcome or ("success" if self.status < 400 else f"engine_{self.status}")
-        meter.requests.labels(*by, outcome).inc()
-        meter.duration.labels(*by).observe(now - self._began)
+        meter.child(meter.requests, *by, outcome).inc()
+        meter.child(meter.duration, *by).observe(now - self._began)
         if self._first is not None:
-            meter.ttft.labels(*by).observe(self._first - self._began)
+            meter.child(meter.ttft, *by).observe(self._first - self._began)
             if self._events > 1:
-                meter.itl.labels(*by).observe((now - self._first) / (self._events - 1))
-                meter.output_events.labels(self.model).inc(self._events)
+                meter.child(meter.itl, *by).observe((now - self._first) / (self._events - 1))
+                meter.child(meter.output_events, self.model).inc(self._events)
 
     def _stage(self, stage: str) -> None:
         now = time.perf_counter()
-        self._meter.stage.labels(stage).observe(now - self._latest)
+        self._meter.child(self._meter.stage, stage).observe(now - self._latest)
         self._latest = now
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 from pydantic import SecretStr
 
@@ -31,7 +30,7 @@ from mocker.results import EngineTotals, ReplayResult
 from mocker.routing import AnswerLength, speed_of
 from mocker.sequence import Record
 from mocker.timing import PS_PER_MS, PS_PER_S
-from mocker.tokens import Generate, decode_generated, encode_generate
+from mocker.tokens import decode_mock_generated
 from mocker.trace import TRACE_BLOCK_TOKENS, TraceEntry
 from router.feed import FeedStatus, NodeFeeds
 from router.feed_settings import FeedSettings
@@ -46,6 +45,7 @@ from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.embedded import EmbeddedNats
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard
 from runtime.events import EventPlaneSettings, create_event_plane
+from runtime.generation import Generate, GenerationRefused, Sampling, encode
 from runtime.hashing import block_hashes, sequence_hashes
 from runtime.instances import InstanceRecord, Instances
 from runtime.names import EndpointName
@@ -109,7 +109,8 @@ class Driver:
             raise OnlineError(f"request {number} was not routed: {routed.why}")
         instance = routed.worker.instance
         self.believed[number] = routed.chosen.covered_blocks()["g1"] * self.block_tokens
-        payload = encode_generate(Generate(tokens.tolist(), entry.output_tokens))
+        sampling = Sampling(max_tokens=entry.output_tokens)
+        payload = encode(Generate(token_ids=tokens.tolist(), sampling=sampling))
         times_s: list[float] = []
         cached = {}
         with routed:
@@ -119,13 +120,13 @@ class Driver:
             try:
                 async with answer:
                     async for item in answer:
-                        came = decode_generated(item)
+                        came = decode_mock_generated(item)
                         if not times_s:
                             routed.first_token()
                         routed.output(len(came.token_ids))
                         times_s += [loop.time() - began_s] * len(came.token_ids)
-                        cached = came.cached_tokens
-            except (RequestError, msgspec.DecodeError) as error:
+                        cached = came.cached_by_tier
+            except (RequestError, GenerationRefused) as error:
                 raise OnlineError(f"request {number}: {error}") from error
         if len(times_s) != entry.output_tokens:
             raise OnlineError(f"request {number} has {len(times_s)} of its tokens")

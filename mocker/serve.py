@@ -37,13 +37,14 @@ from mocker.replay import FleetSettings
 from mocker.routing import speed_of
 from mocker.text import VOCABULARY
 from mocker.tiers import LruTier, NodeTiers
-from mocker.tokens import decode_generate, generate
+from mocker.tokens import generate
 from runtime import telemetry
 from runtime.component import Runtime
 from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard
 from runtime.events import EventPlaneSettings, create_event_plane
 from runtime.events.node_stream import WorkerSpeed
+from runtime.generation import decode_generate
 from runtime.hashing import block_hashes
 from runtime.requests import RequestContext, RequestPlaneSettings, create_request_plane
 from runtime.settings import Settings, SettingsError, load, parse_assignments

@@ -1,46 +1,30 @@
-"""Tokens in, tokens out over the request plane: what a mock engine's `generate` endpoint speaks.
-
-A msgpack map each way. An answer is items of one token or more; the last says why it is the last.
-"""
+"""Tokens in, tokens out: a mock engine's `generate` endpoint (`runtime.generation`)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import Literal
 
 import msgspec
 
 from mocker.events import Tier
 from mocker.realtime import EngineClosed, RealtimeEngine
 from mocker.sequence import Record
+from runtime.generation import Generate, Generated, GenerationRefused, encode
 
 
-class Generate(msgspec.Struct, frozen=True):
-    token_ids: list[int]
-    max_tokens: int
+class MockGenerated(Generated, frozen=True, omit_defaults=True, kw_only=True):
+    """Also says of which tiers the cached tokens came; who does not ask reads over it."""
+
+    cached_by_tier: dict[Tier, int] = msgspec.field(default_factory=dict)  # with the last item
 
 
-class Generated(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The tokens that have come out since the item before."""
-
-    token_ids: list[int]
-    finish_reason: Literal["length"] | None = None
-    cached_tokens: dict[Tier, int] = {}  # by tier, with the last item
-
-
-def decode_generated(data: bytes) -> Generated:
-    """Raises msgspec.DecodeError."""
-    return _answers.decode(data)
-
-
-def decode_generate(data: bytes) -> Generate:
-    """Raises msgspec.DecodeError."""
-    return _requests.decode(data)
-
-
-def encode_generate(request: Generate) -> bytes:
-    return _encoder.encode(request)
+def decode_mock_generated(data: bytes) -> MockGenerated:
+    """Raises GenerationRefused."""
+    try:
+        return _answers.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise GenerationRefused(str(error)) from error
 
 
 class Tokens:
@@ -65,27 +49,31 @@ class Tokens:
         self.arrived.clear()
         tokens, self._tokens = self._tokens, []
         if self._record is None:
-            return Generated(tokens)
-        return Generated(tokens, "length", self._record.cached_tokens)
+            return Generated(token_ids=tokens)
+        cached = self._record.cached_tokens
+        return MockGenerated(
+            token_ids=tokens,
+            finish_reason="length",
+            cached_tokens=sum(cached.values()),
+            cached_by_tier=cached,
+        )
 
 
 async def generate(engine: RealtimeEngine, request: Generate) -> AsyncGenerator[bytes, None]:
     """Encoded items of an answer. Raises RequestRefused, EngineClosed."""
     tokens = Tokens()
-    number = engine.ask(request.token_ids, request.max_tokens, tokens)
+    number = engine.ask(request.token_ids, request.sampling.max_tokens, tokens)
     try:
         while True:
             await tokens.arrived.wait()
             if tokens.is_closed:
                 raise EngineClosed
             item = tokens.take()
-            yield _encoder.encode(item)
+            yield encode(item)
             if item.finish_reason is not None:
                 return
     finally:
         engine.leave(number)
 
 
-_encoder = msgspec.msgpack.Encoder()
-_requests = msgspec.msgpack.Decoder(Generate)
-_answers = msgspec.msgpack.Decoder(Generated)
+_answers = msgspec.msgpack.Decoder(MockGenerated)

@@ -91,7 +91,7 @@ class SecondsCost:
         # Seconds of computing up to each end; what a tier saves is the difference of two.
         until = a * ends + (q / 2) * ends * ends
         whole = a * tokens + (q / 2) * tokens * tokens
-        added = np.diff(request.covered, axis=0)
+        added = request.covered[1:] - request.covered[:-1]
         load = np.where(
             added > 0,
             added * workers.load_s_per_block[:, rows] + workers.load_latency_s[:, rows],

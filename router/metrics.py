@@ -200,6 +200,7 @@ class RouterMetrics:
             )
             for name, edges in HISTOGRAMS.items()
         }
+        self._children: dict[tuple[str, str], Histogram] = {}
         overhead = self._histograms[f"{_P}overhead_seconds"]
         self._steps = {
             step: overhead.labels(step) for step in ("hashing", "find", "select", "total")
@@ -268,7 +269,10 @@ class RouterMetrics:
         self._counts[f"{_P}{name}"][labels] += count  # type: ignore[assignment]
 
     def _observe(self, name: str, model: str, value: float) -> None:
-        self._histograms[f"{_P}{name}"].labels(model).observe(value)
+        child = self._children.get((name, model))
+        if child is None:  # `labels` takes locks and checks; models are few
+            child = self._children[name, model] = self._histograms[f"{_P}{name}"].labels(model)
+        child.observe(value)
 
 
 class _Collector(Collector):

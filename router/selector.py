@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import Any, Literal, assert_never
+from typing import Any, Final, Literal, assert_never
 
 import numpy as np
 
@@ -67,9 +67,9 @@ class Chosen:
 
     def covered_blocks(self, row: int | None = None) -> dict[str, int]:
         """Blocks of the prompt that the worker finds in each tier, beyond those of better tiers."""
-        column = self.request.covered[:, self.row if row is None else row]
-        added = np.diff(column, prepend=0).tolist()
-        return {tier.name.lower(): blocks for tier, blocks in zip(Tier, added, strict=True)}
+        column = self.request.covered[:, self.row if row is None else row].tolist()
+        better = [0, *column[:-1]]
+        return {name: all_ - of for name, all_, of in zip(_TIERS, column, better, strict=True)}
 
     @property
     def best_found_blocks(self) -> int:
@@ -100,6 +100,7 @@ class Chosen:
 
 
 Decision = Chosen | AllBusy | NoWorker
+_TIERS: Final = tuple(tier.name.lower() for tier in Tier)
 
 
 class Selector:

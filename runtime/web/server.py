@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import uvicorn
-from fastapi import FastAPI
 
 START_TIMEOUT_S: Final = 10.0
 STOP_TIMEOUT_S: Final = 2
 CONCURRENCY_MAX: Final = 64
 _POLL_S: Final = 0.005
+
+Asgi = Callable[[Any, Any, Any], Awaitable[None]]
+"""An application: of a scope, a way to receive and one to send."""
 
 
 class ListenError(Exception):
@@ -46,7 +48,7 @@ class WebServer:
 
     def __init__(
         self,
-        app: FastAPI,
+        app: Asgi,
         host: str,
         port: int,
         *,
