@@ -41,10 +41,18 @@ class EngineError(Exception):
 class Client:
     """`check` is asked when the server breaks off: it says so if the server's program has ended."""
 
-    def __init__(self, name: str, url: str, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        check: Callable[[], None] = lambda: None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.url = url
         self._check = check
+        self._headers = dict(headers or {})
         self._http = self._connections()
 
     def open(self) -> None:
@@ -85,7 +93,12 @@ class Client:
         return tokens
 
     def _connections(self) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+        return httpx2.Client(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=REQUEST_TIMEOUT_S,
+            trust_env=False,
+        )
 
     def _stream(self, path: str, body: dict[str, Any]) -> Answer:
         request = {
