@@ -81,7 +81,8 @@ class Fleet:
         await self._instances.close()
 
     def _changed(self, name: InstanceName, record: InstanceRecord | None) -> None:
-        if record is None:
+        # An engine that is being started is registered before it can say what it is.
+        if record is None or not (record.labels or record.is_serving):
             self._drop(name.id)
             return
         try:
