@@ -27,7 +27,7 @@ from examples.demo.process import (
     start_time,
     write_record,
 )
-from examples.demo.routed import RoutedRow, is_where_kv_is, why
+from examples.demo.routed import RoutedRow, is_soonest, is_where_kv_is, why
 from tests.waiting import wait_until
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -42,6 +42,7 @@ ROUTED = RoutedRow(
     tokens_reused=96,
     why="engine-a: 96 in G1 of 100 tokens",
     is_where_kv_is=True,
+    is_soonest=True,
     output_equal=True,
 )
 
@@ -154,7 +155,8 @@ def test_a_hit_is_only_right_from_the_tier_that_was_meant(
     ("wrong", "word"),
     [
         (replace(ROUTED, output_equal=False), "differs"),
-        (replace(ROUTED, is_where_kv_is=False), "another engine"),
+        (replace(ROUTED, is_where_kv_is=False), "more of it at hand"),
+        (replace(ROUTED, is_soonest=False), "sooner"),
         (replace(ROUTED, tokens_expected=64), "64 tokens expected"),
         (replace(ROUTED, tokens_reused=64), "64 reused"),
     ],
@@ -166,14 +168,15 @@ def test_a_routed_request_is_only_right_where_its_kv_is(wrong: RoutedRow, word: 
 
 def test_why_an_engine_was_chosen_is_one_sentence() -> None:
     near = Candidate("a.0", {"g1": 1920, "g2": 96, "g3": 0, "g4": 0}, 0.1, chosen=True)
-    far = Candidate("b.0", {"g1": 0, "g2": 0, "g3": 0, "g4": 0}, 4.0, chosen=False)
+    far = Candidate("b.0", dict.fromkeys(near.tokens_by_tier, 0), 4.0, False, "assumed")
     assert why([near, far], {"a.0": "engine-a"}, 2112) == (
         "engine-a: 1,920 in G1 and 96 in G2 of 2,112 tokens, first token in 0.10 s; "
-        "b.0: none of 2,112 tokens, first token in 4.00 s"
+        "b.0: none of 2,112 tokens, first token in 4.00 s at an assumed speed"
     )
     assert is_where_kv_is([near, far], "a.0")
     assert not is_where_kv_is([near, far], "b.0")
     assert not is_where_kv_is([near, far], "gone.0")
+    assert is_soonest([near, far], "a.0") and not is_soonest([near, far], "b.0")
 
 
 def test_killing_a_tree_ends_what_leads_a_session_of_its_own(tmp_path: Path) -> None:

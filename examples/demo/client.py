@@ -88,8 +88,14 @@ class Client:
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """What the engine makes of the messages."""
-        body = {"model": SERVED_NAME, "messages": list(messages), "add_generation_prompt": True}
-        tokens: list[int] = self.post("/tokenize", body).raise_for_status().json()["tokens"]
+        return self._tokens({"messages": list(messages), "add_generation_prompt": True})
+
+    def tokens_of(self, prompt: str) -> list[int]:
+        return self._tokens({"prompt": prompt})
+
+    def _tokens(self, of: dict[str, Any]) -> list[int]:
+        response = self.post("/tokenize", {"model": SERVED_NAME, **of})
+        tokens: list[int] = response.raise_for_status().json()["tokens"]
         return tokens
 
     def _connections(self) -> httpx2.Client:

@@ -20,6 +20,8 @@ MAX_TOKENS = 32
 # Of what was computed before. Not all: under load an engine may drop a block rather than wait.
 REUSE_MIN = 0.98
 
+_UNSURE = {"assumed": " at an assumed speed"}
+
 Say = Callable[[str], None]
 
 
@@ -35,7 +37,8 @@ class RoutedRow:
     tokens_expected: int  # of the prompt, at hand in some tier, by the frontend
     tokens_reused: int  # by the engine
     why: str
-    is_where_kv_is: bool  # no other engine had more of the prompt in its own memory
+    is_where_kv_is: bool  # no other engine had more of the prompt at hand, in whatever tier
+    is_soonest: bool  # no other engine was expected to have its first token sooner
     output_equal: bool
 
     def fault(self) -> str | None:
@@ -44,7 +47,9 @@ class RoutedRow:
         if not self.output_equal:
             return f"{what}: the answer differs from the one computed without a cache"
         if not self.is_where_kv_is:
-            return f"{what}: another engine had more of it in its memory ({self.why})"
+            return f"{what}: another engine had more of it at hand ({self.why})"
+        if not self.is_soonest:
+            return f"{what}: another engine was expected to answer sooner ({self.why})"
         known = min(self.tokens_expected, self.tokens_reused)
         if known < REUSE_MIN * self.tokens_known:
             return (
@@ -99,6 +104,7 @@ class Routed:
             tokens_reused=answer.cached_tokens,
             why=why(candidates, names, len(tokens)),
             is_where_kv_is=is_where_kv_is(candidates, answer.worker),
+            is_soonest=is_soonest(candidates, answer.worker),
             output_equal=False,  # not known yet
         )
         self.rows.append(row)
@@ -126,14 +132,19 @@ def why(candidates: Sequence[Candidate], names: Mapping[str, str], tokens: int) 
     """One sentence: what each engine had, and how soon it was expected to answer."""
     return "; ".join(
         f"{names.get(one.worker, one.worker)}: {_at_hand(one, tokens)}, "
-        f"first token in {one.first_token_s:.2f} s"
+        f"first token in {one.first_token_s:.2f} s{_UNSURE.get(one.speed_from, '')}"
         for one in candidates
     )
 
 
 def is_where_kv_is(candidates: Sequence[Candidate], worker: str) -> bool:
-    in_memory = {one.worker: one.tokens_by_tier["g1"] for one in candidates}
-    return in_memory.get(worker) == max(in_memory.values(), default=0)
+    at_hand = {one.worker: one.tokens for one in candidates}
+    return at_hand.get(worker) == max(at_hand.values(), default=0)
+
+
+def is_soonest(candidates: Sequence[Candidate], worker: str) -> bool:
+    expected_s = {one.worker: one.first_token_s for one in candidates}
+    return expected_s.get(worker) == min(expected_s.values(), default=0.0)
 
 
 def _at_hand(one: Candidate, tokens: int) -> str:

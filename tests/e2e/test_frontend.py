@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from examples.demo.client import Client, EngineError
 from examples.demo.engine import START_TIMEOUT_S, Engine
+from examples.demo.routed import Routed
 from examples.demo.stack import Stack
 from tests.e2e.texts import prompt, reusable
 from tests.waiting import wait_until
@@ -42,15 +42,17 @@ class Site:
         headers = {"x-worker-instance-id": f"{engine.instance:x}"} if engine else {}
         return Client("kvbm-frontend", self.stack.frontend.url, headers=headers)
 
-    def knows(self, engine: Engine, text: str) -> bool:
-        """Whether the router knows what this engine has, by asking for it once more."""
-        answer = self.client().complete(text)
-        assert answer.tokens == self.cold.setdefault(text, answer.tokens)
-        return (
-            answer.worker == f"{engine.instance:x}.0"
-            and answer.expected_cached_tokens >= reusable(answer.prompt_tokens)
-            and answer.cached_tokens >= reusable(answer.prompt_tokens)
-        )
+    def check_routed(self, engine: Engine, text: str) -> None:
+        """The router comes to know what this engine has of a text, and counts on it."""
+        client = self.client()
+        tokens = client.tokens_of(text)
+        whole = reusable(len(tokens))
+        self.stack.frontend.wait_heard(f"{engine.instance:x}.0", tokens, whole)
+        answer = client.complete(text)
+        assert answer.tokens == self.cold[text]
+        assert answer.worker in self.stack.engine_names()
+        assert answer.expected_cached_tokens >= whole
+        assert answer.cached_tokens >= whole
 
 
 @dataclass
@@ -113,7 +115,16 @@ def test_requests_go_where_their_kv_is(site: Site) -> None:
         first = site.client(engine).complete(text)
         assert first.worker == f"{engine.instance:x}.0"
         site.cold[text] = first.tokens
-        wait_until(partial(site.knows, engine, text), 30.0, "the router knows")
+        site.stack.settle()
+        site.check_routed(engine, text)
+
+
+def test_the_demos_conversations_go_where_their_kv_is(site: Site) -> None:
+    routed = Routed(site.stack, print)
+    routed.run()
+    assert len(routed.rows) == 7
+    assert [fault for row in routed.rows if (fault := row.fault())] == []
+    assert all(row.tokens_known for row in routed.rows[1:])
 
 
 def test_killing_the_daemon_costs_no_request(site: Site) -> None:
@@ -152,7 +163,8 @@ def test_killing_nats_costs_no_request_and_what_it_missed_is_made_up_for(site: S
         stack.nats.start()
     assert not load.wrong
     assert not load.failures
-    wait_until(lambda: site.knows(engine, text), BACK_TIMEOUT_S, "the router heard of it after all")
+    stack.settle()
+    site.check_routed(engine, text)
 
 
 def test_killing_an_engine_costs_what_was_in_flight_there(site: Site) -> None:
