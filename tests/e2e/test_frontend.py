@@ -7,6 +7,7 @@ wrong. Everything is started again while the load goes on.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.demo.client import Client, EngineError
+from examples.demo.client import Answer, Client, EngineError
 from examples.demo.engine import START_TIMEOUT_S, Engine
 from examples.demo.routed import Routed
 from examples.demo.stack import Stack
@@ -42,13 +43,17 @@ class Site:
         headers = {"x-worker-instance-id": f"{engine.instance:x}"} if engine else {}
         return Client("kvbm-frontend", self.stack.frontend.url, headers=headers)
 
+    def ask(self, engine: Engine, text: str, *, max_tokens: int = 24) -> Answer:
+        with self.client(engine) as client:
+            return client.complete(text, max_tokens=max_tokens)
+
     def check_routed(self, engine: Engine, text: str) -> None:
         """The router comes to know what this engine has of a text, and counts on it."""
-        client = self.client()
-        tokens = client.tokens_of(text)
+        frontend = self.stack.frontend
+        tokens = frontend.client.tokens_of(text)
         whole = reusable(len(tokens))
-        self.stack.frontend.wait_heard(f"{engine.instance:x}.0", tokens, whole)
-        answer = client.complete(text)
+        frontend.wait_heard(f"{engine.instance:x}.0", tokens, whole)
+        answer = frontend.client.complete(text)
         assert answer.tokens == self.cold[text]
         assert answer.worker in self.stack.engine_names()
         assert answer.expected_cached_tokens >= whole
@@ -83,22 +88,21 @@ class Load:
         wait_until(lambda: self.answers >= wanted, BACK_TIMEOUT_S, "users get answers")
 
     def _use(self, ended: threading.Event, user: int) -> None:
-        client = self.site.client()
-        turn = user
-        while not ended.is_set():
-            text = PROMPTS[turn % len(PROMPTS)]
-            turn += 1
-            asked_s = time.monotonic()
-            try:
-                answer = client.complete(text)
-            except EngineError as error:
-                self.failures.append((asked_s, str(error)))
-                time.sleep(0.2)  # a refused connection takes no time
-                continue
-            if answer.tokens != self.site.cold[text]:
-                self.wrong.append(text)
-            self.answers += 1
-        client.close()
+        with self.site.client() as client:
+            for turn in itertools.count(user):
+                if ended.is_set():
+                    return
+                text = PROMPTS[turn % len(PROMPTS)]
+                asked_s = time.monotonic()
+                try:
+                    answer = client.complete(text)
+                except EngineError as error:
+                    self.failures.append((asked_s, str(error)))
+                    time.sleep(0.2)  # a refused connection takes no time
+                    continue
+                if answer.tokens != self.site.cold[text]:
+                    self.wrong.append(text)
+                self.answers += 1
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +116,7 @@ def site(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site
 def test_requests_go_where_their_kv_is(site: Site) -> None:
     for engine in site.stack.engines:
         text = prompt(f"known to {engine.name}", 600)
-        first = site.client(engine).complete(text)
+        first = site.ask(engine, text)
         assert first.worker == f"{engine.instance:x}.0"
         site.cold[text] = first.tokens
         site.stack.settle()
@@ -158,7 +162,7 @@ def test_killing_nats_costs_no_request_and_what_it_missed_is_made_up_for(site: S
         assert stack.nats.pid is not None
         os.kill(stack.nats.pid, signal.SIGKILL)
         load.wait_for_more()
-        site.cold[text] = site.client(engine).complete(text).tokens
+        site.cold[text] = site.ask(engine, text).tokens
         stack.nats.stop()
         stack.nats.start()
     assert not load.wrong
@@ -175,8 +179,8 @@ def test_killing_an_engine_costs_what_was_in_flight_there(site: Site) -> None:
     alone = kept.complete(text, max_tokens=LONG_TOKENS).tokens
     gone = f"{killed.instance:x}.0"
     with ThreadPoolExecutor(2) as pool:
-        there = pool.submit(site.client(killed).complete, text, max_tokens=LONG_TOKENS)
-        elsewhere = pool.submit(site.client(kept).complete, text, max_tokens=LONG_TOKENS)
+        there = pool.submit(site.ask, killed, text, max_tokens=LONG_TOKENS)
+        elsewhere = pool.submit(site.ask, kept, text, max_tokens=LONG_TOKENS)
         wait_until(lambda: _is_busy(killed), 30.0, "the long answer is under way")
         with load.running():
             assert not there.done(), "it ended before the engine was killed"
