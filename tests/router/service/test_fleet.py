@@ -55,7 +55,7 @@ async def test_records_that_cannot_be_used_are_counted_and_harm_nobody(world: Wo
     await world.engines.add(3, model="foreign")
     await world.engines.add(4, dp_size=8)
     for instance, labels in (
-        (5, {}),  # registered, and not ready to say anything: no fault
+        (5, {"model": "m", "url": "x"}),  # registered, and not ready to say more: no fault
         (6, {"model": "m", "url": "x", "block_tokens": "sixteen"}),
         (7, {"model": "m", "url": "x", "block_tokens": "16", "dp_size": "1000000000"}),
         (8, {"model": "", "url": "x", "block_tokens": "16"}),
