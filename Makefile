@@ -40,10 +40,10 @@ chaos: $(STAMP) ## kill the daemon 200 times under load and look at what it give
 soak: $(STAMP) ## an hour of mixed load: right bytes, and memory, descriptors and latency flat
 	KVBM_SOAK_S=3600 $(BIN)/python -m pytest tests/soak
 
-demo: $(STAMP) ## two real engines, one daemon, every tier: build/demo.json and build/demo.svg
+demo: $(STAMP) ## two real engines, every tier, routed: build/demo.json and build/demo.svg
 	$(BIN)/python -m examples.demo
 
-up: $(STAMP) ## the demo's stack, left running; prints its addresses
+up: $(STAMP) ## an OpenAI endpoint over two engines, left running; prints its address
 	$(BIN)/python -m examples.demo up
 
 down: $(STAMP) ## end what `make up` started

@@ -81,7 +81,8 @@ class Fleet:
         await self._instances.close()
 
     def _changed(self, name: InstanceName, record: InstanceRecord | None) -> None:
-        if record is None:
+        # An engine that is being started is registered before it knows the size of its blocks.
+        if record is None or not (record.is_serving or "block_tokens" in record.labels):
             self._drop(name.id)
             return
         try:

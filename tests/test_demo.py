@@ -8,23 +8,43 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from examples.demo import report
-from examples.demo.engine import Answer, EngineConfig
+from examples.demo.client import Answer
+from examples.demo.engine import EngineConfig
+from examples.demo.frontend import Candidate
 from examples.demo.measure import SOURCES, Row, Sample
 from examples.demo.process import (
     Process,
     ProcessError,
     end_recorded,
     free_port,
+    kill_tree,
     start_time,
     write_record,
 )
+from examples.demo.routed import RoutedRow, is_soonest, is_where_kv_is, why
+from tests.waiting import wait_until
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+ROUTED = RoutedRow(
+    request="conversation A, turn 2",
+    engine="engine-a",
+    ttft_s=0.1,
+    prompt_tokens=100,
+    tokens_known=96,
+    tokens_expected=96,
+    tokens_reused=96,
+    why="engine-a: 96 in G1 of 100 tokens",
+    is_where_kv_is=True,
+    is_soonest=True,
+    output_equal=True,
+)
 
 
 def sample(source: str, *served_by: str, cached: int = 96, equal: bool = True) -> Sample:
@@ -131,14 +151,65 @@ def test_a_hit_is_only_right_from_the_tier_that_was_meant(
     assert word in str(wrong.fault(32))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        (replace(ROUTED, output_equal=False), "differs"),
+        (replace(ROUTED, is_where_kv_is=False), "more of it at hand"),
+        (replace(ROUTED, is_soonest=False), "sooner"),
+        (replace(ROUTED, tokens_expected=64), "64 tokens expected"),
+        (replace(ROUTED, tokens_reused=64), "64 reused"),
+    ],
+)
+def test_a_routed_request_is_only_right_where_its_kv_is(wrong: RoutedRow, word: str) -> None:
+    assert ROUTED.fault() is None
+    assert word in str(wrong.fault())
+
+
+def test_why_an_engine_was_chosen_is_one_sentence() -> None:
+    near = Candidate("a.0", {"g1": 1920, "g2": 96, "g3": 0, "g4": 0}, 0.1, chosen=True)
+    far = Candidate("b.0", dict.fromkeys(near.tokens_by_tier, 0), 4.0, False, "assumed")
+    assert why([near, far], {"a.0": "engine-a"}, 2112) == (
+        "engine-a: 1,920 in G1 and 96 in G2 of 2,112 tokens, first token in 0.10 s; "
+        "b.0: none of 2,112 tokens, first token in 4.00 s at an assumed speed"
+    )
+    assert is_where_kv_is([near, far], "a.0")
+    assert not is_where_kv_is([near, far], "b.0")
+    assert not is_where_kv_is([near, far], "gone.0")
+    assert is_soonest([near, far], "a.0") and not is_soonest([near, far], "b.0")
+
+
+def test_killing_a_tree_ends_what_leads_a_session_of_its_own(tmp_path: Path) -> None:
+    script = (
+        "import subprocess, time\n"
+        f"child = subprocess.Popen({SLEEP!r}, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    log = tmp_path / "log"
+    with Process("parent", [sys.executable, "-c", script], log=log) as process:
+        process.wait_until(lambda: bool(log.read_text().strip()), 20.0)
+        child = int(log.read_text())
+        kill_tree(process.pid)
+        wait_until(lambda: start_time(child) is None, 10.0, "the child has ended")
+
+
+def test_with_a_nodes_settings_the_launcher_starts_the_engine(tmp_path: Path) -> None:
+    command = EngineConfig("m", node_settings=tmp_path / "kvbm.yaml").command(1)
+    assert "connectors.vllm.launch" in command
+    assert command[command.index("--") + 1] == "m"
+    assert command[command.index("--config") + 1] == str(tmp_path / "kvbm.yaml")
+
+
 def test_the_json_report_has_a_row_for_each_source(tmp_path: Path) -> None:
     path = tmp_path / "demo.json"
-    report.write_json(path, ok=True, model="m", engine="e", rows=rows())
+    report.write_json(path, ok=True, model="m", engine="e", rows=rows(), routed=[ROUTED])
     content = json.loads(path.read_text())
     assert content["ok"] is True
     assert [row["source"] for row in content["rows"]] == list(SOURCES)
     expected = {"source", "ttft_s", "prompt_tokens", "tokens_reused", "output_equal"}
     assert all(row.keys() == expected for row in content["rows"])
+    assert content["routed"] == [asdict(ROUTED)]
 
 
 def test_the_chart_does_not_claim_equal_answers_when_they_differ(tmp_path: Path) -> None:

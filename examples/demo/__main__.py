@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.demo import report
-from examples.demo.engine import EngineError
+from examples.demo.client import EngineError
 from examples.demo.measure import Demo
 from examples.demo.model import ModelError, model_path
 from examples.demo.process import ProcessError
@@ -67,11 +67,14 @@ def run(document_count: int) -> int:
     faults = demo.faults()
     rows, engine = demo.rows(), _engine_version()
     name = Path(model).name
-    report.write_json(BUILD / "demo.json", ok=not faults, model=name, engine=engine, rows=rows)
+    routed = demo.routed.rows
+    report.write_json(
+        BUILD / "demo.json", ok=not faults, model=name, engine=engine, rows=rows, routed=routed
+    )
     report.write_conversation(BUILD / "demo-conversation.json", demo.turns)
     report.write_svg(BUILD / "demo.svg", rows, model=name, engine=engine)
     print()
-    report.print_table(Console(), rows, demo.turns)
+    report.print_table(Console(), rows, demo.turns, routed)
     print("\nwritten: build/demo.json, build/demo.svg, build/demo-conversation.json")
     for fault in faults:
         print(f"failed: {fault}")

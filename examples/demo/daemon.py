@@ -52,14 +52,14 @@ class Daemon:
     def __init__(self, config: DaemonConfig) -> None:
         self._config = config
         self._port = free_port()
-        self._settings = config.folder / "kvbm.yaml"
+        self.settings = config.folder / "kvbm.yaml"
         self.url = f"http://127.0.0.1:{self._port}"
         self.socket = config.socket
         self.ssd_folder = config.ssd_folder
         program = Path(sys.executable).parent / "kvbm-daemon"
         self.process = Process(
             "kvbm-daemon",
-            [str(program), "serve", "--config", str(self._settings)],
+            [str(program), "serve", "--config", str(self.settings)],
             log=config.logs / "kvbm-daemon.log",
             record=config.records / "kvbm-daemon.pid",
         )
@@ -159,6 +159,6 @@ class Daemon:
         }
         config.folder.mkdir(parents=True, exist_ok=True)
         # Holds the credentials of the demo's servers.
-        descriptor = os.open(self._settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        descriptor = os.open(self.settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w") as file:
             yaml.safe_dump(settings, file, sort_keys=False)

@@ -14,7 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from examples.demo.engine import Answer, Engine, Message
+from examples.demo.client import Answer, Message
+from examples.demo.engine import Engine
+from examples.demo.routed import REUSE_MIN, Routed
 from examples.demo.stack import Stack
 from examples.demo.texts import Document, conversation, documents, warm_up
 
@@ -24,8 +26,6 @@ SOURCES = (COLD, G1, G2, OTHER, G3, G4)
 SERVED_BY: dict[str, str | None] = {COLD: None, G1: None, G2: G2, OTHER: G2, G3: G3, G4: G4}
 MAX_TOKENS = 24
 REPORT_DELAY_S = 0.5
-# Of a prompt's whole blocks. Not all: under load an engine may drop a block rather than wait.
-REUSE_MIN = 0.98
 
 Say = Callable[[str], None]
 
@@ -94,6 +94,7 @@ class Demo:
         self._cold: dict[str, tuple[int, ...]] = {}
         self.samples: list[Sample] = []
         self.turns: list[Turn] = []
+        self.routed = Routed(stack, say)
 
     def run(self) -> None:
         first, second = self._stack.engines
@@ -107,6 +108,7 @@ class Demo:
             self._measure(G2, first, document)
             self._measure(OTHER, second, document)
         self._converse(first, second)
+        self.routed.run()
         self._stack.settle()
         self._say("daemon stopped and started: host memory is empty, the SSD is not")
         self._stack.restart_daemon(empty_ssd=False)
@@ -126,11 +128,15 @@ class Demo:
         block_tokens = self._stack.block_tokens
         found = [sample.fault(block_tokens) for sample in self.samples]
         found += [_turn_fault(earlier, later, block_tokens) for earlier, later in self._pairs()]
+        found += [row.fault() for row in self.routed.rows]
         return [fault for fault in found if fault is not None]
 
     def _warm_up(self, *engines: Engine) -> None:
         self._say("warming both engines up with another text")
         for engine in engines:
+            # Computed by each, so that how fast it computes is known: a salt of its own keeps
+            # the one from loading what the other has stored.
+            engine.complete(warm_up(), max_tokens=4, cache_salt=engine.name)
             engine.complete(warm_up(), max_tokens=4)
             self._stack.settle()
             engine.forget()

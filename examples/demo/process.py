@@ -62,7 +62,8 @@ class Process:
     def running(self) -> bool:
         return self._child is not None and self._child.poll() is None
 
-    def start(self) -> None:
+    def start(self, more: Mapping[str, str] | None = None) -> None:
+        """`more` variables for this start alone."""
         assert not self.running, f"{self.name} is running already"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as output:
@@ -71,7 +72,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self._env},
+                env={**os.environ, **self._env, **(more or {})},
                 start_new_session=True,
             )
         if self._record is not None:
@@ -134,6 +135,17 @@ def stop_group(pid: int, grace_s: float, reap: subprocess.Popen[bytes] | None = 
     _signal(os.killpg, pid, signal.SIGKILL)
     if reap is not None:
         reap.wait()
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all it started, whatever sessions they lead."""
+    tree = [pid]
+    for parent in tree:
+        tasks = Path(f"/proc/{parent}/task").glob("*/children")
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            tree += [int(child) for task in tasks for child in task.read_text().split()]
+    for one in tree:
+        _signal(os.kill, one, signal.SIGKILL)
 
 
 def write_record(path: Path, pid: int) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.demo.measure import COLD, G1, G2, G3, G4, OTHER, Row, Turn
+from examples.demo.routed import RoutedRow
 
 LABELS = {
     COLD: "computed",
@@ -31,17 +32,27 @@ COLOURS = {
     G4: "#8a5bb0",
 }
 _HEADINGS = ("row", "KV from", "tier", "TTFT", "faster", "reused", "equal")
+_ROUTED_HEADINGS = ("request", "engine", "TTFT", "expected", "reused", "equal", "why")
 _WIDTH, _LABEL, _LEFT, _BAR, _ROW, _TOP = 860, 160, 300, 410, 44, 92
 
 
-def write_json(path: Path, *, ok: bool, model: str, engine: str, rows: Sequence[Row]) -> None:
-    """One object with a row per source; times are medians in seconds."""
+def write_json(
+    path: Path,
+    *,
+    ok: bool,
+    model: str,
+    engine: str,
+    rows: Sequence[Row],
+    routed: Sequence[RoutedRow],
+) -> None:
+    """One object: a row per source, medians in seconds, and one per routed request."""
     fields = ("source", "ttft_s", "prompt_tokens", "tokens_reused", "output_equal")
     content = {
         "ok": ok,
         "model": model,
         "engine": engine,
         "rows": [{field: asdict(row)[field] for field in fields} for row in rows],
+        "routed": [asdict(row) for row in routed],
     }
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -50,27 +61,34 @@ def write_conversation(path: Path, turns: Sequence[Turn]) -> None:
     path.write_text(json.dumps([asdict(turn) for turn in turns], indent=2) + "\n")
 
 
-def print_table(console: Console, rows: Sequence[Row], turns: Sequence[Turn]) -> None:
+def print_table(
+    console: Console, rows: Sequence[Row], turns: Sequence[Turn], routed: Sequence[RoutedRow]
+) -> None:
     """A table on a terminal; elsewhere one plain line for each row, tabs between the cells."""
-    lines = [_HEADINGS, *(_cells(row, rows) for row in rows)]
-    said = [
-        f"conversation, turn {turn.number} on {turn.engine}: {turn.ttft_s:.3f} s, "
-        f"{turn.tokens_reused} of {turn.prompt_tokens} tokens reused"
-        for turn in turns
-    ]
+    title = "Median time to first token, by where the KV came from"
+    _print_lines(console, title, [_HEADINGS, *(_cells(row, rows) for row in rows)])
+    for turn in turns:
+        print(
+            f"conversation, turn {turn.number} on {turn.engine}: {turn.ttft_s:.3f} s, "
+            f"{turn.tokens_reused} of {turn.prompt_tokens} tokens reused"
+        )
+    if routed:
+        print()
+        title = "Through the frontend: the engine that was chosen, and what was known before"
+        _print_lines(console, title, [_ROUTED_HEADINGS, *map(_routed_cells, routed)])
+
+
+def _print_lines(console: Console, title: str, lines: Sequence[tuple[str, ...]]) -> None:
     if console.is_terminal:
-        title = "Median time to first token, by where the KV came from"
-        table = Table(*_HEADINGS, title=title, box=SIMPLE)
+        table = Table(*lines[0], title=title, box=SIMPLE)
         for cells in lines[1:]:
             table.add_row(*cells)
         console.print(table)
     else:
-        widths = [max(len(line[at]) for line in lines) for at in range(len(_HEADINGS))]
+        widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
         for cells in lines:
             padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
             print("  ".join(padded).rstrip())
-    for line in said:
-        print(line)
 
 
 def write_svg(path: Path, rows: Sequence[Row], *, model: str, engine: str) -> None:
@@ -117,6 +135,18 @@ def _text(
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '
         f'fill="{fill}">{escape(content)}</text>'
+    )
+
+
+def _routed_cells(row: RoutedRow) -> tuple[str, ...]:
+    return (
+        row.request,
+        row.engine,
+        _seconds(row.ttft_s),
+        f"{row.tokens_expected}/{row.prompt_tokens}",
+        f"{row.tokens_reused}/{row.prompt_tokens}",
+        "yes" if row.output_equal else "NO",
+        row.why,
     )
 
 

@@ -1,4 +1,4 @@
-"""Everything the demo runs: NATS, S3, one daemon and two engines, started and ended together.
+"""Everything the demo runs: NATS, S3, a daemon, two engines and a frontend, ended together.
 
 A context manager: whatever happens within, nothing of it is left running. All it writes is under
 one build folder, so one runs at a time. Programs that a killed run left behind are ended first.
@@ -17,7 +17,8 @@ from typing import Self
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.engine import Engine, EngineConfig
-from examples.demo.process import ProcessError, end_recorded, recorded, write_record
+from examples.demo.frontend import Frontend, FrontendConfig
+from examples.demo.process import ProcessError, end_recorded, free_port, recorded, write_record
 from runtime.embedded import EmbeddedNats, EmbeddedS3
 
 HOLDER = "holder.pid"  # the record of the program that runs a stack
@@ -29,9 +30,11 @@ Say = Callable[[str], None]
 
 
 class Stack:
-    """The servers, the daemon and the engines; `settle` and `restart_daemon` for measurements."""
+    """All of it; `settle` and `restart_daemon` for measurements."""
 
+    nats: EmbeddedNats
     daemon: Daemon
+    frontend: Frontend
     engines: tuple[Engine, Engine]
 
     def __init__(self, build: Path, model: str, say: Say, *, block_tokens: int = 32) -> None:
@@ -66,14 +69,20 @@ class Stack:
         """What a user may want to open or to connect to."""
         engines = {engine.name: f"{engine.url}/v1" for engine in self.engines}
         return {
+            "openai": f"{self.frontend.url}/v1",
+            "router": self.frontend.operators,
             **engines,
             "kvbm-daemon": self.daemon.url,
             "socket": str(self.daemon.socket),
-            "nats": self._nats.url,
+            "nats": self.nats.url,
             "s3": f"{self._s3.endpoint_url}/{BUCKET}",
             "settings": str(self._folder / "kvbm.yaml"),
             "logs": str(self._logs),
         }
+
+    def engine_names(self) -> Mapping[str, str]:
+        """By worker, as routers name it."""
+        return {f"{engine.instance:x}.0": engine.name for engine in self.engines}
 
     def settle(self) -> None:
         """Wait until what the engines have stored has reached every tier."""
@@ -85,12 +94,13 @@ class Stack:
         if empty_ssd:
             self.daemon.empty_ssd()
         took_s = self.daemon.start()
-        self._wait_connected()
+        self.wait_connected()
         self._say(f"kvbm-daemon was ready after {took_s:.1f} s, it keeps {self._kept()}")
 
     def check(self) -> None:
         """Raises ProcessError if any of it has ended on its own."""
         self.daemon.process.check()
+        self.frontend.process.check()
         for engine in self.engines:
             engine.process.check()
 
@@ -99,8 +109,9 @@ class Stack:
         self._folder.mkdir(parents=True)
         self._say("starting NATS and S3")
         servers = self._running
-        self._nats = servers.enter_context(
-            EmbeddedNats(self._folder / "nats", log_directory=self._logs)
+        self.nats = servers.enter_context(
+            # On a fixed port: whoever starts it again finds its clients waiting there.
+            EmbeddedNats(self._folder / "nats", port=free_port(), log_directory=self._logs)
         )
         self._s3 = servers.enter_context(
             EmbeddedS3(self._folder / "s3", buckets=[BUCKET], log_directory=self._logs)
@@ -111,10 +122,15 @@ class Stack:
         servers.callback(self.daemon.process.stop)
         self._say("starting kvbm-daemon")
         self.daemon.start()
+        self.frontend = Frontend(self._frontend_config())
+        servers.callback(self.frontend.stop)
+        self.frontend.start()
         self._start_engines()
 
     def _start_engines(self) -> None:
-        config = EngineConfig(self.model, self.daemon.socket, block_tokens=self.block_tokens)
+        config = EngineConfig(
+            self.model, node_settings=self.daemon.settings, block_tokens=self.block_tokens
+        )
         first, second = (
             Engine(name, config, logs=self._logs, records=self.records) for name in ENGINE_NAMES
         )
@@ -123,23 +139,33 @@ class Stack:
         for engine in self.engines:
             self._running.callback(engine.stop)
             engine.start()
-        self._say("starting two engines, a minute or two on a small machine")
+        self._say("starting kvbm-frontend and two engines, a minute or two on a small machine")
         start_s = time.monotonic()
+        self.frontend.wait_live()
         for engine in self.engines:
             engine.wait_ready()
             self._say(f"{engine.name} is ready after {time.monotonic() - start_s:.0f} s")
-        self._wait_connected()
+        self.wait_connected()
 
-    def _wait_connected(self) -> None:
+    def wait_connected(self) -> None:
+        """Until the daemon and the frontend have both engines, and the router knows their KV."""
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
-        while self.daemon.engines() < len(self.engines):
+        while not self._is_connected():
             self.check()
             if time.monotonic() > deadline_s:
                 raise TimeoutError(
-                    f"{self.daemon.engines()} of {len(self.engines)} engines were connected to "
-                    f"kvbm-daemon after {CONNECT_TIMEOUT_S:.0f} s"
+                    f"after {CONNECT_TIMEOUT_S:.0f} s kvbm-daemon had {self.daemon.engines()} of "
+                    f"{len(self.engines)} engines, kvbm-frontend {self.frontend.engines()}"
                 )
             time.sleep(0.1)
+
+    def _is_connected(self) -> bool:
+        wanted = len(self.engines)
+        return (
+            self.daemon.engines() == wanted
+            and self.frontend.engines() == wanted
+            and self.frontend.is_exact()
+        )
 
     def _daemon_config(self, socket: Path) -> DaemonConfig:
         return DaemonConfig(
@@ -151,13 +177,30 @@ class Stack:
                 **self._s3.settings(BUCKET),
                 "linger": "250ms",
             },
-            events={
-                "plane": "nats",
-                "nats_url": self._nats.url,
-                "nats_user": self._nats.user,
-                "nats_password": self._nats.password,
-            },
+            events=self._events(),
+            discovery=self._discovery(),
         )
+
+    def _frontend_config(self) -> FrontendConfig:
+        return FrontendConfig(
+            folder=self._folder,
+            logs=self._logs,
+            records=self.records,
+            events=self._events(),
+            discovery=self._discovery(),
+            model=self.model,
+        )
+
+    def _events(self) -> Mapping[str, str]:
+        return {
+            "plane": "nats",
+            "nats_url": self.nats.url,
+            "nats_user": self.nats.user,
+            "nats_password": self.nats.password,
+        }
+
+    def _discovery(self) -> Mapping[str, str]:
+        return {"discovery": "file", "file_directory": str(self._folder / "discovery")}
 
     def _kept(self) -> str:
         return ", ".join(f"{tier}: {n} chunks" for tier, n in self.daemon.kept_chunks().items())

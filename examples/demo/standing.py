@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from examples.demo.client import SERVED_NAME
 from examples.demo.process import ProcessError, end_recorded, recorded, start_time
 from examples.demo.stack import HOLDER, Say, Stack
 
@@ -46,9 +48,7 @@ def up(build: Path, model: str) -> int:
             holder.terminate()
             holder.wait(DOWN_GRACE_S)
             raise
-    for name, address in json.loads(_addresses(build).read_text()).items():
-        print(f"  {name:<12} {address}")
-    print("end it with `make down`")
+    _print(json.loads(_addresses(build).read_text()))
     return 0
 
 
@@ -91,6 +91,20 @@ def _follow(holder: subprocess.Popen[bytes], log: Path, addresses: Path) -> None
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"the stack was not up after {UP_TIMEOUT_S:.0f} s")
             time.sleep(0.2)
+
+
+def _print(addresses: Mapping[str, str]) -> None:
+    openai = addresses["openai"]
+    body = {"model": SERVED_NAME, "messages": [{"role": "user", "content": "Hello"}]}
+    print(f"\nan OpenAI endpoint over two engines, at {openai}:\n")
+    print(f"  curl -si {openai}/chat/completions \\")
+    print(f"    -H 'content-type: application/json' -d '{json.dumps(body)}'\n")
+    print(f"  OpenAI(base_url={openai!r}, api_key='none')\n")
+    print("for operators:\n")
+    for name, address in addresses.items():
+        if name != "openai":
+            print(f"  {name:<12} {address}")
+    print("\nend it with `make down`")
 
 
 def _held_by(build: Path) -> int | None:

@@ -28,6 +28,20 @@ _TURNS = (
     "What happens when the module is not found?",
     "Give a short example of an import statement.",
 )
+_ROUTED_TOPIC = "assignment"
+_ROUTED_TURNS = {
+    "A": (
+        "In one sentence, what does this document describe?",
+        "What is an augmented assignment?",
+        "What may stand on the left side of an assignment?",
+        "Give a short example with a list.",
+    ),
+    "B": (
+        "What is an annotated assignment?",
+        "Is its annotation evaluated?",
+        "Give a short example of one.",
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +69,11 @@ def warm_up() -> str:
 def conversation() -> tuple[str, tuple[str, ...]]:
     """What the model is told first, and what a user then asks, turn by turn."""
     return f"Answer from this document.\n\n{_cut(topics[_CONVERSATION_TOPIC], 5000)}", _TURNS
+
+
+def routed_conversations() -> tuple[str, dict[str, tuple[str, ...]]]:
+    """A system prompt, and the questions of the conversations that begin with it, by name."""
+    return f"Answer from this document.\n\n{_cut(topics[_ROUTED_TOPIC], 6000)}", _ROUTED_TURNS
 
 
 def _cut(text: str, characters: int = DOCUMENT_CHARACTERS) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.client import EngineError
 from examples.demo.daemon import Daemon
-from examples.demo.engine import Engine, EngineError
+from examples.demo.engine import Engine
 from tests.e2e.conftest import MakeDaemon, StartEngines
 from tests.e2e.texts import prompt, reusable
 from tests.waiting import wait_until

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.client import Answer
 from examples.demo.daemon import Daemon
-from examples.demo.engine import Answer, Engine
+from examples.demo.engine import Engine
 from examples.demo.process import free_port
 from kvbm.note import Note
 from runtime.embedded import EmbeddedS3

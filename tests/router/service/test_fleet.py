@@ -55,7 +55,7 @@ async def test_records_that_cannot_be_used_are_counted_and_harm_nobody(world: Wo
     await world.engines.add(3, model="foreign")
     await world.engines.add(4, dp_size=8)
     for instance, labels in (
-        (5, {}),
+        (5, {"model": "m", "url": "x"}),  # registered, and not ready to say more: no fault
         (6, {"model": "m", "url": "x", "block_tokens": "sixteen"}),
         (7, {"model": "m", "url": "x", "block_tokens": "16", "dp_size": "1000000000"}),
         (8, {"model": "", "url": "x", "block_tokens": "16"}),
@@ -67,7 +67,7 @@ async def test_records_that_cannot_be_used_are_counted_and_harm_nobody(world: Wo
     await world.engines.add(10, model="n", block_tokens=64)
     await router.see("1.0", "a.0")
     # As often as they come; engines that start come twice, registered and running.
-    least = {"record": 1, "block_tokens": 1, "model": 1, "workers": 1, "card": 4}
+    least = {"record": 1, "block_tokens": 1, "model": 1, "workers": 1, "card": 3}
     refused = router.assembly.fleet
     await until(lambda: all(refused.refused_total.get(w, 0) >= n for w, n in least.items()))
     report = (await router.client.get("/v1/workers")).json()
@@ -75,6 +75,7 @@ async def test_records_that_cannot_be_used_are_counted_and_harm_nobody(world: Wo
     why = {one["instance"]: one["detail"] for one in report["refused"]}
     assert why["2"] == "blocks of 32 tokens; others of m have 16"
     assert "block_tokens" in why["6"]
+    assert "5" not in why
     named = await router.post("/v1/route", tokens=PROMPT)
     assert named.status_code == 400 and "at `$.model`" in named.json()["detail"]
     assert (await router.route(PROMPT, model="n"))["block_tokens"] == 64
