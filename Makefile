@@ -28,11 +28,13 @@ format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Engines want the machine to themselves; the rest mostly waits for servers and clocks.
 test: $(STAMP) ## every test, real engines included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 
 test-fast: $(STAMP) ## every test but those that start an engine
-	$(BIN)/python -m pytest -m "not e2e"
+	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 
 chaos: $(STAMP) ## kill the daemon 200 times under load and look at what it gives out
 	KVBM_CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
