@@ -107,6 +107,10 @@ class Link:
     def close(self) -> None:
         """End the connection and the thread; waits for it unless called on it."""
         self._closing.set()
+        if self._thread.ident is None:  # it was never started
+            self._wake_reader.close()
+            self._wake_writer.close()
+            return
         self._wake()
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._thread.join(timeout=5)

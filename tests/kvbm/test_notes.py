@@ -190,6 +190,7 @@ def test_a_commit_with_the_longest_notes_fits_frames(monkeypatch: pytest.MonkeyP
     sent.clear()
     client.commit([Filled(keys[0], None, 0, Slot(4096, 4096, 1))])
     assert sent[0].notes == [], "nothing is sent for nothing"
+    client.close()
 
 
 # -- down and up ------------------------------------------------------------------------

@@ -183,5 +183,4 @@ def test_slots_that_arrive_after_the_share_shrank_are_given_back(
     assert client.take_slots(0, 4) == []
     returned = [message for message in sent if isinstance(message, GiveBack)]
     assert {slot for m in returned for _, _, slot in unpack_slots(m.slots)} == set(slots)
-    client.start()  # its thread closes what it opened
     client.close()
