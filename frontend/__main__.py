@@ -5,12 +5,8 @@ Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings can
 
 from __future__ import annotations
 
-import asyncio
 import gc
-import importlib.metadata
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -18,10 +14,9 @@ import structlog
 import typer
 import uvloop
 
-from frontend.server import DISTRIBUTION, PROGRAM, serving
+from frontend.server import PROGRAM, serving
 from frontend.settings import FrontendSettings
-from runtime import telemetry
-from runtime.settings import Loaded, SettingsError, parse_assignments
+from runtime import program
 from runtime.web.server import ListenError
 
 YOUNG_OBJECTS: Final = 20_000
@@ -39,52 +34,21 @@ app = typer.Typer(
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/FRONTEND_CONFIG.md).")
 ]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
-]
 
 
 @app.command()
-def serve(config: Config = None, assignments: Assignments = None) -> None:
+def serve(config: Config = None, assignments: program.Assignments = None) -> None:
     """Serve until SIGTERM or SIGINT; what is under way then is finished first."""
-    loaded = _load(config, assignments)
+    loaded = program.loaded_or_exit(FrontendSettings.load, config, assignments)
     settings = loaded.value
-    telemetry.configure(settings.log.format, settings.log.level, sys.stderr, os.environ)
-    for name in loaded.ignored:
-        _log.warning("unknown_variable", name=name)
+    program.begin_log(settings.log, loaded)
     # The tokenizers' own threads would take the cores of engines on the same node.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+    with program.ending_with_reason(ListenError, OSError):
         uvloop.run(_serve(settings))
-    except ExceptionGroup as group:  # everything runs in task groups
-        expected, others = group.split((ListenError, OSError))
-        if others is not None or expected is None:
-            raise
-        for error in expected.exceptions:
-            _log.error("cannot_run", reason=str(error))
-        raise typer.Exit(1) from None
 
 
-@app.command("check-config")
-def check_config(
-    file: Annotated[Path | None, typer.Argument(help="YAML or TOML file.")] = None,
-    assignments: Assignments = None,
-) -> None:
-    """Check the settings that `serve` would use, and say where each problem is."""
-    loaded = _load(file, assignments)
-    sections = {key.rpartition(".")[0] for key in loaded.origins}
-    for key in sorted(loaded.origins.keys() - sections):
-        typer.echo(f"{key}: from {loaded.origins[key]}")
-    for name in loaded.ignored:
-        typer.echo(f"{name}: names no setting; ignored", err=True)
-    typer.echo("settings are usable")
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(importlib.metadata.version(DISTRIBUTION))
+program.add_common_commands(app, FrontendSettings.load)
 
 
 def main() -> None:
@@ -92,10 +56,7 @@ def main() -> None:
 
 
 async def _serve(settings: FrontendSettings) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = program.stop_signal()
     async with serving(settings, os.environ) as (clients, operators):
         # What was made so far stays, and requests leave few cycles: nothing to look for often.
         gc.collect()
@@ -105,14 +66,6 @@ async def _serve(settings: FrontendSettings) -> None:
         await stop.wait()
         _log.info("stopping")
     _log.info("stopped")
-
-
-def _load(file: Path | None, assignments: list[str] | None) -> Loaded[FrontendSettings]:
-    try:
-        return FrontendSettings.load(file, overrides=parse_assignments(assignments or ()))
-    except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

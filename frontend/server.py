@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -26,11 +25,11 @@ from router.app import create_app
 from router.assembly import Assembly, running
 from router.metrics import RouterMetrics
 from router.service import RouterService
+from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
 from runtime.web.server import ServerTls, WebServer
 
 PROGRAM: Final = "kvbm-frontend"
-DISTRIBUTION: Final = "kvbm-daemon"
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -43,7 +42,7 @@ async def serving(
 
     Raises ListenError.
     """
-    metrics = RouterMetrics(_version(), settings.name)
+    metrics = RouterMetrics(program.version(), settings.name)
     async with running(settings, environ, metrics) as assembly:
         texts = Texts(settings.model_paths, settings.tokenizer_cache)
         await texts.read_named()
@@ -93,7 +92,7 @@ async def _servers(
         stack.push_async_callback(operators.stop)
         if settings.kserve is not None:
             completions = parts.exchanges["/v1/completions"]
-            service = InferenceService(parts.fleet, completions, _version())
+            service = InferenceService(parts.fleet, completions, program.version())
             kserve = await start_server(
                 service,
                 settings.kserve.host,
@@ -144,7 +143,3 @@ def _paths(assembly: Assembly) -> dict[str, str]:
         name: next((e.card.path for e in model.engines.values() if e.card.path), "")
         for name, model in assembly.models.items()
     }
-
-
-def _version() -> str:
-    return importlib.metadata.version(DISTRIBUTION)

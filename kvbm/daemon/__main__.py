@@ -6,14 +6,11 @@ Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings can
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 import typer
 
 from kvbm.daemon.holder import Holder
@@ -24,15 +21,12 @@ from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import CACHE, Installation, unit_text
 from kvbm.peers.owner import PeerSocketError
-from runtime import telemetry
+from runtime import program, telemetry
 from runtime.allocator import map_large_blocks
 from runtime.server_process import ServerError
-from runtime.settings import Loaded, SettingsError, parse_assignments
 from runtime.web.server import ListenError
 from storage_tiers.arena import ArenaError
 from storage_tiers.base import TierError
-
-_log = structlog.get_logger("kvbm.daemon")
 
 app = typer.Typer(
     add_completion=False,
@@ -44,26 +38,19 @@ app = typer.Typer(
 Config = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/CONFIG.md).")
 ]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
-]
 
 
 @app.command()
-def serve(config: Config = None, assignments: Assignments = None) -> None:
+def serve(config: Config = None, assignments: program.Assignments = None) -> None:
     """Serve the engines of this node until SIGTERM or SIGINT."""
-    loaded = _load(config, assignments)
+    loaded = program.loaded_or_exit(DaemonSettings.load, config, assignments)
     settings = loaded.value
     map_large_blocks()
-    telemetry.configure(settings.log.format, settings.log.level, sys.stderr, os.environ)
-    for name in loaded.ignored:
-        _log.warning("unknown_variable", name=name)
-    try:
+    program.begin_log(settings.log, loaded)
+    with program.ending_with_reason(
+        ArenaError, TierError, SocketError, PeerSocketError, ListenError, ServerError
+    ):
         asyncio.run(_serve(settings))
-    except (ArenaError, TierError, SocketError, PeerSocketError, ListenError, ServerError) as error:
-        _log.error("cannot_run", reason=str(error))
-        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -80,35 +67,20 @@ def hold(
     raise typer.Exit(Holder(command).run())
 
 
-@app.command("check-config")
-def check_config(
-    file: Annotated[Path | None, typer.Argument(help="YAML or TOML file.")] = None,
-    assignments: Assignments = None,
-) -> None:
-    """Check the settings that `serve` would use, and say where each problem is."""
-    loaded = _load(file, assignments)
-    sections = {key.rpartition(".")[0] for key in loaded.origins}
-    for key in sorted(loaded.origins.keys() - sections):
-        typer.echo(f"{key}: from {loaded.origins[key]}")
-    for name in loaded.ignored:
-        typer.echo(f"{name}: names no setting; ignored", err=True)
-    typer.echo("settings are usable")
-
-
 @app.command("print-unit")
 def print_unit(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="The settings that the daemon is to use.")
     ] = Path("/etc/kvbm/kvbm.yaml"),
-    program: Annotated[
-        Path | None, typer.Option(help="The kvbm-daemon to run; by default this one.")
+    binary: Annotated[
+        Path | None, typer.Option("--program", help="The kvbm-daemon to run; by default this one.")
     ] = None,
     user: Annotated[str, typer.Option(help="The user to run as, and engines with it.")] = "kvbm",
     group: Annotated[str | None, typer.Option(help="By default named like the user.")] = None,
 ) -> None:
     """Print the systemd unit for this installation, for /etc/systemd/system."""
     where = Installation(
-        program=(program or Path(sys.executable).parent / PROGRAM).absolute(),
+        program=(binary or Path(sys.executable).parent / PROGRAM).absolute(),
         config=config.absolute(),
         user=user,
         group=group or user,
@@ -123,10 +95,7 @@ def print_unit(
     typer.echo(unit_text(where), nl=False)
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(_version())
+program.add_common_commands(app, DaemonSettings.load)
 
 
 def main() -> None:
@@ -134,33 +103,18 @@ def main() -> None:
 
 
 async def _serve(settings: DaemonSettings) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = program.stop_signal()
     notifier = Notifier.from_environ(os.environ)
-    node = Node(settings, _version(), notifier, take_inherited(os.environ))
+    node = Node(settings, program.version(), notifier, take_inherited(os.environ))
     await Server(node, notifier).run(stop)
-
-
-def _load(file: Path | None, assignments: list[str] | None) -> Loaded[DaemonSettings]:
-    try:
-        return DaemonSettings.load(file, overrides=parse_assignments(assignments or ()))
-    except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        raise typer.Exit(2) from None
 
 
 def _ssd_path(config: Path) -> Path | None:
     """Where the settings keep the SSD tier; None if they have none or cannot be read yet."""
     if not os.access(config, os.R_OK):
         return None
-    ssd = _load(config, None).value.ssd
+    ssd = program.loaded_or_exit(DaemonSettings.load, config, None).value.ssd
     return None if ssd is None else ssd.path
-
-
-def _version() -> str:
-    return importlib.metadata.version(PROGRAM)
 
 
 if __name__ == "__main__":
