@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from tests.waiting import wait_until
 
 WAIT_S = 60.0
 WORKER_ID = 0xFEED_0000_0000_0001
-TOKENS = 200  # enough that the drain comes while they are computed
+TOKENS = 1000  # enough that the drain comes while they are computed
 
 
 class Fleet(NamedTuple):
@@ -96,19 +96,28 @@ def test_an_engine_is_found_serves_is_heard_and_drains(fleet: Fleet, status: Any
     assert len(answer.tokens) == 24
     assert asyncio.run(_stored_tokens(launcher)) >= answer.prompt_tokens // 32 * 32
 
-    with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(engine.complete, prompt("drained"), max_tokens=TOKENS)
-        running = "vllm:num_requests_running"
-        wait_until(lambda: sum(engine.metrics(running).values()) == 1, WAIT_S, "it computes")
-        launcher.terminate()
+    drained = {"prompt": prompt("drained"), "max_tokens": TOKENS, "ignore_eos": True}
+    with _streamed(engine, {**drained, "stream": True, "return_token_ids": True}) as answers:
+        tokens = len(next(answers))
+        launcher.terminate()  # while it computes
         place.wait_for("stopping")
-        assert len(asked.result().tokens) == TOKENS, "what was in flight has ended well"
+        assert tokens + sum(map(len, answers)) == TOKENS, "what was in flight has ended well"
     assert launcher.wait() == 0, launcher.err.read_text()[-4000:]
     assert launcher.events("engine_stopped") and not launcher.events("drain_late")
     assert status()["discovery"]["instances"] == []
     wait_until(lambda: daemon.engines() == 0, WAIT_S, "its sessions have ended")
     with pytest.raises(httpx2.TransportError):
         httpx2.get(f"{engine.url}/health", trust_env=False)
+
+
+@contextmanager
+def _streamed(engine: Engine, body: dict[str, Any]) -> Iterator[Iterator[list[int]]]:
+    """The token ids of an answer, as they come."""
+    url = f"{engine.url}/v1/completions"
+    with httpx2.stream("POST", url, json=body, timeout=WAIT_S, trust_env=False) as response:
+        assert response.status_code == 200, response.read()
+        events = (line[6:] for line in response.iter_lines() if line.startswith("data: {"))
+        yield (json.loads(event)["choices"][0]["token_ids"] for event in events)
 
 
 async def _stored_tokens(launcher: Program) -> int:
