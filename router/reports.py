@@ -12,12 +12,11 @@ from router.index import Tier, WorkerId
 from router.model import ModelRouter
 from router.node_feed import NodeState
 from router.pool import Pool
-from router.workers import Speed
+from router.workers import UNKNOWN
 from runtime.metrics import Samples
 
 _Found = defaultdict[str, dict[tuple[str, ...], float]]
 _LOWER: Final = ("g2", "g3", "g4")
-_NOTHING: Final = Speed(0.0, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
 
 
 def workers_report(assembly: Assembly) -> dict[str, Any]:
@@ -48,8 +47,8 @@ def speed_of(assembly: Assembly, model: ModelRouter, worker: WorkerId) -> dict[s
     if found is None:
         return {}
     prefill, step = model.paces.learnt(worker)
-    node = assembly.speeds.of(worker, _NOTHING).prefill_s_per_token > 0
-    loads = any(assembly.speeds.of(worker, _NOTHING).load_s_per_block)
+    node = assembly.speeds.of(worker, UNKNOWN).prefill_s_per_token > 0
+    loads = any(assembly.speeds.of(worker, UNKNOWN).load_s_per_block)
     return {
         "prefill_s_per_token": found.speed.prefill_s_per_token,
         "prefill_from": "node" if node else "learnt" if prefill else "assumed",

@@ -42,6 +42,10 @@ class Speed:
     load_latency_s: tuple[float, float, float] = (1e-3, 5e-3, 5e-2)
 
 
+UNKNOWN: Final = Speed(0.0, 0.0, 0.0, 0.0, 0.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0))
+"""Given as what is assumed, it shows what was measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """None where a worker has not said."""

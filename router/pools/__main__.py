@@ -1,0 +1,97 @@
+"""`kvbm-global-router`: route requests to pools of engines, or check the settings.
+
+Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings cannot be used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+
+from router.pools.grid import Strategy
+from router.pools.settings import PROGRAM, GlobalRouterSettings
+from runtime import program
+from runtime.settings import SettingsError
+from runtime.web.server import ListenError, WebServer
+
+_log = structlog.get_logger("kvbm.global_router")
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Of several pools of engines, send each request to the one that suits it.",
+)
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="YAML, TOML or JSON file (docs/GLOBAL_ROUTER_CONFIG.md)."),
+]
+
+
+@app.command()
+def serve(config: Config = None, assignments: program.Assignments = None) -> None:
+    """Route until SIGTERM or SIGINT; what is under way then is finished first.
+
+    The file with pools and grids is the setting `config`: `--set config=global_router_config.json`.
+    """
+    loaded = program.loaded_or_exit(GlobalRouterSettings.load, config, assignments)
+    settings = loaded.value
+    program.begin_log(settings.log, loaded)
+    strategies = _strategies_or_exit(settings)
+    with program.ending_with_reason(ListenError, OSError):
+        asyncio.run(_serve(settings, strategies))
+
+
+program.add_common_commands(app, GlobalRouterSettings.load)
+
+
+def main() -> None:
+    app(prog_name=PROGRAM)
+
+
+def _strategies_or_exit(settings: GlobalRouterSettings) -> tuple[Strategy, ...]:
+    from router.pools.assembly import strategies_of
+
+    try:
+        return strategies_of(settings)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        raise typer.Exit(2) from None
+
+
+async def _serve(settings: GlobalRouterSettings, strategies: tuple[Strategy, ...]) -> None:
+    # What only serving needs takes a second to import.
+    from router.pools.app import create_app
+    from router.pools.assembly import running
+    from router.pools.meter import GlobalRouterMetrics
+
+    stop = program.stop_signal()
+    metrics = GlobalRouterMetrics(program.version(), settings.name)
+    async with running(settings, strategies, os.environ, metrics) as assembly:
+        http = settings.http
+        server = WebServer(
+            create_app(assembly),
+            http.host,
+            http.port,
+            section="http",
+            concurrency_max=http.concurrency,
+        )
+        await server.start()
+        try:
+            _log.info("serving", http=server.url, pools=list(assembly.pools))
+            await stop.wait()
+            _log.info("stopping")
+        finally:
+            await server.stop()
+    _log.info("stopped")
+
+
+if __name__ == "__main__":
+    main()
