@@ -26,6 +26,7 @@ class Outlook:
     forecast: Forecast | None = None
     away: str | None = None  # why it cannot take the request
     unknown: str | None = None  # why there is no forecast, though it may
+    counted_s: float = 0.0  # of `Pool`: what the forecast can know of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+import msgspec
 import structlog
 
 from router.asks import Happened
@@ -27,6 +29,18 @@ from runtime.events import EventPlane
 AVOIDED_S = 2.0
 
 _log = structlog.get_logger("kvbm.global_router")
+
+
+class Owed:
+    """What a request will have a pool compute. `paid` is idempotent."""
+
+    def __init__(self, pool: Pool, seconds: float) -> None:
+        self._pool = pool
+        self._seconds = seconds
+
+    def paid(self) -> None:
+        seconds, self._seconds = self._seconds, 0.0
+        self._pool.paid(seconds)
 
 
 class Pool:
@@ -58,6 +72,8 @@ class Pool:
             component = "router" if settings.component is None else settings.component.name
             self._found = FoundRouter(runtime, namespace, component)
         self._tasks: asyncio.TaskGroup | None = None
+        # Of all requests that were to be sent here, seconds of prompts: decided, and routed.
+        self._owed_s = self._routed_s = 0.0
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -102,6 +118,32 @@ class Pool:
         return f"no engine of {model!r} serves in {self.namespace}"
 
     async def outlook(self, asked: Asked, timeout_s: float) -> Outlook:
+        """What it expects of the request."""
+        counted_s = self._routed_s
+        return replace(await self._ask(asked, timeout_s), counted_s=counted_s)
+
+    def as_of_now(self, outlook: Outlook) -> Outlook:
+        """With what was decided since it was asked for, and was not counted anywhere then.
+
+        Requests of a burst all ask before the first of them is counted where it goes.
+        """
+        found = outlook.forecast
+        owed_s = self._owed_s - outlook.counted_s
+        if found is None or owed_s <= 0.0:
+            return outlook
+        wait_s = found.wait_s + owed_s / max(found.serving, 1)
+        return replace(outlook, forecast=msgspec.structs.replace(found, wait_s=wait_s))
+
+    def owe(self, forecast: Forecast | None) -> Owed:
+        """A request was decided to go here; `Owed.paid` when its router has heard of it."""
+        seconds = 0.0 if forecast is None else forecast.load_s + forecast.compute_s
+        self._owed_s += seconds
+        return Owed(self, seconds)
+
+    def paid(self, seconds: float) -> None:
+        self._routed_s += seconds
+
+    async def _ask(self, asked: Asked, timeout_s: float) -> Outlook:
         away = self.away(asked.model, asked.role)
         if away is not None:
             return Outlook(away=away)

@@ -23,7 +23,7 @@ from router.pools.feedback import Outlook, settle
 from router.pools.grid import Strategy
 from router.pools.local_router import Place, Refusal
 from router.pools.meter import GlobalRouterMetrics
-from router.pools.pool import Pool
+from router.pools.pool import Owed, Pool
 from router.pools.settings import GlobalRouterSettings
 from runtime.engine_card import COMPONENT, ENDPOINT
 from runtime.generation import Generate, Generated, Hints, decode_generate, decode_generated
@@ -71,9 +71,10 @@ class Relay:
         decision = await self.decide(asked, context.id)
         self._log.add(decision)
         self._meter.decided(decision)
+        owed = self._owed(decision)
         outcome: Outcome = "failed"
         try:
-            async with aclosing(self._from_pools(decision, asked, context)) as pieces:
+            async with aclosing(self._from_pools(decision, asked, context, owed)) as pieces:
                 async for item, generated in pieces:
                     if decision.first_item_s is None:
                         decision.first_item_s = time.monotonic() - began_s
@@ -89,6 +90,8 @@ class Relay:
             outcome = "refused"
             raise
         finally:
+            if owed is not None:
+                owed.paid()
             decision.outcome = outcome
             self._meter.ended(decision)
 
@@ -120,10 +123,15 @@ class Relay:
             return {number: Outlook(away=why) for number, why in enumerate(away)}
         timeout_s = self._feedback.timeout
         found = await asyncio.gather(*(pool.outlook(asked, timeout_s) for pool in self._pools))
-        return dict(enumerate(found))
+        pairs = zip(self._pools, found, strict=True)
+        return {number: pool.as_of_now(one) for number, (pool, one) in enumerate(pairs)}
+
+    def _owed(self, decision: Decision) -> Owed | None:
+        pool = decision.settled.pool
+        return None if pool is None else self._pools[pool].owe(decision.outlooks[pool].forecast)
 
     async def _from_pools(
-        self, decision: Decision, asked: Asked, context: RequestContext
+        self, decision: Decision, asked: Asked, context: RequestContext, owed: Owed | None
     ) -> AsyncGenerator[Piece, None]:
         """From the first pool that gives anything. Raises RequestError."""
         error: RequestError | None = None
@@ -132,7 +140,9 @@ class Relay:
             if error is not None:
                 self._meter.retried(decision, pool.namespace)
             try:
-                async with aclosing(self._from_pool(pool, decision, asked, context)) as pieces:
+                async with aclosing(
+                    self._from_pool(pool, decision, asked, context, owed)
+                ) as pieces:
                     async for piece in pieces:
                         begun = True
                         yield piece
@@ -150,11 +160,20 @@ class Relay:
         raise error or Overloaded(_nowhere(decision))
 
     async def _from_pool(
-        self, pool: Pool, decision: Decision, asked: Asked, context: RequestContext
+        self,
+        pool: Pool,
+        decision: Decision,
+        asked: Asked,
+        context: RequestContext,
+        owed: Owed | None,
     ) -> AsyncGenerator[Piece, None]:
         """From one of its engines. Raises RequestError or one of `Refusal`."""
         for left in reversed(range(ENGINES_TRIED_MAX)):
-            place = await pool.route(asked, max(context.left_s(), 0.001))
+            try:
+                place = await pool.route(asked, max(context.left_s(), 0.001))
+            finally:
+                if owed is not None:
+                    owed.paid()
             attempt = Attempt(pool.namespace, place.instance)
             decision.attempts.append(attempt)
             try:

@@ -1,4 +1,4 @@
-"""Pools of mock engines, a global router over them, and a frontend before it: all on real planes."""
+"""Pools of mock engines, a global router over them, and a frontend: all on real planes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -41,58 +41,6 @@ WAIT_S = 120.0
 MODEL = "mock"
 
 
-def agg(*namespaces: str, mapping: Any = None, **more: Any) -> dict[str, Any]:
-    """Pools by the TTFT target, in equal parts of 0 to 3000 ms."""
-    count = len(namespaces)
-    strategy = {
-        "ttft_min_ms": 0,
-        "ttft_max_ms": 3000,
-        "ttft_resolution": count,
-        "itl_min_ms": 0,
-        "itl_max_ms": 100,
-        "itl_resolution": 1,
-        "agg_pool_mapping": mapping or [[pool] for pool in range(count)],
-        **more.pop("strategy", {}),
-    }
-    return {
-        "mode": "agg",
-        "num_agg_pools": count,
-        "agg_pool_dynamo_namespaces": list(namespaces),
-        "agg_pool_selection_strategy": strategy,
-        **more,
-    }
-
-
-def disagg(prefill: Sequence[str], decode: Sequence[str], **more: Any) -> dict[str, Any]:
-    """Prefill pools by length, in equal parts of 0 to 3000 tokens; decode pools by the ITL target,
-    of 0 to 100 ms."""
-    return {
-        "num_prefill_pools": len(prefill),
-        "num_decode_pools": len(decode),
-        "prefill_pool_dynamo_namespaces": list(prefill),
-        "decode_pool_dynamo_namespaces": list(decode),
-        "prefill_pool_selection_strategy": {
-            "isl_min": 0,
-            "isl_max": 3000,
-            "isl_resolution": len(prefill),
-            "ttft_min_ms": 0,
-            "ttft_max_ms": 1000,
-            "ttft_resolution": 1,
-            "prefill_pool_mapping": [[pool] for pool in range(len(prefill))],
-        },
-        "decode_pool_selection_strategy": {
-            "context_length_min": 0,
-            "context_length_max": 4000,
-            "context_length_resolution": 1,
-            "itl_min_ms": 0,
-            "itl_max_ms": 100,
-            "itl_resolution": len(decode),
-            "decode_pool_mapping": [list(range(len(decode)))],
-        },
-        **more,
-    }
-
-
 class GlobalRouting:
     def __init__(self, assembly: GlobalAssembly, client: httpx2.AsyncClient) -> None:
         self.assembly = assembly
@@ -121,14 +69,15 @@ class Site:
         self.place: dict[str, Any] = {
             "discovery.file_directory": folder / "found",
             "discovery.file_poll": 0.05,
-            "discovery.ttl": 1.0,
             "events.plane": "nats",
             "events.nats_url": nats.url,
             "events.nats_user": nats.user,
             "events.nats_password": nats.password,
         }
 
-    async def engines(self, namespace: str, role: Role = "aggregated", **given: Any) -> list[MockEngine]:
+    async def engines(
+        self, namespace: str, role: Role = "aggregated", **given: Any
+    ) -> list[MockEngine]:
         """A pool of them in this process."""
         overrides = self._of_engines(namespace, role, given)
         settings = load(MockSettings, overrides=overrides).value
