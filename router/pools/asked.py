@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import numpy as np
 
@@ -13,6 +15,22 @@ from runtime.generation import Generate, Hints, encode
 from runtime.hashing import block_hashes, seed_for
 
 NO_HINTS = Hints()
+
+
+class Owed:
+    """Seconds of work that a pool is to get, until its router has heard of them."""
+
+    def __init__(self, seconds: float, pay: Callable[[float], None]) -> None:
+        self._seconds = seconds
+        self._pay = pay
+
+    def paid(self) -> None:
+        """Idempotent."""
+        seconds, self._seconds = self._seconds, 0.0
+        self._pay(seconds)
+
+
+NOTHING_OWED = Owed(0.0, lambda _: None)
 _PARTS: dict[Role, Part] = {"aggregated": "all", "prefill": "prefill", "decode": "decode"}
 
 
@@ -30,6 +48,7 @@ class Asked:
             defaults.itl_target_ms if hints.itl_target_ms is None else hints.itl_target_ms,
             hints.priority,
         )
+        self.owed = NOTHING_OWED
         self.failed: set[int] = set()  # engines that could not be reached for it
         self._hashes: dict[int, list[int]] = {}
 

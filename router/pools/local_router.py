@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from typing import Any, Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -20,17 +20,24 @@ from router.forecast import Forecast
 from router.metrics import RouterMetrics
 from router.service import NotRouted, RouterService
 from router.settings import RouterSettings
-from runtime.component import NoInstance, Runtime
+from runtime.component import EndpointClient, NoInstance, Runtime
 from runtime.event_peers import joined
 from runtime.events import EventPlane
 from runtime.requests import RequestError
+from runtime.requests.errors import DeadlineExceeded
 
 GATHERED_S: Final = 0.005  # what happened is told after so long, together
 TOLD_MAX: Final = 1 << 16  # of what happened and was not told yet
 TELL_TIMEOUT_S: Final = 5.0
 SYNCED_TIMEOUT_S: Final = 10.0
 
+A = TypeVar("A")
+
 _log = structlog.get_logger("kvbm.global_router")
+
+
+class RouterGone(Exception):
+    """A pool's own router cannot be asked."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -45,7 +52,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class LocalRouter(Protocol):
-    """`body` is a `router.asks.RouteAsk`. Raises NotRouted, also where it cannot be asked."""
+    """`body` is a `router.asks.RouteAsk`. Raises one of `Refusal`, RouterGone or TimeoutError."""
 
     async def forecast(self, body: bytes, timeout_s: float) -> Forecast: ...
     async def route(self, body: bytes, timeout_s: float) -> Place: ...
@@ -128,10 +135,10 @@ class FoundRouter:
                     tasks.create_task(self._send(instance, list(events)))
 
     async def forecast(self, body: bytes, timeout_s: float) -> Forecast:
-        return msgspec.convert(await self._ask(self._forecast, body, timeout_s), Forecast)
+        return await self._ask(self._forecast, body, timeout_s, Forecast)
 
     async def route(self, body: bytes, timeout_s: float) -> Place:
-        return msgspec.convert(await self._ask(self._route, body, timeout_s), Place)
+        return await self._ask(self._route, body, timeout_s, Place)
 
     def tell(self, place: Place, happened: Happened) -> None:
         if place.events_instance is None:
@@ -141,7 +148,7 @@ class FoundRouter:
         told.append(happened)
         self._some.set()
 
-    async def _ask(self, client: Any, body: bytes, timeout_s: float) -> Any:
+    async def _ask(self, client: EndpointClient, body: bytes, timeout_s: float, kind: type[A]) -> A:
         try:
             async with contextlib.aclosing(client.generate(body, deadline_s=timeout_s)) as items:
                 async for item in items:
@@ -149,10 +156,12 @@ class FoundRouter:
                     refused = answer.get("rejected")
                     if refused is not None:
                         raise NotRouted(refused["kind"], refused["why"])
-                    return answer
+                    return msgspec.convert(answer, kind)
+        except DeadlineExceeded as error:
+            raise TimeoutError from error
         except (RequestError, NoInstance, msgspec.DecodeError) as error:
-            raise NotRouted("no-worker", f"the pool's router: {error}") from error
-        raise NotRouted("no-worker", "the pool's router did not answer")
+            raise RouterGone(str(error)) from error
+        raise RouterGone("it did not answer")
 
     async def _send(self, instance: int, events: list[Happened]) -> None:
         for first in range(0, len(events), EVENTS_MAX):

@@ -46,7 +46,7 @@ SPECS: Final = (
     Spec(
         f"{_P}away_total",
         "counter",
-        "Pools passed over because they could not take a request.",
+        "Pools that could not take a request when it was decided.",
         _POOL,
     ),
     Spec(

@@ -6,9 +6,11 @@ An engine that broke off is passed over for a moment, as long as there are other
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from typing import Final, TypeVar
 
 import msgspec
 import structlog
@@ -17,30 +19,28 @@ from router.asks import Happened
 from router.fleet import Fleet
 from router.forecast import Forecast
 from router.model import Engine
-from router.pools.asked import Asked
+from router.pools.asked import Asked, Owed
 from router.pools.feedback import Outlook
-from router.pools.local_router import FoundRouter, LocalRouter, OwnRouter, Place, Refusal
+from router.pools.local_router import (
+    FoundRouter,
+    LocalRouter,
+    OwnRouter,
+    Place,
+    Refusal,
+    RouterGone,
+)
 from router.pools.settings import GlobalRouterSettings
 from router.service import NotRouted
 from runtime.component import Runtime
 from runtime.engine_card import Role
 from runtime.events import EventPlane
 
-AVOIDED_S = 2.0
+AVOIDED_S: Final = 2.0
+"""An engine that broke off, or a pool's router that was not reached, is not asked for so long."""
+
+T = TypeVar("T")
 
 _log = structlog.get_logger("kvbm.global_router")
-
-
-class Owed:
-    """What a request will have a pool compute. `paid` is idempotent."""
-
-    def __init__(self, pool: Pool, seconds: float) -> None:
-        self._pool = pool
-        self._seconds = seconds
-
-    def paid(self) -> None:
-        seconds, self._seconds = self._seconds, 0.0
-        self._pool.paid(seconds)
 
 
 class Pool:
@@ -68,6 +68,7 @@ class Pool:
         self._settings = settings
         self._own: OwnRouter | None = None
         self._found: FoundRouter | None = None
+        self._silent_until = -math.inf
         if settings.pool_routers == "found":
             component = "router" if settings.component is None else settings.component.name
             self._found = FoundRouter(runtime, namespace, component)
@@ -119,8 +120,18 @@ class Pool:
 
     async def outlook(self, asked: Asked, timeout_s: float) -> Outlook:
         """What it expects of the request."""
-        counted_s = self._routed_s
-        return replace(await self._ask(asked, timeout_s), counted_s=counted_s)
+        away = self.away(asked.model, asked.role)
+        if away is not None:
+            return Outlook(away=away)
+        counted_s, body = self._routed_s, asked.body(*self._among(asked))
+        try:
+            async with asyncio.timeout(timeout_s):
+                found = await self._ask(lambda router: router.forecast(body, timeout_s))
+        except TimeoutError:
+            return Outlook(unknown=f"its router did not answer in {timeout_s:g} s")
+        except Refusal as error:
+            return Outlook(away=str(error))
+        return Outlook(found, found.why, counted_s=counted_s)
 
     def as_of_now(self, outlook: Outlook) -> Outlook:
         """With what was decided since it was asked for, and was not counted anywhere then.
@@ -135,35 +146,23 @@ class Pool:
         return replace(outlook, forecast=msgspec.structs.replace(found, wait_s=wait_s))
 
     def owe(self, forecast: Forecast | None) -> Owed:
-        """A request was decided to go here; `Owed.paid` when its router has heard of it."""
+        """A request was decided to go here."""
         seconds = 0.0 if forecast is None else forecast.load_s + forecast.compute_s
         self._owed_s += seconds
-        return Owed(self, seconds)
-
-    def paid(self, seconds: float) -> None:
-        self._routed_s += seconds
-
-    async def _ask(self, asked: Asked, timeout_s: float) -> Outlook:
-        away = self.away(asked.model, asked.role)
-        if away is not None:
-            return Outlook(away=away)
-        body = asked.body(*self._among(asked))
-        try:
-            async with asyncio.timeout(timeout_s):
-                forecast: Forecast = await self._router.forecast(body, timeout_s)
-        except TimeoutError:
-            return Outlook(unknown=f"its router did not answer in {timeout_s:g} s")
-        except Refusal as error:
-            return Outlook(away=str(error))
-        return Outlook(forecast=forecast, away=forecast.why)
+        return Owed(seconds, self._paid)
 
     async def route(self, asked: Asked, timeout_s: float) -> Place:
         """Raises one of `Refusal`."""
-        router = self._router
         block_tokens, workers = self._among(asked)
         if workers == []:
             raise NotRouted("no-worker", f"no engine of {self.namespace} could be reached")
-        place = await router.route(asked.body(block_tokens, workers, timeout_s), timeout_s)
+        body = asked.body(block_tokens, workers, timeout_s)
+        try:
+            place = await self._ask(lambda router: router.route(body, timeout_s))
+        except TimeoutError:
+            raise NotRouted("deadline", f"no place in {timeout_s:g} s") from None
+        finally:
+            asked.owed.paid()
         self.in_flight += 1
         return place
 
@@ -179,10 +178,23 @@ class Pool:
     def avoid(self, instance: int) -> None:
         self._avoided[instance] = self._clock() + AVOIDED_S
 
+    async def _ask(self, question: Callable[[LocalRouter], Awaitable[T]]) -> T:
+        """The one here if the pool's own cannot be reached. Raises as the question does."""
+        try:
+            return await question(self._router)
+        except RouterGone as error:
+            _log.warning("pool_router_gone", namespace=self.namespace, why=str(error))
+            self._silent_until = self._clock() + AVOIDED_S
+            return await question(self._router)
+
+    def _paid(self, seconds: float) -> None:
+        self._routed_s += seconds
+
     @property
     def _router(self) -> LocalRouter:
-        if self._found is not None and self._found.is_there:
-            return self._found
+        found = self._found
+        if found is not None and found.is_there and self._clock() >= self._silent_until:
+            return found
         if self._own is None:
             assert self._tasks is not None, "it runs"
             of_pool = self._settings.of_pool(self.namespace)

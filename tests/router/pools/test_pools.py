@@ -176,12 +176,12 @@ async def test_a_pool_is_killed_under_load_and_every_answer_is_right(
         client = await site.frontend(1)
         said = target(ttft=2500)
         asking = [
-            asyncio.create_task(complete(client, prompt, 40, **said))
+            asyncio.create_task(complete(client, prompt, 400, **said))
             for prompt in prompts(16, 4000)
         ]
         log = routing.assembly.log
         await until("some have begun", lambda: sum(d.tokens > 0 for d in log.latest(99)) >= 2)
-        begun = {one.id for one in log.latest(99) if one.tokens and one.pool == "slow"}
+        begun = {one.id for one in log.latest(99) if 0 < one.tokens < 400}
         doomed.kill()
         await asyncio.gather(*asking)  # right, all of them
         await complete(client, prompts(1, 100, 7)[0], 3, **said)
@@ -234,3 +234,21 @@ async def test_no_pool_is_an_answer_and_no_pause(tmp_path: Path, nats: EmbeddedN
             await complete(client, [1, 2, 3], 2)
         found = (await routing.decisions())[-1]
         assert (found["outcome"], found["pool"], found["attempts"]) == ("refused", None, [])
+
+
+async def test_a_pool_s_router_that_goes_is_replaced_by_one_here(
+    tmp_path: Path, nats: EmbeddedNats
+) -> None:
+    async with a_site(tmp_path, nats) as site:
+        await site.engines("only")
+        async with a_site(tmp_path, nats) as theirs:
+            service = await theirs.router("only")
+            routing = await site.global_router(agg("only"))
+            client = await site.frontend(1)
+            [pool] = routing.assembly.pools.values()
+            await complete(client, [1, 2, 3], 2)
+            assert pool.router_kind == "found"
+            await until("it is told of the end", lambda: not len(service.assembly.reservations))
+        await complete(client, [1, 2, 3], 2)
+        assert pool.router_kind == "own"
+        assert [one["outcome"] for one in await routing.decisions()] == ["done", "done"]

@@ -105,7 +105,7 @@ PREFILL = "prefill_pool_selection_strategy"
         (
             f"{PREFILL}.priority_overrides",
             [{"min_priority": 0, "max_priority": 1, "pool": 2}],
-            "did you mean 'target_pool'",
+            "priority_overrides.0.pool (from",
         ),
     ],
 )
