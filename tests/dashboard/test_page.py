@@ -39,9 +39,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 def browser() -> Iterator[Browser]:
     sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(
-            executable_path=browser_found(), args=[*OPTIONS, *sandbox]
-        )
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=[*OPTIONS, *sandbox])
         yield made
         made.close()
 
