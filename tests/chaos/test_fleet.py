@@ -1,0 +1,111 @@
+"""Everything starts in any order, and is killed -9 and started again in any order, under load.
+
+No answer is ever wrong. What was in flight on a killed engine goes on elsewhere, or fails as the
+manual says; what was in flight on the killed frontend breaks off; nothing else fails. In the end
+routers know all engines and exactly what they hold, route by it, and nothing waits for ever.
+
+KVBM_CHAOS_ROUNDS says how often something is killed. The seed is printed with a failure;
+KVBM_CHAOS_SEED repeats its choices, not its timing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mocker.text import VOCABULARY
+from tests.chaos.fleet import BLOCK_TOKENS, MODELS, Engine, Fleet, Program
+from tests.chaos.fleet_load import Load, prompts
+from tests.chaos.fleet_truth import differences, found, unfinished
+
+ROUNDS = int(os.environ.get("KVBM_CHAOS_ROUNDS", "0"))  # 0: each program once
+TOGETHER = 0.5  # chance that another is away at the same time
+
+
+@pytest.mark.timeout(600 + 60 * ROUNDS)
+@pytest.mark.parametrize("discovery", ["file", "etcd"])
+async def test_a_fleet_comes_back_in_whatever_order_it_is_started_and_killed(
+    tmp_path: Path, discovery: str
+) -> None:
+    seed = int(os.environ.get("KVBM_CHAOS_SEED", random.randrange(1 << 32)))
+    logging.getLogger(__name__).warning("KVBM_CHAOS_SEED=%d", seed)
+    dice = random.Random(seed)
+    async with Fleet(tmp_path, etcd=discovery == "etcd") as fleet:
+        for program in dice.sample(fleet.programs, len(fleet.programs)):
+            await program.start()
+            await asyncio.sleep(dice.choice([0.0, 0.0, 1.0]))
+        await fleet.until("all have found each other", fleet.serves)
+        load = Load(fleet, prompts(dice), dice)
+        async with load.running():
+            await load.more()
+            for victims in rounds(fleet, dice):
+                await kill_and_start(fleet, victims, dice)
+                fleet.watch(victims)
+                if not any(victim is fleet.frontend for victim in victims):
+                    await load.more()
+            await fleet.until("all have found each other again", fleet.serves)
+            await load.more()
+        load.check()
+        await fleet.until("nothing is left over", lambda: unfinished(fleet))
+        await fleet.until("the index is true", lambda: differences(fleet, load.prompts))
+        for model in MODELS:
+            await check_routed_by_kv(fleet, model, dice)
+
+
+def rounds(fleet: Fleet, dice: random.Random) -> Iterator[list[Program]]:
+    """Who is killed together: everybody once, or as often as was asked; one engine at a time."""
+    left: list[Program] = []
+    number = 0
+    while number < ROUNDS or (not ROUNDS and (left or not number)):
+        left = left or dice.sample(fleet.programs, len(fleet.programs))
+        victims = [left.pop()]
+        if left and dice.random() < TOGETHER:
+            both_engines = isinstance(victims[0], Engine) and isinstance(left[-1], Engine)
+            victims += [] if both_engines else [left.pop()]
+        yield sorted(victims, key=lambda one: not isinstance(one, Engine))
+        number += 1
+
+
+async def kill_and_start(fleet: Fleet, victims: list[Program], dice: random.Random) -> None:
+    for victim in victims:
+        if isinstance(victim, Engine):  # not the last one of its model
+            await fleet.until("another engine", partial(fleet.serves_without, victim))
+        await asyncio.sleep(dice.uniform(0.0, 1.0))
+        victim.kill()
+    await asyncio.sleep(dice.uniform(0.0, 1.0))
+    for victim in dice.sample(victims, len(victims)):
+        await victim.start()
+
+
+async def check_routed_by_kv(fleet: Fleet, model: str, dice: random.Random) -> None:
+    """A prompt goes where it was before, and that is known beforehand."""
+    prompt = [dice.randrange(VOCABULARY) for _ in range(20 * BLOCK_TOKENS + 1)]
+    body = {"model": model, "prompt": prompt, "max_tokens": 1}
+    url = f"{fleet.frontend_url}/v1/completions"
+    first = await fleet.http.post(url, json=body)
+    assert first.headers["x-kvbm-cached-tokens"] == "0"
+    worker = first.headers["x-kvbm-worker"]
+
+    async def heard() -> str:
+        for router in (fleet.operators_url, fleet.router_url):
+            told = await found(fleet, router, model, prompt)
+            if told[worker] != 20:
+                return f"{router}: {told}"
+        return ""
+
+    await fleet.until("the prompt's blocks are known", heard)
+    again = await fleet.http.post(url, json=body)
+    assert again.headers["x-kvbm-worker"] == worker
+    assert again.headers["x-kvbm-cached-tokens"] == str(20 * BLOCK_TOKENS)
+    routed = await fleet.http.post(
+        f"{fleet.router_url}/v1/route", json={"model": model, "tokens": prompt, "request": "last"}
+    )
+    assert (routed.json()["worker"], routed.json()["cached_tokens"]) == (worker, 20 * BLOCK_TOKENS)
+    await fleet.http.post(f"{fleet.router_url}/v1/requests/last/end")
