@@ -25,7 +25,7 @@ import structlog
 
 from kvbm.daemon.settings import DramSettings
 from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
-from kvbm.daemon.systemd import Notifier
+from runtime.systemd import Notifier
 from kvbm.daemon.view import HandoverStatus
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import Meter

@@ -15,7 +15,7 @@ from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings, SsdSettings
-from kvbm.daemon.systemd import Notifier
+from runtime.systemd import Notifier
 from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
     ChunkStatus,

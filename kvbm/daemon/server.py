@@ -19,7 +19,7 @@ from kvbm.daemon.admin import create_app
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.systemd import Notifier
+from runtime.systemd import Notifier
 from runtime.embedded import EmbeddedNats
 from runtime.web.server import WebServer
 from storage_tiers.arena import Slot

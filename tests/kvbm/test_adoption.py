@@ -14,7 +14,7 @@ import pytest
 from kvbm.daemon.handover import ARENA, INDEX, Handover, inherit
 from kvbm.daemon.settings import DramSettings
 from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
-from kvbm.daemon.systemd import Notifier
+from runtime.systemd import Notifier
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import CountingMeter
 from kvbm.note import Note
