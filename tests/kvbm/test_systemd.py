@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import Installation, unit_text
 from kvbm.engine.settings import EngineSettings
 from kvbm.engine.unit import unit_text as engine_unit_text
+from runtime.systemd import Notifier, take_inherited
 
 ROOT = Path(__file__).parents[2]
 
