@@ -49,6 +49,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
 
 
 program.add_common_commands(app, FrontendSettings.load)
+program.add_print_unit(app, PROGRAM)
 
 
 def main() -> None:
@@ -57,13 +58,18 @@ def main() -> None:
 
 async def _serve(settings: FrontendSettings) -> None:
     stop = program.stop_signal()
-    async with serving(settings, os.environ) as (clients, operators):
+    async with (
+        program.beside_systemd() as notifier,
+        serving(settings, os.environ) as (clients, operators),
+    ):
         # What was made so far stays, and requests leave few cycles: nothing to look for often.
         gc.collect()
         gc.freeze()
         gc.set_threshold(YOUNG_OBJECTS)
         _log.info("serving", url=clients.url, operators=operators.url, policy=settings.policy)
+        notifier.ready(f"listening on {clients.url}")
         await stop.wait()
+        notifier.stopping()
         _log.info("stopping")
     _log.info("stopped")
 

@@ -42,6 +42,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
 
 
 program.add_common_commands(app, RouterSettings.load)
+program.add_print_unit(app, PROGRAM)
 
 
 def main() -> None:
@@ -58,7 +59,10 @@ async def _serve(settings: RouterSettings) -> None:
 
     stop = program.stop_signal()
     metrics = RouterMetrics(program.version(), settings.name)
-    async with running(settings, os.environ, metrics) as assembly:
+    async with (
+        program.beside_systemd() as notifier,
+        running(settings, os.environ, metrics) as assembly,
+    ):
         service = RouterService(assembly)
         http = settings.http
         server = WebServer(
@@ -72,7 +76,9 @@ async def _serve(settings: RouterSettings) -> None:
         try:
             await serve_component(service)
             _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
+            notifier.ready(f"listening on {server.url}")
             await stop.wait()
+            notifier.stopping()
             _log.info("stopping", requests=len(assembly.reservations))
         finally:
             await server.stop()

@@ -18,12 +18,12 @@ from kvbm.daemon.ipc import SocketError
 from kvbm.daemon.node import PROGRAM, Node
 from kvbm.daemon.server import Server
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import CACHE, Installation, unit_text
 from kvbm.peers.owner import PeerSocketError
 from runtime import program, telemetry
 from runtime.allocator import map_large_blocks
 from runtime.server_process import ServerError
+from runtime.systemd import Notifier, take_inherited
 from runtime.web.server import ListenError
 from storage_tiers.arena import ArenaError
 from storage_tiers.base import TierError

@@ -19,8 +19,8 @@ from kvbm.daemon.admin import create_app
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.systemd import Notifier
 from runtime.embedded import EmbeddedNats
+from runtime.systemd import Notifier
 from runtime.web.server import WebServer
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
