@@ -44,7 +44,6 @@ class Load:
     dice: random.Random
     answers: int = 0
     routes: int = 0
-    migrated: int = 0
     wrong: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     route_failures: list[tuple[float, float, str]] = field(default_factory=list)
@@ -121,6 +120,12 @@ class Load:
                     await asyncio.sleep(PAUSE_S)
                 else:
                     self.routes += 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answers} answers, {len(self.failures)} failures, "
+            f"{self.routes} routes, {len(self.route_failures)} failures"
+        )
 
     # -- what may have failed --------------------------------------------------------------
 
