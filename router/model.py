@@ -213,7 +213,7 @@ class ModelRouter:
         self._on_lost = on_lost
         self._running: dict[str, Placed] = {}
         self._own_sources: dict[WorkerId, tuple[Source | None, Source | None]] = {}
-        # Of workers whose speed is known: seconds per prompt token, with the quadratic part; a step.
+        # Of workers whose speed is known: seconds per prompt token, and its quadratic part; a step.
         self._others_at = -math.inf
         self._others_prefill: tuple[float, float] | None = None
         self._others_step_s: float | None = None
@@ -362,8 +362,12 @@ class ModelRouter:
         if not is_news and now - self._others_at < FOLLOW_S:
             return
         self._others_at = now
-        known = [self._at(worker).speed for worker, (prefill, _) in self._own_sources.items() if prefill]
-        steps = [self._at(worker).speed.step_s for worker, (_, step) in self._own_sources.items() if step]
+        known = [
+            self._at(worker).speed for worker, (prefill, _) in self._own_sources.items() if prefill
+        ]
+        steps = [
+            self._at(worker).speed.step_s for worker, (_, step) in self._own_sources.items() if step
+        ]
         before = self._others_prefill, self._others_step_s
         if known:
             a = median(speed.prefill_s_per_token for speed in known)

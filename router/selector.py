@@ -1,8 +1,8 @@
 """One decision: of the workers that may serve a request, which one.
 
 In the order of the filters: those the request names, required taints, the healthy ones if any is,
-busy limits. Then a pinned worker, a session's, or the policy's choice. The decision keeps what it was made from, and makes
-sentences of it only when asked.
+busy limits. Then a pinned worker, a session's, or the policy's choice. The decision keeps what it
+was made from, and makes sentences of it only when asked.
 """
 
 from __future__ import annotations

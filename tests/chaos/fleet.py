@@ -56,7 +56,7 @@ class Program:
     name: str
     away: list[tuple[float, float | None]] = field(default_factory=list, init=False)
 
-    async def start(self) -> None:
+    def start(self) -> None:
         raise NotImplementedError
 
     def kill(self) -> None:
@@ -83,8 +83,8 @@ class Broker(Program):
         super().__init__(name)
         self._server = server
 
-    async def start(self) -> None:
-        # In this thread: the server ends with the thread that started it.
+    def start(self) -> None:
+        # In the event loop's thread: the server ends with the thread that started it.
         self._server.start()
         self.is_back()
 
@@ -106,7 +106,7 @@ class Process(Program):
         self._command = [sys.executable, "-m", module, "serve", "--config", str(config)]
         self._child: subprocess.Popen[bytes] | None = None
 
-    async def start(self) -> None:
+    def start(self) -> None:
         assert self._child is None, f"{self.name} runs already"
         environ = {name: value for name, value in os.environ.items() if name[:5] != "KVBM_"}
         with self.log.open("ab") as log:

@@ -68,7 +68,9 @@ class Load:
                 while self.answers < wanted:
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            raise AssertionError(f"no more answers; the last failures: {self.failures[-5:]}") from None
+            raise AssertionError(
+                f"no more answers; the last failures: {self.failures[-5:]}"
+            ) from None
 
     async def _use(self, ended: asyncio.Event, dice: random.Random, number: int) -> None:
         async with httpx.AsyncClient(base_url=self.fleet.frontend_url, timeout=60.0) as http:
@@ -193,7 +195,9 @@ def prompts(dice: random.Random) -> dict[str, list[list[int]]]:
     for model in (RELAYED, MADE):
         made: list[list[int]] = []
         for _ in range(PROMPTS):
-            begin = dice.choice(made)[: dice.randint(64, 256)] if made and dice.random() < 0.5 else []
+            begin = (
+                dice.choice(made)[: dice.randint(64, 256)] if made and dice.random() < 0.5 else []
+            )
             rest = [dice.randrange(VOCABULARY) for _ in range(dice.randint(80, 400))]
             made.append([*begin, *rest])
         found[model] = made

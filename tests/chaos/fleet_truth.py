@@ -87,7 +87,9 @@ async def differences(fleet: Fleet, prompts: dict[str, list[list[int]]]) -> str:
                 names = sequence_hashes(block_hashes(prompt, BLOCK_TOKENS)).tolist()
                 for worker, blocks in said.items():
                     have = true.get(worker, set())
-                    leading = next((i for i, one in enumerate(names) if one not in have), len(names))
+                    leading = next(
+                        (i for i, one in enumerate(names) if one not in have), len(names)
+                    )
                     if blocks != leading:
                         return f"{url}: {worker} has {leading} leading blocks, not {blocks}"
     return ""
