@@ -22,6 +22,7 @@ from kvbm.daemon.settings import DaemonSettings
 from runtime.embedded import EmbeddedNats
 from runtime.systemd import Notifier
 from runtime.web.server import WebServer
+from runtime.web.starting import Starting
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
 from storage_tiers.prefault import Prefault
@@ -38,8 +39,11 @@ _log = structlog.get_logger("kvbm.daemon")
 class Server:
     """Runs a `Node` once."""
 
-    def __init__(self, node: Node, notifier: Notifier) -> None:
+    def __init__(self, node: Node, notifier: Notifier, web: WebServer, page: Starting) -> None:
+        """`web` serves `page`, and is stopped by the caller at the latest."""
         self._node = node
+        self._web = web
+        self._page = page
         self._notifier = notifier
         self._socket = ControlSocket(node.settings.socket, node.members, node.arena, node.metrics)
         self._remote_tried = asyncio.Event()
@@ -47,8 +51,7 @@ class Server:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end cleanly.
 
-        Raises TierError, SocketError, PeerSocketError, ListenError or ServerError if it cannot
-        start.
+        Raises TierError, SocketError, PeerSocketError or ServerError if it cannot start.
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
@@ -62,10 +65,8 @@ class Server:
                 if tier.name is not TierName.S3:
                     await self._open(tier)
             admin = node.settings.admin
-            app = create_app(node, node.operations, node.metrics, admin.token_text)
-            server = WebServer(app, admin.host, admin.port, section="admin")
-            await server.start()
-            cleanup.push_async_callback(server.stop)
+            self._page.app = create_app(node, node.operations, node.metrics, admin.token_text)
+            cleanup.push_async_callback(self._web.stop)
             if node.peers is not None:
                 await node.peers.open()
             self._socket.bind()
@@ -76,7 +77,7 @@ class Server:
                 node.problems.pop("socket", None)
                 kept = ", ".join(f"{r.tier.value}: {r.chunks} chunks" for r in node.recovery())
                 self._notifier.ready(f"listening on {node.settings.socket}; {kept}")
-                _log.info("ready", socket=str(node.settings.socket), admin=server.url, kept=kept)
+                _log.info("ready", socket=str(node.settings.socket), admin=self._web.url, kept=kept)
                 await stop.wait()
                 self._notifier.stopping()
                 _log.info("stopping")
@@ -144,6 +145,7 @@ class Server:
 
     async def _open(self, tier: Tier) -> None:
         name = tier.name.value
+        self._page.why = f"opening {name}"
         report = await tier.open()
         self._node.problems.pop(name, None)
         self._node.reports[tier.name] = report
