@@ -223,7 +223,8 @@ class Fleet:
         shutil.rmtree(self._run, ignore_errors=True)
 
     async def get(self, url: str) -> Any:
-        return (await self.http.get(url)).json()
+        """Raises httpx.HTTPError where there is no good answer."""
+        return (await self.http.get(url)).raise_for_status().json()
 
     async def until(self, what: str, true: Any) -> None:
         """Raises AssertionError with all logs' ends; processes must not end meanwhile."""
@@ -235,7 +236,7 @@ class Fleet:
                         process.check()
                     try:
                         said = await true()
-                    except (httpx.TransportError, ValueError) as error:
+                    except (httpx.HTTPError, ValueError) as error:
                         said = repr(error)
                     if not said:
                         return
