@@ -73,15 +73,18 @@ async def _serve(settings: FrontendSettings) -> None:
 async def _route(
     settings: FrontendSettings, doors: Doors, notifier: Notifier, stop: asyncio.Event
 ) -> None:
-    async with serving(settings, os.environ, doors):
+    async with serving(settings, os.environ, doors) as fleet:
         # What was made so far stays, and requests leave few cycles: nothing to look for often.
         gc.collect()
         gc.freeze()
         gc.set_threshold(YOUNG_OBJECTS)
         clients, operators = doors.clients.url, doors.operators.url
         _log.info("serving", url=clients, operators=operators, policy=settings.policy)
-        notifier.ready(f"listening on {clients}")
-        await stop.wait()
+        said = f"listening on {clients}"
+        notifier.ready(said)
+        await program.unless_stopped(
+            stop, program.tell_what_is_missing(notifier, said, fleet.waits_for)
+        )
         notifier.stopping()
         _log.info("stopping")
 

@@ -79,7 +79,7 @@ async def listening(settings: FrontendSettings) -> AsyncIterator[Doors]:
 @contextlib.asynccontextmanager
 async def serving(
     settings: FrontendSettings, environ: Mapping[str, str], doors: Doors
-) -> AsyncIterator[None]:
+) -> AsyncIterator[RoutedFleet]:
     """Requests are answered for as long as the context lasts; on leaving it doors are closed.
 
     The router's kernels are compiled already.
@@ -94,7 +94,7 @@ async def serving(
         parts = _parts(settings, assembly, texts, upstream)
         try:
             async with _open(settings, assembly, parts, doors):
-                yield
+                yield parts.fleet
         finally:
             await upstream.close()
             watching.cancel()

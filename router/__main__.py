@@ -89,8 +89,11 @@ async def _route(
         page.app = create_app(service)
         await serve_component(service)
         _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
-        notifier.ready(f"listening on {server.url}")
-        await stop.wait()
+        said = f"listening on {server.url}"
+        notifier.ready(said)
+        await program.unless_stopped(
+            stop, program.tell_what_is_missing(notifier, said, assembly.readiness)
+        )
         notifier.stopping()
         _log.info("stopping", requests=len(assembly.reservations))
         await server.stop()

@@ -19,6 +19,7 @@ from kvbm.daemon.admin import create_app
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.settings import DaemonSettings
+from runtime import program
 from runtime.embedded import EmbeddedNats
 from runtime.systemd import Notifier
 from runtime.web.server import WebServer
@@ -76,9 +77,12 @@ class Server:
                     await asyncio.wait_for(self._remote_tried.wait(), REMOTE_WAIT_S)
                 node.problems.pop("socket", None)
                 kept = ", ".join(f"{r.tier.value}: {r.chunks} chunks" for r in node.recovery())
-                self._notifier.ready(f"listening on {node.settings.socket}; {kept}")
+                said = f"listening on {node.settings.socket}; {kept}"
+                self._notifier.ready(said)
                 _log.info("ready", socket=str(node.settings.socket), admin=self._web.url, kept=kept)
-                await stop.wait()
+                await program.unless_stopped(
+                    stop, program.tell_what_is_missing(self._notifier, said, self._missing)
+                )
                 self._notifier.stopping()
                 _log.info("stopping")
             await node.handover.leave(unfenced)
@@ -161,6 +165,12 @@ class Server:
             quarantined=len(aside),
             seconds=round(report.seconds, 3),
         )
+
+    def _missing(self) -> dict[str, str | None]:
+        """Also what the node does without for a while, and is ready all the same."""
+        plane = self._node.plane.status()
+        events = None if plane.kind == "none" or plane.connected else str(plane.error)
+        return {**self._node.readiness(), "events": events}
 
     async def _close_events(self) -> None:
         if self._node.announcer is not None:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ import httpx
 import pytest
 
 from runtime import program
+from runtime.embedded import EmbeddedNats
+from runtime.embedded_etcd import EmbeddedEtcd
 from runtime.kernels import WHY, compiled
 from runtime.server_process import free_ports
 from runtime.web.starting import Starting
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-WAIT_S = 120.0
+WAIT_S = 240.0
 
 
 async def test_everything_goes_to_the_application_once_it_is_there() -> None:
@@ -100,6 +102,62 @@ def test_a_first_start_answers_before_its_kernels_are_compiled(tmp_path: Path, m
         assert process.wait(WAIT_S) == 0
 
 
+def test_programs_that_start_before_nats_and_etcd_say_so_and_go_on_once_they_are_there(
+    tmp_path: Path,
+) -> None:
+    nats_port, etcd_port, *ports = free_ports(2 + len(PROGRAMS))
+    nats = EmbeddedNats(tmp_path / "nats", port=nats_port)
+    with ExitStack() as stack:
+        urls = {}
+        for (module, (port_setting, _, ready, more)), port in zip(
+            PROGRAMS.items(), ports, strict=True
+        ):
+            folder = tmp_path / module
+            folder.mkdir()
+            given = {
+                **more,
+                port_setting: port,
+                "discovery.discovery": "etcd",
+                "discovery.etcd_url": f"http://127.0.0.1:{etcd_port}",
+                "events.plane": "nats",
+                "events.nats_url": nats.url,
+                "events.nats_user": nats.user,
+                "events.nats_password": nats.password,
+            }
+            if module == "kvbm.daemon":
+                given |= {"dram.capacity": "16MiB", "socket": folder / "s", "node": "n"}
+            told = stack.enter_context(systemd(folder))
+            process = stack.enter_context(child(module, given, folder, kept=True))
+            urls[module] = (f"http://127.0.0.1:{port}{ready}", told, process)
+        for module, (url, told, process) in urls.items():
+            status = ""
+            while "; waits for " not in status:
+                status = told.recv(4096).decode()
+            assert process.poll() is None
+            assert "events: [Errno 111] Conn" in status
+            if module != "kvbm.daemon":  # which serves its engines without either
+                unlisted = f"engines were not listed yet: etcd at http://127.0.0.1:{etcd_port}"
+                assert f"discovery: {unlisted}" in status
+                answer = httpx.get(url)
+                assert answer.status_code == 503
+                assert unlisted in answer.text
+            assert '"waits_for"' in (tmp_path / module / "log").read_text()
+        stack.enter_context(nats)
+        stack.enter_context(EmbeddedEtcd(tmp_path / "etcd", port=etcd_port))
+        wait_until(lambda: alive(urls["router"][0]), WAIT_S, "the router is ready")
+        wait_until(lambda: not_waiting(urls["frontend"][0]), WAIT_S, "only engines are missing")
+        for module, (_, _, process) in urls.items():
+            log = tmp_path / module / "log"
+            wait_until(lambda log=log: "waits_for_nothing" in log.read_text(), WAIT_S, module)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(WAIT_S) == 0
+
+
+def not_waiting(health: str) -> bool:
+    told = httpx.get(health).json()
+    return bool(told["status"] == "no engine serves" and not told["waits_for"])
+
+
 def alive(url: str) -> bool:
     try:
         return httpx.get(url).status_code == 200
@@ -116,13 +174,13 @@ def systemd(folder: Path) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def child(module: str, settings: dict[str, Any], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """With an empty cache of kernels."""
-    environ = {
-        **os.environ,
-        "NUMBA_CACHE_DIR": str(folder / "kernels"),
-        "NOTIFY_SOCKET": str(folder / "notify"),
-    }
+def child(
+    module: str, settings: dict[str, Any], folder: Path, *, kept: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`kept`: with kernels that were compiled before, if they were; else with none."""
+    environ = {**os.environ, "NOTIFY_SOCKET": str(folder / "notify")}
+    if not kept:
+        environ["NUMBA_CACHE_DIR"] = str(folder / "kernels")
     command = [sys.executable, "-m", module, "serve"]
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
