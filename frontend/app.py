@@ -114,10 +114,12 @@ def _add_probes(app: FastAPI, fleet: Fleet, meter: Meter) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """200 once some engine serves."""
+        """200 once some engine serves; else what is waited for."""
         models = {model.name: model.engines for model in fleet.models()}
-        status = "ready" if models else "no engine serves"
-        return JSONResponse({"status": status, "engines": models}, 200 if models else 503)
+        if models:
+            return JSONResponse({"status": "ready", "engines": models})
+        missing = {"status": "no engine serves", "engines": {}, "waits_for": fleet.waits_for()}
+        return JSONResponse(missing, 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

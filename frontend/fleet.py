@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
@@ -103,6 +103,10 @@ class Assigned(Protocol):
 class Fleet(Protocol):
     def models(self) -> Sequence[ModelInfo]:
         """Those with an engine that serves."""
+        ...
+
+    def waits_for(self) -> Mapping[str, str]:
+        """What is not there yet that finding engines needs, and why; by what it is."""
         ...
 
     def text(self, model: str) -> PromptMaker | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -51,6 +51,10 @@ class RoutedFleet:
             for model in self._assembly.models.values()
             if any(engine.serving for engine in model.engines.values())
         ]
+
+    def waits_for(self) -> Mapping[str, str]:
+        found = self._assembly.readiness()
+        return {name: why for name, why in found.items() if why is not None}
 
     def text(self, model: str) -> PromptMaker | None:
         self._router(model)

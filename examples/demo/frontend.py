@@ -73,8 +73,8 @@ class Frontend:
         self.process.start()
 
     def wait_live(self, timeout_s: float = START_TIMEOUT_S) -> float:
-        """Seconds until it answered; engines may come later."""
-        return self.process.wait_until(lambda: self.client.answers("/live"), timeout_s)
+        """Seconds until it was more than starting; engines may come later."""
+        return self.process.wait_until(lambda: self.client.answers("/metrics"), timeout_s)
 
     def stop(self) -> None:
         self.client.close()

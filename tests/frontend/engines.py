@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -186,6 +186,9 @@ class InTurn:
 
     def models(self) -> Sequence[ModelInfo]:
         return [ModelInfo(MODEL, 1, len(self.engines), 4096)] if self.engines else []
+
+    def waits_for(self) -> Mapping[str, str]:
+        return {} if self.engines else {"discovery": "nobody was found"}
 
     def text(self, model: str) -> PromptMaker | None:
         if model != MODEL:
