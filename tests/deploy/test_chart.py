@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import shutil
 import tomllib
@@ -17,7 +19,6 @@ import yaml
 from frontend.settings import FrontendSettings
 from kvbm.daemon.settings import DaemonSettings
 from router.settings import RouterSettings
-from runtime.settings import Settings
 from tests.deploy.chart import (
     CHART,
     EVERYTHING,
@@ -35,12 +36,18 @@ from tests.deploy.programs import run
 OLDEST, NEWEST = "1.30", "1.37"  # Kubernetes' schemas that are at hand
 OF_OPERATORS: Final = {"PrometheusRule", "ServiceMonitor"}  # not Kubernetes' own kinds
 ALL_VALUES: Final = ("", EVERYTHING)
-SETTINGS: Final[dict[str, type[Settings]]] = {
+SETTINGS: Final[dict[str, Any]] = {
     "kvbm.yaml": DaemonSettings,
     "engine.yaml": DaemonSettings,
     "router.yaml": RouterSettings,
     "frontend.yaml": FrontendSettings,
 }
+for _file, _module, _name in (
+    ("planner.yaml", "planner.settings", "PlannerSettings"),
+    ("global-router.yaml", "router.pools.settings", "GlobalRouterSettings"),
+):
+    if importlib.util.find_spec(_module.rpartition(".")[0]) is not None:
+        SETTINGS[_file] = getattr(importlib.import_module(_module), _name)
 
 
 @pytest.mark.parametrize("values", ALL_VALUES)
@@ -146,6 +153,12 @@ def test_the_programs_take_the_settings_and_variables_they_get(values: str, tmp_
 
 def _check_reachable(file: str, settings: Any) -> None:
     """From other pods, in one namespace of events, over Kubernetes' discovery."""
+    if file == "planner.yaml":
+        assert settings.namespace == "default"
+        assert settings.actuator == "kubernetes"
+        workloads = settings.kubernetes.workloads
+        assert workloads["aggregated"].name == "kv-kvbm-engine-llama"
+        return
     assert settings.events.namespace == "default"
     assert settings.discovery.discovery == "kubernetes"
     if file == "engine.yaml":
@@ -240,8 +253,10 @@ def test_accounts_may_do_what_discovery_and_the_planner_do() -> None:
     everything = {"get", "list", "watch", "create", "update", "patch", "delete", "deletecollection"}
     granted = {r["resources"][0]: set(r["verbs"]) for r in roles["kv-kvbm-discovery"]}
     assert granted == {"leases": everything, "configmaps": everything}
-    scale = next(r for r in roles["kv-kvbm-planner"] if "deployments/scale" in r["resources"])
-    assert {"get", "patch"} <= set(scale["verbs"])
+    scale, pods = roles["kv-kvbm-planner"]
+    assert scale["resources"] == ["deployments/scale", "statefulsets/scale"]
+    assert scale["verbs"] == ["get", "patch"]
+    assert pods["resources"] == ["pods"] and {"patch", "delete"} <= set(pods["verbs"])
     bound = {
         binding["roleRef"]["name"]: {subject["name"] for subject in binding["subjects"]}
         for binding in of_kind(manifests, "RoleBinding")

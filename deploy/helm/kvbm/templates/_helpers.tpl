@@ -50,7 +50,7 @@ log:
 {{- end }}
 
 {{/* What no two pods have the same of: a dict of root and prefix (KVBM, KVBM_ROUTER). */}}
-{{- define "kvbm.environment" -}}
+{{- define "kvbm.planesEnvironment" -}}
 - name: {{ .prefix }}_REQUESTS__ADVERTISE_HOST
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
 {{- with .root.Values.fleet.nats.secret }}
@@ -59,7 +59,6 @@ log:
 - name: {{ $.prefix }}_EVENTS__NATS_PASSWORD
   valueFrom: {secretKeyRef: {name: {{ . }}, key: password}}
 {{- end }}
-{{ include "kvbm.writable" . }}
 {{- end }}
 
 {{/* Where a read-only container may write. */}}

@@ -1,5 +1,6 @@
 {{/* A program without a node's hardware: its settings, Deployment, Service and disruption budget. A
-     dict of root, key (of the values), part (of names) and port; `own` are settings of its kind. */}}
+     dict of root, key (of the values), part (of names) and port; `own` are settings of its kind,
+     `files` stand beside them, `openai` serves clients, `apart` uses neither events nor requests. */}}
 {{- define "kvbm.program" -}}
 {{- $root := .root }}
 {{- $given := index .root.Values .key }}
@@ -7,7 +8,9 @@
 {{- $scope := dict "root" $root "part" .part }}
 {{- $prefix := printf "KVBM_%s" (.part | upper | replace "-" "_") }}
 {{- $http := dict "host" "0.0.0.0" "port" .port "token" "file:/etc/kvbm-auth/token" }}
-{{- $settings := mergeOverwrite (include "kvbm.planes" $root | fromYaml) (dict "http" $http) (.own | default dict) }}
+{{- $planes := include "kvbm.planes" $root | fromYaml }}
+{{- if .apart }}{{ $planes = pick $planes "discovery" "log" }}{{ end }}
+{{- $settings := mergeOverwrite $planes (dict "http" $http) (.own | default dict) }}
 {{- $settings = mustMergeOverwrite $settings (deepCopy $given.settings) }}
 {{- $drain := $given.drainSeconds | default 0 | int }}
 {{- $account := include "kvbm.fullname" $root }}
@@ -101,7 +104,10 @@ spec:
           imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           command: [kvbm-{{ .part }}, serve, --config, /etc/kvbm/{{ .part }}.yaml]
           env:
-            {{- include "kvbm.environment" (dict "root" $root "prefix" $prefix) | nindent 12 }}
+            {{- if not .apart }}
+            {{- include "kvbm.planesEnvironment" (dict "root" $root "prefix" $prefix) | nindent 12 }}
+            {{- end }}
+            {{- include "kvbm.writable" $root | nindent 12 }}
             {{- with $given.extraEnv }}
             {{- toYaml . | nindent 12 }}
             {{- end }}
