@@ -54,8 +54,10 @@ async def _serve(settings: RouterSettings) -> None:
     from router.app import create_app
     from router.assembly import running
     from router.component import serve_component
+    from router.dashboard import FleetPage
     from router.metrics import RouterMetrics
     from router.service import RouterService
+    from runtime.web.dashboard import Dashboard
 
     stop = program.stop_signal()
     metrics = RouterMetrics(program.version(), settings.name)
@@ -64,9 +66,9 @@ async def _serve(settings: RouterSettings) -> None:
         running(settings, os.environ, metrics) as assembly,
     ):
         service = RouterService(assembly)
-        http = settings.http
+        http, dashboard = settings.http, Dashboard(FleetPage(assembly))
         server = WebServer(
-            create_app(service),
+            create_app(service, dashboard),
             http.host,
             http.port,
             section="http",
@@ -76,9 +78,10 @@ async def _serve(settings: RouterSettings) -> None:
         try:
             await serve_component(service)
             _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
-            notifier.ready(f"listening on {server.url}")
-            await stop.wait()
-            notifier.stopping()
+            async with dashboard.running():
+                notifier.ready(f"listening on {server.url}")
+                await stop.wait()
+                notifier.stopping()
             _log.info("stopping", requests=len(assembly.reservations))
         finally:
             await server.stop()
