@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from frontend.errors import ApiError, model_not_found
+from frontend.errors import UNSUPPORTED, ApiError, model_not_found
 from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet, ModelInfo
 from frontend.gate import Gate, Receive, Scope, Send
@@ -79,7 +79,10 @@ class Application:
 
 
 class ByModel:
-    """A handler that leaves models whose engines take tokens to another."""
+    """A handler that leaves models whose engines take tokens to another.
+
+    What that one cannot make is passed through if the engines have servers too.
+    """
 
     def __init__(self, fleet: Fleet, of_tokens: Handler, others: Handler) -> None:
         self._fleet = fleet
@@ -88,8 +91,14 @@ class ByModel:
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         model = decode(model_decoder, body).model
-        handler = self._of_tokens if self._fleet.takes_tokens(model) else self._others
-        await handler(body, scope, reply, measured)
+        if self._fleet.takes_tokens(model):
+            try:
+                await self._of_tokens(body, scope, reply, measured)
+                return
+            except ApiError as error:
+                if error.code != UNSUPPORTED or not self._fleet.has_servers(model):
+                    raise
+        await self._others(body, scope, reply, measured)
 
 
 def _add_models(app: FastAPI, fleet: Fleet, gate: Gate) -> None:

@@ -75,6 +75,20 @@ class RequestPlaneEngines:
             raise EngineFault(place.transport, str(error), begun=True) from error
 
 
+class ByAddress:
+    """Engines on the request plane, and those whose only address is that of their OpenAI server."""
+
+    def __init__(self, on_plane: TokenEngines, servers: TokenEngines) -> None:
+        self._on_plane = on_plane
+        self._servers = servers
+
+    def generate(
+        self, place: Place, request: Generate, headers: Mapping[str, str]
+    ) -> AsyncGenerator[Generated]:
+        engines = self._servers if place.transport == place.url else self._on_plane
+        return engines.generate(place, request, headers)
+
+
 class Generation:
     """`migrations_max`: how often one request may go on elsewhere after it had begun."""
 

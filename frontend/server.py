@@ -11,9 +11,10 @@ from typing import Final
 import structlog
 
 from frontend.app import make_app, make_exchanges
+from frontend.completions import CompletionEngines
 from frontend.exchange import Exchange
 from frontend.gate import Gate
-from frontend.generate import Generation, RequestPlaneEngines
+from frontend.generate import ByAddress, Generation, RequestPlaneEngines
 from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
 from frontend.routed import RoutedFleet
@@ -114,7 +115,10 @@ def _parts(
     endpoint = f"{assembly.namespace}.{COMPONENT}.{ENDPOINT}"
     generation = Generation(
         fleet,
-        RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+        ByAddress(
+            RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+            CompletionEngines(upstream),
+        ),
         migrations_max=openai.migrations,
         migration_tokens_max=openai.migration_tokens_max,
     )

@@ -31,7 +31,7 @@ from frontend.request import (
 )
 from frontend.respond import Reply
 from frontend.sampling import CHOICES_MAX, SamplingFields, sampling_decoder
-from frontend.text_out import TextOut
+from frontend.text_out import CONTEXT_TOKENS, TextOut
 from frontend.tokenizer import Tokens
 from runtime.generation import Generated
 
@@ -50,6 +50,7 @@ class Asked:
     prompts: Sequence[Tokens]
     fields: SamplingFields
     form: Form
+    n: int
     max_tokens: int
     stream: bool
     include_usage: bool
@@ -121,6 +122,7 @@ class TokenRoutes:
             [prompt for prompt in prompts for _ in range(n)],
             fields,
             form,
+            n,
             self._room(request.model, max(map(len, prompts)), limit),
             bool(request.stream),
             bool(options and options.include_usage),
@@ -175,7 +177,7 @@ class TokenRoutes:
                 cache_salt=request.cache_salt,
                 pinned=pinned,
             )
-            sampling = asked.fields.sampling(asked.max_tokens)
+            sampling = asked.fields.sampling(asked.max_tokens, index % asked.n)
             made = self._generation.run(job, sampling, headers, measured)
             return _pieces(index, asked, text, made)
 
@@ -245,6 +247,8 @@ async def _pieces(
     out = TextOut(
         text.tokenizer.fast,
         fields.stops,
+        prompt=asked.prompts[index][-CONTEXT_TOKENS:].tolist(),
+        min_tokens=fields.min_tokens or 0,
         skip_special_tokens=fields.skip_special_tokens,
         include_stop=fields.include_stop_str_in_output,
     )
@@ -252,12 +256,17 @@ async def _pieces(
         yield Piece(index, text.tokenizer.decode(asked.prompts[index].tolist()), 0)
     async with aclosing(generated) as items:
         async for item in items:
+            before, cached = out.tokens, item.cached_tokens
             said = out.feed(item.token_ids)
-            count, cached = len(item.token_ids), item.cached_tokens
+            if item.stop_token is not None and fields.include_stop_str_in_output:
+                said += out.feed([item.stop_token])
+            count = out.tokens - before
             if out.stopped is not None:  # leaving ends the engine's work
                 yield Piece(index, said, count, "stop", cached)
                 return
             if item.finish_reason is not None:
+                if item.stop_token is not None and not fields.include_stop_str_in_output:
+                    count += 1  # it was generated, though nobody sees it
                 yield Piece(index, said + out.end(), count, item.finish_reason, cached)
                 return
             yield Piece(index, said, count, None, cached)

@@ -13,8 +13,13 @@ from typing import Final
 
 import aiohttp
 
+from frontend.fleet import Place
+
 CONNECT_TIMEOUT_S: Final = 5.0
 IDLE_CONNECTION_S: Final = 4.0  # below the 5 s after which uvicorn closes one, as it is being used
+
+Given = list[tuple[str, str]]
+"""Headers for an engine."""
 
 
 class EngineFault(Exception):
@@ -92,6 +97,13 @@ class Upstream:
         async with response:
             found = [(name.lower(), value) for name, value in response.raw_headers]
             yield Answer(response.status, found, response)
+
+
+def to_rank(place: Place, given: Given) -> Given:
+    """With what names one of the engine's data-parallel ranks, if it has several."""
+    if place.dp_size == 1:
+        return given
+    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
 
 
 @contextlib.contextmanager

@@ -195,6 +195,9 @@ class InTurn:
     def takes_tokens(self, model: str) -> bool:
         return False
 
+    def has_servers(self, model: str) -> bool:
+        return False
+
     async def assign(self, job: Job) -> Assigned:
         self.jobs.append(job)
         for engine in self.engines:
