@@ -125,8 +125,12 @@ def _add_probes(app: FastAPI, fleet: Fleet, meter: Meter) -> None:
     async def health() -> Response:
         """200 once some engine serves."""
         models = {model.name: model.engines for model in fleet.models()}
-        status = "ready" if models else "no engine serves"
-        return JSONResponse({"status": status, "engines": models}, 200 if models else 503)
+        told = {
+            "status": "ready" if models else "no engine serves",
+            "engines": models,
+            "routed_by_load": [name for name in models if fleet.text(name) is None],
+        }
+        return JSONResponse(told, 200 if models else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -141,9 +141,10 @@ def _tls(openai: OpenAiSettings) -> ServerTls | None:
     return ServerTls(openai.tls_cert, openai.tls_key, openai.tls_client_ca)
 
 
-def _paths(assembly: Assembly) -> dict[str, str]:
-    """What engines say of their models' folders."""
+def _paths(assembly: Assembly) -> set[tuple[str, str]]:
+    """What engines say of where their models are."""
     return {
-        name: next((e.card.path for e in model.engines.values() if e.card.path), "")
+        (name, engine.card.path)
         for name, model in assembly.models.items()
+        for engine in model.engines.values()
     }

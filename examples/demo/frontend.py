@@ -29,7 +29,6 @@ class FrontendConfig:
     records: Path
     events: Mapping[str, Any]
     discovery: Mapping[str, Any]
-    model: str  # a folder with tokenizer and template, or a hub's id: then it routes by load
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +91,10 @@ class Frontend:
             return 0
         return int(said["engines"].get(SERVED_NAME, 0))
 
+    def knows_tokens(self) -> bool:
+        """Whether it has the model's tokenizer, which engines tell it the place of."""
+        return not self.client.get("/health").json()["routed_by_load"]
+
     def is_exact(self) -> bool:
         """Whether it is ready and knows all that the nodes have told so far."""
         if not self._router.answers("/ready"):
@@ -130,7 +133,6 @@ class Frontend:
 
     def _write_settings(self) -> None:
         config = self._config
-        folder = Path(config.model).absolute()
         client_port, operators_port = self._ports
         settings = {
             "openai": {"host": "127.0.0.1", "port": client_port},
@@ -140,7 +142,6 @@ class Frontend:
             # So that the reason that is told is the whole reason: the first token, and no guess
             # at who decodes quicker, which on one machine is whoever was less disturbed.
             "seconds": {"decode_weight": 0},
-            "model_paths": {SERVED_NAME: str(folder)} if folder.is_dir() else {},
         }
         # Holds the credentials of the demo's servers.
         descriptor = os.open(self._settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)

@@ -164,6 +164,7 @@ class Stack:
         return (
             self.daemon.engines() == wanted
             and self.frontend.engines() == wanted
+            and self.frontend.knows_tokens()
             and self.frontend.is_exact()
         )
 
@@ -188,7 +189,6 @@ class Stack:
             records=self.records,
             events=self._events(),
             discovery=self._discovery(),
-            model=self.model,
         )
 
     def _events(self) -> Mapping[str, str]:
