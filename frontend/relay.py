@@ -124,7 +124,7 @@ class Relay:
             assigned.first_token()
             measured.first_token()
             measured.status = answer.status
-            _say_where(assigned, reply)
+            say_where(assigned, reply)
             await reply.whole(answer.status, _back(answer), data)
 
     async def _stream(
@@ -137,7 +137,7 @@ class Relay:
                 assigned.first_token()
                 measured.first_token()
                 measured.status = answer.status
-                _say_where(assigned, reply)
+                say_where(assigned, reply)
                 await reply.begin(answer.status, _back(answer))
             events = chunk.count(_EVENT_END)
             assigned.output(events)
@@ -148,10 +148,13 @@ class Relay:
         await reply.end()
 
 
-def _say_where(assigned: Assigned, reply: Reply) -> None:
+def say_where(assigned: Assigned, reply: Reply) -> None:
+    """Who answers; in place of whom was said before, if another one did not get to it."""
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
-    reply.extra.append((_WORKER, worker.encode()))
-    reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
+    reply.extra[1:] = [
+        (_WORKER, worker.encode()),
+        (_CACHED, str(assigned.cached_tokens).encode()),
+    ]
 
 
 def _back(answer: Answer) -> list[tuple[bytes, bytes]]:

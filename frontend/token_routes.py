@@ -16,12 +16,12 @@ from typing import Final
 from frontend import headers as names
 from frontend.answers import DONE, ChatForm, Choice, CompletionForm, Form, Usage
 from frontend.errors import bad_request
-from frontend.fleet import Fleet, Job
+from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker
-from frontend.relay import read_pinned, read_session
+from frontend.relay import read_pinned, read_session, say_where
 from frontend.request import (
     ChatRequest,
     CompletionRequest,
@@ -166,6 +166,10 @@ class TokenRoutes:
             "traceparent": names.traceparent(scope["headers"]),
         }
 
+        def placed(assigned: Assigned) -> None:
+            if reply.status is None:
+                say_where(assigned, reply)
+
         def choice(index: int) -> AsyncGenerator[Piece]:
             job = Job(
                 reply.request_id if len(asked.prompts) == 1 else f"{reply.request_id}-{index}",
@@ -178,7 +182,7 @@ class TokenRoutes:
                 pinned=pinned,
             )
             sampling = asked.fields.sampling(asked.max_tokens, index % asked.n)
-            made = self._generation.run(job, sampling, headers, measured)
+            made = self._generation.run(job, sampling, headers, measured, placed)
             return _pieces(index, asked, text, made)
 
         pieces = (

@@ -104,7 +104,9 @@ def rest(after: int) -> Script:
 async def test_tokens_go_in_and_come_out() -> None:
     async with before(rest(0)) as (http, [engine]):
         given = {"temperature": 0.5, "seed": 3, "logit_bias": {"5": 1}, "stop": "never", "min_p": 0}
-        answer = (await http.post("/v1/completions", json={**BODY, **given})).json()
+        reply = await http.post("/v1/completions", json={**BODY, **given})
+        assert reply.headers["x-kvbm-worker"] == "1.0"
+        answer = reply.json()
         assert answer["choices"][0]["text"] == ANSWER
         assert answer["choices"][0]["finish_reason"] == "stop"
         usage = answer["usage"]
@@ -169,8 +171,9 @@ async def test_a_stream_goes_on_at_another_engine(first: Script) -> None:
 
 async def test_an_engine_that_is_overloaded_is_replaced() -> None:
     async with before(refusing(503, "too busy"), rest(0)) as (http, _):
-        answer = (await http.post("/v1/completions", json=BODY)).json()
-        assert answer["choices"][0]["text"] == ANSWER
+        reply = await http.post("/v1/completions", json=BODY)
+        assert reply.json()["choices"][0]["text"] == ANSWER
+        assert reply.headers.get_list("x-kvbm-worker") == ["2.0"]
 
 
 @pytest.mark.parametrize(
