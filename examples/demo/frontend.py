@@ -29,6 +29,8 @@ class FrontendConfig:
     records: Path
     events: Mapping[str, Any]
     discovery: Mapping[str, Any]
+    name: str = "kvbm-frontend"
+    tokens_for: Sequence[str] = ()  # models whose answers it makes itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +54,18 @@ class Frontend:
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
-        self._settings = config.folder / "frontend.yaml"
+        self._settings = config.folder / f"{config.name}.yaml"
         ports = free_port(), free_port()
         self.url, self.operators = (f"http://127.0.0.1:{port}" for port in ports)
         self._ports = ports
         self.process = Process(
-            "kvbm-frontend",
+            config.name,
             [sys.executable, "-m", "frontend", "serve", "--config", str(self._settings)],
-            log=config.logs / "kvbm-frontend.log",
-            record=config.records / "kvbm-frontend.pid",
+            log=config.logs / f"{config.name}.log",
+            record=config.records / f"{config.name}.pid",
         )
-        self.client = Client("kvbm-frontend", self.url, self.process.check)
-        self._router = Client("kvbm-frontend", self.operators, self.process.check)
+        self.client = Client(config.name, self.url, self.process.check)
+        self._router = Client(config.name, self.operators, self.process.check)
 
     def start(self) -> None:
         self._write_settings()
@@ -142,6 +144,7 @@ class Frontend:
             # So that the reason that is told is the whole reason: the first token, and no guess
             # at who decodes quicker, which on one machine is whoever was less disturbed.
             "seconds": {"decode_weight": 0},
+            "tokens_for": list(config.tokens_for),
         }
         # Holds the credentials of the demo's servers.
         descriptor = os.open(self._settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)

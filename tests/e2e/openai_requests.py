@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 import openai
@@ -10,7 +11,6 @@ import openai
 from examples.demo.client import SERVED_NAME
 from tests.e2e.texts import prompt
 
-Asking = openai.OpenAI | openai.AsyncOpenAI
 Call = Callable[[Any], Any]
 """Of a client, blocking or not: an answer, or a stream of chunks."""
 
@@ -62,8 +62,8 @@ COMPLETIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "several prompts": {"prompt": [TEXT, "Another one"], "n": 2, **_SEEDED},
     "tokens": {"prompt": [84, 70, 66, 90] * 20},
     "stop": {"stop": "W", "max_tokens": 200},
-    "logprobs": {"logprobs": 2, "echo": True},
-    "a choice": {"extra_body": {"structured_outputs": {"choice": ["swallow", "swift"]}}},
+    "logprobs": {"logprobs": 2},
+    "one of two": {"extra_body": {"structured_outputs": {"choice": ["swallow", "swift"]}}},
 }
 REFUSED: Final[Mapping[str, Call]] = {
     "a temperature": lambda client: client.chat.completions.create(
@@ -99,8 +99,40 @@ def told(answer: Any) -> Any:
     return _lasting(answer.model_dump())
 
 
+async def collected(made: Awaitable[Any]) -> Any:
+    """Of the client that does not block: an answer, or all chunks of a stream."""
+    answer = await made
+    return [one async for one in answer] if isinstance(answer, openai.AsyncStream) else answer
+
+
+def taken(answer: Any) -> Any:
+    """What is told: of an answer, or of a stream's chunks, those of each choice in their order."""
+    if isinstance(answer, openai.BaseModel):
+        return told(answer)
+    return sorted((told(chunk) for chunk in answer), key=_choice)
+
+
+def said(answer: Any) -> dict[int, tuple[str, Any]]:
+    """The text of each choice and why it ended, of an answer or all chunks of a stream."""
+    texts: dict[int, str] = defaultdict(str)
+    ends: dict[int, Any] = {}
+    for part in [answer] if isinstance(answer, openai.BaseModel) else answer:
+        for choice in part.choices:
+            of_chat = getattr(choice, "message", None) or getattr(choice, "delta", None)
+            text = of_chat.content if of_chat is not None else choice.text
+            texts[choice.index] += text or ""
+            ends[choice.index] = choice.finish_reason or ends.get(choice.index)
+    return {index: (texts[index], end) for index, end in ends.items()}
+
+
 def refusal(error: openai.APIStatusError) -> tuple[int, Any]:
     return error.status_code, error.response.json()
+
+
+def _choice(chunk: Mapping[str, Any]) -> int:
+    """Which choice a chunk is of: engines take turns with them as it happens."""
+    choices = chunk.get("choices")
+    return choices[0]["index"] if choices else -1 if choices is None else 1 << 10
 
 
 def _chat(given: Mapping[str, Any]) -> Call:
