@@ -15,12 +15,12 @@ from typing import Final
 
 from frontend import headers as names
 from frontend.answers import DONE, ChatForm, Choice, CompletionForm, Form, Usage
-from frontend.errors import bad_request
+from frontend.errors import UNSUPPORTED, bad_request
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
 from frontend.meter import Measured
-from frontend.prompt import PromptMaker
+from frontend.prompt import PromptMaker, has_only_text
 from frontend.relay import read_pinned, read_session, say_where
 from frontend.request import (
     ChatRequest,
@@ -79,6 +79,9 @@ class TokenRoutes:
         request, fields = decode(chat_decoder, body), decode(sampling_decoder, body)
         text = self._text(request.model)
         fields.check(has_tools=bool(request.tools))
+        if not has_only_text(request.messages):
+            said = "Messages that are more than text need a model that is passed through"
+            raise bad_request(said, "messages", UNSUPPORTED)
         prompt = text.of_chat(request)
         form = ChatForm(reply.request_id, request.model)
         asked = self._asked(request, fields, [prompt], form, request.output_tokens_max)

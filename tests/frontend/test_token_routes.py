@@ -253,3 +253,7 @@ async def test_a_chat_that_its_template_refuses_or_with_tools() -> None:
         assert (await ask(asking, none, path))["choices"][0]["message"]["content"] == ANSWER
         error = (await ask(asking, {**CHAT, "messages": []}, path, status=400))["error"]
         assert error["param"] == "messages"
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+        messages = [{"role": "user", "content": [{"type": "text", "text": "see"}, picture]}]
+        error = (await ask(asking, {**CHAT, "messages": messages}, path, status=400))["error"]
+        assert (error["code"], error["param"]) == ("unsupported", "messages")
