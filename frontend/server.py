@@ -48,7 +48,10 @@ async def serving(
         texts = Texts(settings.model_paths, settings.tokenizer_cache)
         await texts.read_named()
         watching = asyncio.create_task(texts.watch(lambda: _paths(assembly)), name="texts")
-        upstream = Upstream(settings.openai.silence)
+        key = settings.openai.engine_key
+        upstream = Upstream(
+            settings.openai.silence, None if key is None else key.get_secret_value()
+        )
         await upstream.open()
         parts = _parts(settings, assembly, texts, upstream)
         try:

@@ -55,10 +55,14 @@ class Answer:
 
 
 class Upstream:
-    """Opened and closed in one event loop. `silence_s`: an engine that says nothing is gone."""
+    """Opened and closed in one event loop.
 
-    def __init__(self, silence_s: float) -> None:
+    `silence_s`: an engine that says nothing is gone. `key`: what engines ask for, if they do.
+    """
+
+    def __init__(self, silence_s: float, key: str | None = None) -> None:
         self._silence_s = silence_s
+        self._own = [] if key is None else [("authorization", f"Bearer {key}")]
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -88,7 +92,11 @@ class Upstream:
         assert self._session is not None, "open first"
         try:
             response = await self._session.request(
-                method, url, headers=headers, data=body or None, allow_redirects=False
+                method,
+                url,
+                headers=[*headers, *self._own],
+                data=body or None,
+                allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
             raise EngineFault(url, str(error), begun=False) from error
