@@ -24,10 +24,12 @@ from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 from router.app import create_app
 from router.assembly import Assembly, running
+from router.dashboard import FleetPage
 from router.metrics import RouterMetrics
 from router.service import RouterService
 from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import ServerTls, WebServer
 
 PROGRAM: Final = "kvbm-frontend"
@@ -75,8 +77,9 @@ async def _servers(
     settings: FrontendSettings, assembly: Assembly, parts: _Parts
 ) -> AsyncIterator[tuple[WebServer, WebServer]]:
     http, openai = settings.http, settings.openai
+    dashboard = Dashboard(FleetPage(assembly))
     operators = WebServer(
-        create_app(RouterService(assembly)),
+        create_app(RouterService(assembly), dashboard),
         http.host,
         http.port,
         section="http",
@@ -94,6 +97,7 @@ async def _servers(
     async with contextlib.AsyncExitStack() as stack:
         await operators.start()
         stack.push_async_callback(operators.stop)
+        await stack.enter_async_context(dashboard.running())
         if settings.kserve is not None:
             completions = parts.exchanges["/v1/completions"]
             service = InferenceService(parts.fleet, completions, program.version())
