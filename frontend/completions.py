@@ -22,6 +22,7 @@ from runtime.generation import Finish, Generate, Generated
 
 PATH: Final = "/v1/completions"
 EVENT_BYTES_MAX: Final = 64 << 20  # the first one repeats the prompt
+_DATA: Final = b"data: "
 _DONE: Final = b"[DONE]"
 _FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length"}
 
@@ -102,7 +103,9 @@ async def _events(place: Place, chunks: AsyncIterator[bytes]) -> AsyncGenerator[
     async for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n\n")
         for event in whole:
-            data = event.removeprefix(b"data: ")
+            if not event.startswith(_DATA):  # a comment
+                continue
+            data = event[len(_DATA) :]
             if data == _DONE:
                 return
             try:
@@ -115,7 +118,9 @@ async def _events(place: Place, chunks: AsyncIterator[bytes]) -> AsyncGenerator[
 
 def _generated(place: Place, choice: _Choice) -> Generated:
     """Raises EngineFault if the engine gave up, as one does that is told to stop."""
-    ids = choice.token_ids or []
+    ids = choice.token_ids
+    if ids is None:
+        raise EngineFault(place.url, "it does not say its tokens, as vLLM does", begun=True)
     if choice.finish_reason is None:
         return Generated(token_ids=ids)
     finish = _FINISHES.get(choice.finish_reason)

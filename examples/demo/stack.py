@@ -45,10 +45,12 @@ class Stack:
         *,
         block_tokens: int = 32,
         arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`arguments`: more of vLLM's for the engines."""
+        """`arguments` and `environment`: more of vLLM's for the engines."""
         self.model = model
         self._arguments = tuple(arguments)
+        self._environment = tuple((environment or {}).items())
         self.block_tokens = block_tokens
         self.records = build / "run"
         self._build = build
@@ -143,6 +145,7 @@ class Stack:
             node_settings=self.daemon.settings,
             block_tokens=self.block_tokens,
             arguments=self._arguments,
+            environment=self._environment,
         )
         first, second = (
             Engine(name, config, logs=self._logs, records=self.records) for name in ENGINE_NAMES

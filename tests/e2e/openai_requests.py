@@ -38,8 +38,8 @@ _VOLATILE: Final = frozenset(
 
 CHATS: Final[Mapping[str, Mapping[str, Any]]] = {
     "greedy": {},
-    "several choices": {"n": 3, **_SEEDED},
-    "stop": {"stop": ["a", "e", "W"], "max_tokens": 200},
+    "several choices": {"n": 2, **_SEEDED},
+    "stop": {"stop": ["a", "e", "W"], "max_tokens": 60},
     "logprobs": {"logprobs": True, "top_logprobs": 3},
     "a schema": {
         "response_format": {
@@ -47,11 +47,10 @@ CHATS: Final[Mapping[str, Mapping[str, Any]]] = {
             "json_schema": {"name": "bird", "schema": SCHEMA},
         }
     },
-    "a tool that is named": {
+    "a tool": {
         "tools": [TOOL],
         "tool_choice": {"type": "function", "function": {"name": "look_up"}},
     },
-    "some tool": {"tools": [TOOL], "tool_choice": "required"},
     "engine's own fields": {
         "extra_body": {"top_k": 5, "min_p": 0.01, "return_token_ids": True},
         **_SEEDED,
@@ -61,7 +60,7 @@ COMPLETIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "greedy": {},
     "several prompts": {"prompt": [TEXT, "Another one"], "n": 2, **_SEEDED},
     "tokens": {"prompt": [84, 70, 66, 90] * 20},
-    "stop": {"stop": "W", "max_tokens": 200},
+    "stop": {"stop": "W", "max_tokens": 60},
     "logprobs": {"logprobs": 2},
     "one of two": {"extra_body": {"structured_outputs": {"choice": ["swallow", "swift"]}}},
 }
@@ -136,12 +135,12 @@ def _choice(chunk: Mapping[str, Any]) -> int:
 
 
 def _chat(given: Mapping[str, Any]) -> Call:
-    asked = {"model": SERVED_NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 48}
+    asked = {"model": SERVED_NAME, "messages": MESSAGES, "temperature": 0, "max_tokens": 16}
     return lambda client: client.chat.completions.create(**{**asked, **given})
 
 
 def _completion(given: Mapping[str, Any]) -> Call:
-    asked = {"model": SERVED_NAME, "prompt": TEXT, "temperature": 0, "max_tokens": 48}
+    asked = {"model": SERVED_NAME, "prompt": TEXT, "temperature": 0, "max_tokens": 16}
     return lambda client: client.completions.create(**{**asked, **given})
 
 
@@ -151,7 +150,7 @@ def _response(given: Mapping[str, Any]) -> Call:
         input="Über den Wolken?",
         instructions=TEXT,
         temperature=0,
-        max_output_tokens=48,
+        max_output_tokens=16,
         **given,
     )
 

@@ -41,6 +41,8 @@ BACK_TIMEOUT_S = 120.0
 # An engine that is late puts several tokens into one chunk: streams are asked for until one is cut
 # as another one was.
 TRIES = 8
+# With one thread for each core, as vLLM has it, engines side by side wait for each other's threads.
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Load:
 def site(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     folder = tmp_path_factory.mktemp("stack")
-    with Stack(folder, str(llama), print, arguments=tools) as stack:
+    with Stack(folder, str(llama), print, arguments=tools, environment=ONE_THREAD) as stack:
         cold = {text: stack.engines[0].complete(text).tokens for text in PROMPTS}
         assert len(set(cold.values())) == len(PROMPTS), "prompts must not share their answer"
         yield Site(stack, cold)

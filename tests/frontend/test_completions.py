@@ -97,7 +97,12 @@ def refusing(status: int, message: str) -> Script:
 
 def rest(after: int) -> Script:
     """A whole stream, from so many tokens of the answer on, cut where no event ends."""
-    whole = event(TOKENS[after:-1]) + event([TOKENS[-1], END], "stop", stop_reason=None) + ending(7)
+    whole = (
+        event(TOKENS[after:-1])
+        + b": a comment\n\n"
+        + event([TOKENS[-1], END], "stop", stop_reason=None)
+        + ending(7)
+    )
     return saying(whole[:9], whole[9:70], whole[70:])
 
 
@@ -156,8 +161,9 @@ async def test_an_engine_that_stops_at_a_text_says_all_its_tokens() -> None:
         saying(event(TOKENS[:3]), event([], "abort")),
         saying(event(TOKENS[:3]), b'data: {"error":{"message":"dead","code":500}}\n\n'),
         saying(event(TOKENS[:3]), b"data: nothing that is JSON\n\n"),
+        saying(event(TOKENS[:3]), b'data: {"choices":[{"text":"text alone"}]}\n\n'),
     ],
-    ids=["broken", "no end", "aborted", "failed", "nonsense"],
+    ids=["broken", "no end", "aborted", "failed", "nonsense", "no tokens"],
 )
 async def test_a_stream_goes_on_at_another_engine(first: Script) -> None:
     async with before(first, rest(3)) as (http, [_, second]):
