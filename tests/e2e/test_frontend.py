@@ -31,6 +31,7 @@ from examples.demo.frontend import Frontend
 from examples.demo.routed import Routed
 from examples.demo.stack import Stack
 from tests.e2e import openai_requests
+from tests.e2e.conftest import ONE_THREAD
 from tests.e2e.texts import prompt, reusable
 from tests.waiting import wait_until
 
@@ -41,8 +42,6 @@ BACK_TIMEOUT_S = 120.0
 # An engine that is late puts several tokens into one chunk: streams are asked for until one is cut
 # as another one was.
 TRIES = 8
-# With one thread for each core, as vLLM has it, engines side by side wait for each other's threads.
-ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
