@@ -193,10 +193,8 @@ async def test_a_pool_is_killed_under_load_and_every_answer_is_right(
         broken = [one for one in found if one["outcome"] == "failed"]
         assert begun <= {one["request"] for one in broken}
         assert all(one["output_tokens"] and len(one["attempts"]) == 1 for one in broken)
+        assert {one["attempts"][-1]["pool"] for one in moved} == {"mid"}  # the next faster one
         assert {one["outcome"] for one in found} == {"done", "failed"}
-        assert {one["pool"] for one in moved if one["reason"] == "grid"} <= {"slow"}
-        last = {one["attempts"][-1]["pool"] for one in found if one["outcome"] == "done"}
-        assert last == {"mid"}, "the next faster pool, and no other"
         await until("the slow pool is gone", lambda: not pools["slow"].engines)
         await complete(client, prompts(1, 100, 8)[0], 3, **said)
         skipped = (await routing.decisions())[-1]
