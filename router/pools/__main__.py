@@ -14,11 +14,16 @@ from typing import Annotated
 import structlog
 import typer
 
+from router.index import KERNELS
+from router.pools.config import strategies_of
 from router.pools.grid import Strategy
 from router.pools.settings import PROGRAM, GlobalRouterSettings
 from runtime import program
+from runtime.kernels import WHY, compiled
 from runtime.settings import SettingsError
+from runtime.systemd import Notifier
 from runtime.web.server import ListenError, WebServer
+from runtime.web.starting import Starting
 
 _log = structlog.get_logger("kvbm.global_router")
 
@@ -50,6 +55,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
 
 
 program.add_common_commands(app, GlobalRouterSettings.load)
+program.add_print_unit(app, PROGRAM)
 
 
 def main() -> None:
@@ -57,8 +63,6 @@ def main() -> None:
 
 
 def _strategies_or_exit(settings: GlobalRouterSettings) -> tuple[Strategy, ...]:
-    from router.pools.assembly import strategies_of
-
     try:
         return strategies_of(settings)
     except SettingsError as error:
@@ -67,30 +71,46 @@ def _strategies_or_exit(settings: GlobalRouterSettings) -> tuple[Strategy, ...]:
 
 
 async def _serve(settings: GlobalRouterSettings, strategies: tuple[Strategy, ...]) -> None:
-    # What only serving needs takes a second to import.
+    stop = program.stop_signal()
+    http, page = settings.http, Starting(WHY)
+    server = WebServer(page, http.host, http.port, section="http", concurrency_max=http.concurrency)
+    async with program.beside_systemd() as notifier:
+        await server.start()
+        try:
+            notifier.status(WHY)
+            # What only serving needs takes a second to import.
+            if await program.unless_stopped(stop, compiled(("router.pools.app", *KERNELS))):
+                page.why = "starting"
+                await _route(settings, strategies, server, page, notifier, stop)
+        finally:
+            await server.stop()
+    _log.info("stopped")
+
+
+async def _route(
+    settings: GlobalRouterSettings,
+    strategies: tuple[Strategy, ...],
+    server: WebServer,
+    page: Starting,
+    notifier: Notifier,
+    stop: asyncio.Event,
+) -> None:
     from router.pools.app import create_app
     from router.pools.assembly import running
     from router.pools.meter import GlobalRouterMetrics
 
-    stop = program.stop_signal()
     metrics = GlobalRouterMetrics(program.version(), settings.name)
     async with running(settings, strategies, os.environ, metrics) as assembly:
-        http = settings.http
-        server = WebServer(
-            create_app(assembly),
-            http.host,
-            http.port,
-            section="http",
-            concurrency_max=http.concurrency,
+        page.app = create_app(assembly)
+        _log.info("serving", http=server.url, pools=list(assembly.pools))
+        said = f"listening on {server.url}"
+        notifier.ready(said)
+        await program.unless_stopped(
+            stop, program.tell_what_is_missing(notifier, said, assembly.readiness)
         )
-        await server.start()
-        try:
-            _log.info("serving", http=server.url, pools=list(assembly.pools))
-            await stop.wait()
-            _log.info("stopping")
-        finally:
-            await server.stop()
-    _log.info("stopped")
+        notifier.stopping()
+        _log.info("stopping")
+        await server.stop()
 
 
 if __name__ == "__main__":

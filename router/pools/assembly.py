@@ -14,7 +14,6 @@ from typing import Final
 import structlog
 
 from router.model import Engine
-from router.pools.config import PoolsConfig
 from router.pools.decision import DecisionLog
 from router.pools.grid import Strategy
 from router.pools.meter import GlobalRouterMetrics
@@ -28,7 +27,6 @@ from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard, Role
 from runtime.events import EventPlane, create_event_plane
 from runtime.metrics import Samples
 from runtime.requests import create_request_plane
-from runtime.settings import Problem, SettingsError
 
 MODELS_MAX: Final = 64
 
@@ -165,16 +163,6 @@ class GlobalAssembly:
         serving = await place.endpoint(ENDPOINT).serve(relay.generate, labels=card.labels())
         self._serving[key] = card, serving
         _log.info("relay_serves", role=strategy.role, model=model, instance=f"{serving.name.id:x}")
-
-
-def strategies_of(settings: GlobalRouterSettings) -> tuple[Strategy, ...]:
-    """Raises SettingsError."""
-    found = PoolsConfig.read(settings.config).strategies()
-    own = settings.events.namespace
-    if any(own in strategy.namespaces for strategy in found):
-        reason = f"{own!r} is the global router's own namespace, and a pool's in {settings.config}"
-        raise SettingsError([Problem("events.namespace", "settings", reason)])
-    return found
 
 
 @contextlib.asynccontextmanager

@@ -14,9 +14,10 @@ from typing import Any, Final, Literal, Self
 from pydantic import AliasChoices, ConfigDict, Field, StrictInt, model_validator
 
 from router.pools.grid import Axis, Feature, Mapping, Override, Strategy
+from router.pools.settings import GlobalRouterSettings
 from runtime.engine_card import Role
 from runtime.names import NameRefused, component_prefix
-from runtime.settings import Section, Settings, load
+from runtime.settings import Problem, Section, Settings, SettingsError, load
 
 POOLS_MAX: Final = 256
 CELLS_MAX: Final = 1024  # of one axis
@@ -174,6 +175,16 @@ class PoolsConfig(Settings):
             rules,
             self.enable_priority_retry,
         )
+
+
+def strategies_of(settings: GlobalRouterSettings) -> tuple[Strategy, ...]:
+    """Raises SettingsError."""
+    found = PoolsConfig.read(settings.config).strategies()
+    own = settings.events.namespace
+    if any(own in strategy.namespaces for strategy in found):
+        reason = f"{own!r} is the global router's own namespace, and a pool's in {settings.config}"
+        raise SettingsError([Problem("events.namespace", "settings", reason)])
+    return found
 
 
 def _check_namespaces(key: str, namespaces: Sequence[str], count: int) -> None:

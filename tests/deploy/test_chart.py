@@ -288,7 +288,7 @@ def test_engines_share_the_directory_of_the_daemons_socket() -> None:
 
 def test_every_program_that_is_run_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    coming = {"kvbm-planner", "kvbm-global-router"}
+    coming = {"kvbm-planner"}
     for workload in workloads(rendered(EVERYTHING)):
         command = _main(workload)["command"]
         if command[0] != "/bin/sh":

@@ -20,7 +20,7 @@ EXPOSURE_MAX: Final = {"kvbm-daemon": 2.0, "kvbm-engine@": 4.5}  # engines need 
 EXPOSURE_OF_OTHERS_MAX: Final = 1.5
 NOTIFIES: Final = {
     "kvbm-frontend": True,
-    "kvbm-global-router": False,
+    "kvbm-global-router": True,
     "kvbm-planner": False,
     "kvbm-router": True,
 }

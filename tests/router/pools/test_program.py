@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from router.pools.assembly import strategies_of
+from router.pools.config import strategies_of
 from router.pools.meter import SPECS, global_router_metrics_page
 from router.pools.settings import GlobalRouterSettings, config_page
 from runtime.discovery import DiscoverySettings, create_discovery

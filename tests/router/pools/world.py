@@ -15,6 +15,7 @@ import httpx2
 import openai
 from tokenizers import Tokenizer, decoders, models
 
+from frontend.server import listening
 from frontend.server import serving as serving_frontend
 from frontend.settings import FrontendSettings
 from mocker.realtime import answer_to
@@ -25,7 +26,8 @@ from router.assembly import running as running_router
 from router.component import serve_component
 from router.metrics import RouterMetrics
 from router.pools.app import create_app
-from router.pools.assembly import GlobalAssembly, running, strategies_of
+from router.pools.assembly import GlobalAssembly, running
+from router.pools.config import strategies_of
 from router.pools.meter import GlobalRouterMetrics
 from router.pools.settings import GlobalRouterSettings
 from router.service import RouterService
@@ -144,7 +146,9 @@ class Site:
             "model_paths": {MODEL: self.folder / "model"},
         }
         settings = FrontendSettings.load(environ={}, overrides=overrides).value
-        clients, _ = await self.stack.enter_async_context(serving_frontend(settings, {}))
+        doors = await self.stack.enter_async_context(listening(settings))
+        await self.stack.enter_async_context(serving_frontend(settings, {}, doors))
+        clients = doors.clients
         async with httpx2.AsyncClient(base_url=clients.url, timeout=WAIT_S) as http:
             async with asyncio.timeout(WAIT_S):
                 while (await http.get("/health")).json()["engines"] != {MODEL: engines}:
