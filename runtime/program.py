@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -25,6 +25,7 @@ from runtime.telemetry import LogSettings
 from runtime.unit import Program, unit_text
 
 DISTRIBUTION: Final = "kvbm-daemon"
+MISSING_EVERY_S: Final = 1.0
 
 Assignments = Annotated[
     list[str] | None,
@@ -84,6 +85,21 @@ def stop_signal() -> asyncio.Event:
     return stop
 
 
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work was done before the stop came, at which it is cancelled."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return working.done()
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
 @contextlib.asynccontextmanager
 async def beside_systemd() -> AsyncIterator[Notifier]:
     """Feeds its watchdog as long as the event loop turns. When it is ready, the caller says."""
@@ -95,6 +111,29 @@ async def beside_systemd() -> AsyncIterator[Notifier]:
         feeding.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await feeding
+
+
+async def tell_what_is_missing(
+    notifier: Notifier, serving: str, checks: Callable[[], Mapping[str, str | None]]
+) -> None:
+    """In the log and to systemd, whenever that has changed; until cancelled.
+
+    `checks`: by name, why it does not pass. `serving`: what systemd is told besides.
+    """
+    told: dict[str, str] = {}
+    while True:
+        await asyncio.sleep(MISSING_EVERY_S)
+        missing = {name: why for name, why in checks().items() if why is not None}
+        if missing == told:
+            continue
+        told = missing
+        if missing:
+            _log.warning("waits_for", **missing)
+            waits = "; ".join(f"{name}: {why}" for name, why in missing.items())
+            notifier.status(f"{serving}; waits for {waits}")
+        else:
+            _log.info("waits_for_nothing")
+            notifier.status(serving)
 
 
 def add_common_commands(app: typer.Typer, load: Load[S]) -> None:

@@ -62,6 +62,12 @@ DRAIN_S = 1.0
 _DRAINING = "draining: engines are lent no slots to store into, until `kvbm resume` or a restart"
 
 
+def kernels_of(settings: DaemonSettings) -> tuple[str, ...]:
+    """Modules whose import compiles what a node with these settings needs."""
+    notes = settings.events.plane != "none" or settings.s3 is not None
+    return ("runtime.ledger_kernels", "runtime.xxh3") if notes else ()
+
+
 class Node:
     """Puts the parts together, nothing opened or started; implements `NodeView`."""
 
