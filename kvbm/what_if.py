@@ -9,15 +9,16 @@ left out: what was really found stands beside the answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbm.curve import ERRORS, PARTS, Estimate, Recent, part_of, spread_of
-from storage_tiers.base import TierName
+from storage_tiers.base import KEY_BYTES, TierName
 from storage_tiers.miniature import Uses, replay
 from storage_tiers.policy import EvictionPolicy
 
@@ -57,6 +58,7 @@ class WhatIf:
     hit_now: Estimate  # parts of the chunks asked for that any tier has
     hit_then: Estimate
     gain: Estimate
+    by_tenant: Mapping[str, Estimate]  # of the gain; empty where there are no tenants
     flows: Sequence[Flow]
     asked_per_s: float  # chunks
     seconds: float  # of traffic that it is made from
@@ -70,8 +72,10 @@ def what_if(
     then_bytes: int,
     *,
     slack: tuple[float, float] = (0.0, 0.0),
+    tenants: Mapping[int, str] = MappingProxyType({}),
 ) -> WhatIf:
-    """`tiers`: fastest first, `tier` among them; `slack`: `Curve.sideways` of both sizes.
+    """`tiers`: fastest first, `tier` among them; `slack`: `Curve.sideways` of both sizes;
+    `tenants`: names by tag.
 
     Cost: up to 30 microseconds for each use and tier; may run on any thread.
     """
@@ -84,6 +88,8 @@ def what_if(
     counted &= recent.uses["asked"]
     sums = _Sums(recent, *slack)
     nowhere = len(tiers)
+    missed_now, missed_then = counted & (now == nowhere), counted & (then == nowhere)
+    tags = recent.uses["word"] >> np.uint64(8 * (KEY_BYTES // 2 - 1))  # the key's last byte
     flows = [
         sums.flow(tiers, source, target, counted & (now == source) & (then == target))
         for source in range(nowhere + 1)
@@ -94,9 +100,13 @@ def what_if(
         tier,
         tiers[changed].size_bytes,
         then_bytes,
-        sums.hit_rate(counted & (now == nowhere), sums.slack_now),
-        sums.hit_rate(counted & (then == nowhere), sums.slack_then),
-        sums.difference(counted & (now == nowhere), counted & (then == nowhere)),
+        sums.hit_rate(missed_now, sums.slack_now),
+        sums.hit_rate(missed_then, sums.slack_then),
+        sums.difference(missed_now, missed_then),
+        {
+            name: sums.difference(missed_now & (tags == tag), missed_then & (tags == tag))
+            for tag, name in tenants.items()
+        },
         [flow for flow in flows if flow.chunks.value],
         recent.asked / max(recent.seconds, 1.0),
         recent.seconds,

@@ -30,6 +30,7 @@ USE: Final = np.dtype(
     ]
 )
 Uses = NDArray[Any]  # of USE
+_TURN: Final = 8  # sequences, some milliseconds at most
 
 
 def replay(uses: Uses, policy: EvictionPolicy, room_bytes: float) -> NDArray[np.bool_]:
@@ -44,10 +45,11 @@ def replay(uses: Uses, policy: EvictionPolicy, room_bytes: float) -> NDArray[np.
     bounds = np.flatnonzero(np.diff(uses["chain"], prepend=~uses["chain"][0])).tolist()
     times = uses["at_s"].tolist()
     keys, sizes, positions = (uses[name].tolist() for name in ("key", "bytes", "position"))
-    for start, end in zip(bounds, [*bounds[1:], len(uses)], strict=True):
+    for number, (start, end) in enumerate(zip(bounds, [*bounds[1:], len(uses)], strict=True)):
         depth = tier.use(times[start], keys[start:end], sizes[start:end], positions[start:end])
         found[start : start + depth] = True
-        time.sleep(0)  # the thread that serves engines need not ask for the interpreter for long
+        if number % _TURN == 0:
+            time.sleep(0)  # who serves engines on another thread need not ask for the interpreter
     return found
 
 

@@ -1,4 +1,4 @@
-"""`kvbm`: status, top, why, what-if, peers, instances, doctor, engines, events, chunks, benchmarks and more.
+"""`kvbm`: status, top, why, what-if, peers, instances, doctor, engines, events, chunks and more.
 
 Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
 Data goes to standard output, talk to standard error.

@@ -42,6 +42,8 @@ def what_if(
     out = console()
     for line in _lines(found):
         out.print(line, soft_wrap=True)
+    for tenant, gain in found["answer"]["by_tenant"].items():
+        out.print(f"  of it {tenant}: {_percent(gain, 'points', '+')}")
     flows = found["answer"]["flows"]
     if not flows:
         return

@@ -43,18 +43,17 @@ def sizes_router(view: NodeView) -> APIRouter:
         "/what-if",
         responses={
             409: described("It cannot be told, and why."),
-            422: described("Not one of `size` and `add`, or not a size."),
             503: described("Another such question is being answered."),
         },
     )
     async def what_if(tier: AskedTier, size: Size = None, add: More = None) -> SizeAnswer:
         """What a tier of another size would change, by the latest lookups. Takes seconds."""
         if (size is None) == (add is None):
-            raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, "give one of size and add")
+            raise HTTPException(HTTPStatus.BAD_REQUEST, "give one of size and add")
         try:
             return await view.what_if(tier, None if size is None else parse_size(size), _more(add))
         except ValueError as error:
-            raise HTTPException(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
+            raise HTTPException(HTTPStatus.BAD_REQUEST, str(error)) from None
         except UnanswerableError as error:
             raise HTTPException(HTTPStatus.CONFLICT, str(error)) from None
         except BusyError as error:

@@ -105,9 +105,12 @@ class Sizing:
         if recent.first == len(recent.uses):
             raise UnanswerableError("no engine has asked for anything yet")
         slack = curve.sideways(now[tier]), curve.sideways(then)
+        tenants = {each.tag: name for name, each in self._settings.tenants.items()}
         self._is_busy = True
         try:
-            answer = await asyncio.to_thread(what_if, recent, tiers, tier, then, slack=slack)
+            answer = await asyncio.to_thread(
+                what_if, recent, tiers, tier, then, slack=slack, tenants=tenants
+            )
         finally:
             self._is_busy = False
         others = max((size for name, size in now.items() if name != tier), default=0)
