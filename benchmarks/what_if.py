@@ -145,14 +145,17 @@ def curve_rows(curves: Sequence[Curve], requests: Sequence[Request]) -> list[Row
 def change_rows(curves: Sequence[Curve], requests: Sequence[Request], policy: str) -> list[Row]:
     """Hit rates' gain with a larger tier; beside it, the error of taking LRU's for the policy's."""
     rows: list[Row] = []
+    sizes_asked = {size for change in CHANGES for size in change}
+    hits = {size: exact_hits(requests, policy, size) for size in sizes_asked}
     for now, then in CHANGES:
-        hits = [exact_hits(requests, policy, size) for size in (now, then)]
         errors: list[float] = []
         bounds: list[float] = []
         by_lru: list[float] = []
         for curve in curves:
             recent = curve.uses()
-            truth_now, truth_then = (float(found[-recent.asked :].mean()) for found in hits)
+            truth_now, truth_then = (
+                float(hits[size][-recent.asked :].mean()) for size in (now, then)
+            )
             tier = SizedTier(TierName.DRAM, now * CHUNK_BYTES, POLICIES[policy], None)
             sizes = [now * CHUNK_BYTES, then * CHUNK_BYTES]
             slack = curve.sideways(sizes[0]), curve.sideways(sizes[1])
