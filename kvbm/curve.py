@@ -65,7 +65,7 @@ class Recent:
 
 
 class Curve:
-    """Not thread-safe: the daemon's event loop calls it. Memory: 500 bytes a key, and 1 MB."""
+    """Not thread-safe: the daemon's event loop calls it. Memory: 400 bytes a key, and half a MB."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Curve:
     def asked(self, chains: Sequence[Chain], places: Places, pace: Pace) -> None:
         """A request was looked up and found in these places; its chunks are used now.
 
-        Cost: some 100 microseconds, and one or two for each key that is sampled.
+        Cost: some 100 microseconds, and one or two for each key that is sampled (`benchmarks.what_if`).
         """
         now_s = self._clock()
         weight = self._weight(now_s)
@@ -195,13 +195,14 @@ class Curve:
     def hit_rates(self, sizes_bytes: Sequence[float]) -> list[Estimate]:
         """Part of the chunks asked for that an LRU cache of each size finds."""
         sums = np.cumsum(self._depths, axis=0)
+        in_all = sums.sum(axis=1)
         asked = max(self._asked, 1e-300)
         found: list[Estimate] = []
         for size_bytes in sizes_bytes:
             beyond = (sums[-1] - _at(sums, size_bytes)) / asked
             value = min(1.0, max(0.0, 1.0 - float(beyond.sum()))) if self._asked else 0.0
             error = ERRORS * spread_of(beyond, self.sample.rate)
-            slack = self._sideways(sums.sum(axis=1), size_bytes)
+            slack = self._sideways(in_all, size_bytes)
             found.append(Estimate(value, math.hypot(error, slack)))
         return found
 

@@ -320,7 +320,7 @@ class WhatIfSettings(Section):
         default=16384,
         ge=1024,
         le=1 << 20,
-        description="Keys in the sample, at most; each takes about 600 bytes. Four times as many "
+        description="Keys in the sample, at most; each takes about 400 bytes. Four times as many "
         "halve the error.",
     )
     window: Duration = Field(
