@@ -97,7 +97,7 @@ class Curve:
     def asked(self, chains: Sequence[Chain], places: Places, pace: Pace) -> None:
         """A request was looked up and found in these places; its chunks are used now.
 
-        Cost: some 100 microseconds, and one or two for each key that is sampled (`benchmarks.what_if`).
+        Cost: some 100 microseconds, and one or two for each key that is sampled.
         """
         now_s = self._clock()
         weight = self._weight(now_s)
