@@ -186,8 +186,10 @@ class Curve:
         asked = self.asked_total - (int(uses["total"][before - 1]) if before else 0)
         seconds = self._clock() - max(since_s, self._began)
         most = self.sample.most
-        if np.count_nonzero(uses["key"] <= np.uint64(most)) > USES_TOLD:
-            most = int(np.partition(uses["key"], USES_TOLD)[USES_TOLD]) - 1
+        keys, counts = np.unique(uses["key"][uses["key"] <= np.uint64(most)], return_counts=True)
+        kept_keys = max(1, int(np.searchsorted(np.cumsum(counts), USES_TOLD, side="right")))
+        if kept_keys < len(keys):
+            most = int(keys[kept_keys]) - 1
         told = uses["key"] <= np.uint64(most)
         first = int(np.count_nonzero(told[:before]))
         return Recent(uses[told], first, asked, seconds, rate_of(most))

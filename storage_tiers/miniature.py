@@ -45,8 +45,15 @@ def replay(uses: Uses, policy: EvictionPolicy, room_bytes: float) -> NDArray[np.
     bounds = np.flatnonzero(np.diff(uses["chain"], prepend=~uses["chain"][0])).tolist()
     times = uses["at_s"].tolist()
     keys, sizes, positions = (uses[name].tolist() for name in ("key", "bytes", "position"))
+    asked = uses["asked"].tolist()
     for number, (start, end) in enumerate(zip(bounds, [*bounds[1:], len(uses)], strict=True)):
-        depth = tier.use(times[start], keys[start:end], sizes[start:end], positions[start:end])
+        depth = tier.use(
+            times[start],
+            keys[start:end],
+            sizes[start:end],
+            positions[start:end],
+            is_asked=asked[start],
+        )
         found[start : start + depth] = True
         if number % _TURN == 0:
             time.sleep(0)  # who serves engines on another thread need not ask for the interpreter
@@ -61,11 +68,22 @@ class _Miniature:
         self._chunks: list[tuple[int, int]] = []  # by record: key, bytes
         self._unused: list[int] = []
 
-    def use(self, now_s: float, keys: list[int], sizes: list[int], positions: list[int]) -> int:
-        """How many of a sequence's chunks are here without a gap; then all are, if they fit."""
+    def use(
+        self,
+        now_s: float,
+        keys: list[int],
+        sizes: list[int],
+        positions: list[int],
+        *,
+        is_asked: bool,
+    ) -> int:
+        """How many of a sequence's chunks are here without a gap; then all are, if they fit.
+
+        Not a use of those that are here if they are only stored: they were asked for just before.
+        """
         record_of, policy = self._record_of, self._policy
         depth = next((i for i, key in enumerate(keys) if key not in record_of), len(keys))
-        for key in reversed(keys[:depth]):
+        for key in reversed(keys[:depth] if is_asked else []):
             policy.hit(record_of[key], key or 1, now_s)
         held = {record_of[key] for key in keys if key in record_of}
         parent = record_of[keys[depth - 1]] if depth else NONE

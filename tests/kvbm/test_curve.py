@@ -190,6 +190,20 @@ def test_the_log_is_bounded_and_says_from_when_on_it_counts() -> None:
     assert recent.asked == pytest.approx(100, abs=1) and recent.seconds == 100
 
 
+def test_so_many_uses_are_told_and_whole_keys_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One key makes up more than are told; it is told nevertheless, or not at all."""
+    monkeypatch.setattr("kvbm.curve.USES_TOLD", 100)
+    curve, _ = make_curve()
+    for number in range(300):
+        ask(curve, [key_of(0), key_of(1 + number % 40)])
+    recent = curve.uses()
+    keys, counts = np.unique(recent.uses["key"], return_counts=True)
+    assert 0 < len(keys) < 41 and 0 < recent.rate < 1
+    assert set(counts.tolist()) <= {300, 8, 7}
+    assert len(recent.uses) <= 100 or counts.tolist() == [300]
+    assert recent.asked == 600
+
+
 @pytest.mark.parametrize("policy", [LruPolicy, ValuePolicy])
 def test_the_truth_lies_inside_the_bound_in_95_of_100_runs(
     policy: Callable[[], EvictionPolicy],

@@ -12,7 +12,7 @@ from benchmarks.policy import POLICIES
 from benchmarks.policy import replay as replay_in_full
 from benchmarks.workloads import Request, synthetic
 from storage_tiers.miniature import USE, Uses, replay
-from storage_tiers.policy import EvictionPolicy, LruPolicy
+from storage_tiers.policy import EvictionPolicy, LruPolicy, S3FifoPolicy
 
 CHUNK = 1 << 20
 
@@ -54,6 +54,18 @@ def test_with_a_tenth_of_the_keys_a_tenth_of_the_room_finds_about_as_much() -> N
     every = replay(uses, LruPolicy(), 1000 * CHUNK).mean()
     some = uses[uses["key"] <= np.uint64((1 << 64) // 5)]
     assert replay(some, LruPolicy(), 1000 * CHUNK / 5).mean() == pytest.approx(every, abs=0.05)
+
+
+def test_storing_what_was_asked_for_just_before_is_no_second_use() -> None:
+    """S3-FIFO would keep what is used twice; here everything is stored after it was asked for."""
+    uses = uses_of(requests()[:300])
+    stored = uses.copy()
+    stored["asked"] = False
+    stored["chain"] += 1 << 32
+    both = np.concatenate([uses, stored])
+    both = both[np.argsort(np.concatenate([uses["chain"], uses["chain"]]), kind="stable")]
+    found = replay(both, S3FifoPolicy(), 100 * CHUNK)[both["asked"]]
+    assert found.tolist() == replay(uses, S3FifoPolicy(), 100 * CHUNK).tolist() and found.any()
 
 
 def test_no_room_finds_nothing_and_endless_room_all_that_was_there() -> None:
