@@ -317,7 +317,7 @@ class WhatIfSettings(Section):
         default=True, description="Watch how lookups would fare with tiers of other sizes."
     )
     keys: int = Field(
-        default=16384,
+        default=8192,
         ge=1024,
         le=1 << 20,
         description="Keys in the sample, at most; each takes about 400 bytes. Four times as many "
