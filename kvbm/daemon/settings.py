@@ -316,6 +316,31 @@ class GovernorSettings(Section):
     )
 
 
+class WhatIfSettings(Section):
+    enabled: bool = Field(
+        default=True, description="Watch how lookups would fare with tiers of other sizes."
+    )
+    keys: int = Field(
+        default=8192,
+        ge=1024,
+        le=1 << 20,
+        description="Keys in the sample, at most; each takes about 400 bytes. Four times as many "
+        "halve the error.",
+    )
+    window: Duration = Field(
+        default=3600.0,
+        ge=60,
+        description="The traffic that answers are of: what was asked for so long ago counts a "
+        "third in the curve, and nothing in `kvbm what-if`.",
+    )
+    reach: Size | None = Field(
+        default=None,
+        gt=0,
+        description="The largest tier that can be asked about; `null` for four times the larger of "
+        "`dram.capacity` and `ssd.capacity`. The further, the thinner the sample.",
+    )
+
+
 class DaemonSettings(Settings):
     socket: Path = Field(
         default_factory=lambda: default_socket(os.environ, os.getuid()),
@@ -363,6 +388,10 @@ class DaemonSettings(Settings):
     governor: GovernorSettings = Field(
         default=GovernorSettings(), description="Loading against computing."
     )
+    what_if: WhatIfSettings = Field(
+        default=WhatIfSettings(),
+        description="What another size of a tier would change: `kvbm what-if`.",
+    )
     engine: EngineSettings = Field(
         default=EngineSettings(),
         description="For `kvbm engine` ([ENGINES.md](ENGINES.md)), which registers engines in "
@@ -379,6 +408,11 @@ class DaemonSettings(Settings):
     def onboard_bytes_max(self) -> int:
         given = self.onboard.max_bytes_in_flight
         return self.dram.capacity // 4 if given is None else given
+
+    @property
+    def what_if_reach(self) -> int:
+        kept = max(self.dram.capacity, 0 if self.ssd is None else self.ssd.capacity)
+        return 4 * kept if self.what_if.reach is None else self.what_if.reach
 
     @field_validator("tenants")
     @classmethod
