@@ -15,7 +15,7 @@ from pydantic_settings import SettingsConfigDict
 
 from router.settings import RouterSettings
 from runtime.settings import Section
-from runtime.settings_docs import markdown
+from runtime.settings_docs import LAYERS, markdown
 from runtime.units import Duration, Secret, Size
 
 ENV_PREFIX: Final = "KVBM_FRONTEND_"
@@ -121,15 +121,17 @@ def config_page() -> str:
     return markdown(FrontendSettings, "Settings of kvbm-frontend", _INTRODUCTION)
 
 
-_INTRODUCTION: Final = """\
-Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
-the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
-[CONFIG.md](CONFIG.md) says how sizes, durations and secrets are written. The frontend has a router
-in its process: its settings are those of [ROUTER_CONFIG.md](ROUTER_CONFIG.md), and `http` is where
-that router's own API is served, for operators.
+_INTRODUCTION: Final = (
+    LAYERS
+    + """\
+[CONFIG.md](CONFIG.md) says how sizes, durations, secrets, lists and mappings are written. The
+frontend has a router in its process: its settings are those of
+[ROUTER_CONFIG.md](ROUTER_CONFIG.md), and `http` is where that router's own API is served, for
+operators.
 
 This page is generated: `python -m frontend.settings > docs/FRONTEND_CONFIG.md`.
 """
+)
 
 
 if __name__ == "__main__":
