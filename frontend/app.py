@@ -32,6 +32,7 @@ def make_exchanges(
     tokens: TokenRoutes | None = None,
     *,
     migrations_max: int,
+    keep_alive_s: float = 0.0,
 ) -> dict[str, Exchange]:
     """What answers each path. `tokens` does for models whose engines take tokens; all others are
     passed through."""
@@ -40,7 +41,9 @@ def make_exchanges(
         own = {"/v1/chat/completions": tokens.chat, "/v1/completions": tokens.completions}
     made = {}
     for path, reader in readers(fleet).items():
-        handler: Handler = Relay(reader, fleet, upstream, migrations_max=migrations_max)
+        handler: Handler = Relay(
+            reader, fleet, upstream, migrations_max=migrations_max, keep_alive_s=keep_alive_s
+        )
         if path in own:
             handler = ByModel(fleet, own[path], handler)
         made[path] = Exchange(path, handler, gate, meter)

@@ -124,6 +124,7 @@ class Measured:
         self.model = ""
         self.outcome = ""
         self.status = 200
+        self.placed = False  # an engine was chosen
         self._meter = meter
         self._route = route
         self._began = self._latest = time.perf_counter()
@@ -138,6 +139,7 @@ class Measured:
 
     def sent(self, assigned: Assigned, *, migrated: bool) -> None:
         self._stage("route")
+        self.placed = True
         if migrated:
             self._meter.child(self._meter.migrations, self.model).inc()
         elif assigned.cached_tokens:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -19,6 +20,7 @@ from frontend.attempts import Attempts
 from frontend.errors import bad_request, engine_lost
 from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
+from frontend.keep_alive import EVENT_STREAM, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Upstream
@@ -40,6 +42,7 @@ class Read:
 
     model: str
     job: Callable[[str], Job]  # of the request's id; may take long, and raise ApiError
+    stream: bool = False  # whether it asks for one
 
 
 class Relay:
@@ -52,21 +55,30 @@ class Relay:
         upstream: Upstream,
         *,
         migrations_max: int,
+        keep_alive_s: float = 0.0,
     ) -> None:
         self._read = read
         self._fleet = fleet
         self._upstream = upstream
         self._migrations_max = migrations_max
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         read = self._read(body, scope)
         measured.model = read.model
         job = read.job(reply.request_id)
         measured.prepared(len(job.tokens))
-        await self._serve(scope, body, job, reply, measured)
+        keep_alive_s = self._keep_alive_s if read.stream else 0.0
+        await self._serve(scope, body, job, reply, measured, keep_alive_s)
 
     async def _serve(
-        self, scope: Scope, body: bytes, job: Job, reply: Reply, measured: Measured
+        self,
+        scope: Scope,
+        body: bytes,
+        job: Job,
+        reply: Reply,
+        measured: Measured,
+        keep_alive_s: float,
     ) -> None:
         given = [
             *names.onward(scope["headers"]),
@@ -75,13 +87,16 @@ class Relay:
         ]
         attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
-            with await attempts.assign(job) as assigned:
+            with (
+                await attempts.assign(job) as assigned,
+                KeepAlive(reply, keep_alive_s, partial(_opening, assigned)),
+            ):
                 try:
                     if assigned.prefill is not None:
                         await self._prefill(assigned, assigned.prefill, scope["path"], given, body)
                     return await self._ask(assigned, scope, given, body, reply, measured)
                 except EngineFault as fault:
-                    if reply.status is not None:
+                    if reply.latest is not None:
                         assigned.failed()
                         raise engine_lost("The engine broke off before its answer's end") from fault
                     attempts.failed(assigned, fault)
@@ -127,8 +142,7 @@ class Relay:
             assigned.first_token()
             measured.first_token()
             measured.status = answer.status
-            _say_where(assigned, reply)
-            await reply.whole(answer.status, _back(answer), data)
+            await reply.whole(answer.status, _back(answer, assigned), data)
 
     async def _stream(
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
@@ -140,8 +154,8 @@ class Relay:
                 assigned.first_token()
                 measured.first_token()
                 measured.status = answer.status
-                _say_where(assigned, reply)
-                await reply.begin(answer.status, _back(answer))
+                if reply.status is None:
+                    await reply.begin(answer.status, _back(answer, assigned))
             events = chunk.count(_EVENT_END)
             assigned.output(events)
             measured.output(events)
@@ -157,14 +171,18 @@ def _to(place: Place, given: Given) -> Given:
     return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
 
 
-def _say_where(assigned: Assigned, reply: Reply) -> None:
+def _opening(assigned: Assigned) -> Head:
+    return *EVENT_STREAM, *_where(assigned)
+
+
+def _where(assigned: Assigned) -> Head:
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
-    reply.extra.append((_WORKER, worker.encode()))
-    reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
+    return (_WORKER, worker.encode()), (_CACHED, str(assigned.cached_tokens).encode())
 
 
-def _back(answer: Answer) -> list[tuple[bytes, bytes]]:
-    return [(name, value) for name, value in answer.headers if name not in _NOT_BACK]
+def _back(answer: Answer, assigned: Assigned) -> list[tuple[bytes, bytes]]:
+    back = [(name, value) for name, value in answer.headers if name not in _NOT_BACK]
+    return [*back, *_where(assigned)]
 
 
 _NOT_BACK: Final = frozenset(

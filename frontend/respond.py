@@ -17,8 +17,14 @@ class Reply:
         self._send = send
         self.extra: list[tuple[bytes, bytes]] = [(REQUEST_ID, request_id.encode())]
         self.status: int | None = None  # once it has begun
+        self.latest: bytes | None = None  # of a stream, what was sent last; comments do not count
 
     async def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """All of it; as the last event if comments have begun a stream."""
+        if self.status is not None:
+            await self.part(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
+            await self.end()
+            return
         length = (b"content-length", str(len(body)).encode())
         await self.begin(status, [*headers, length])
         await self._send({"type": "http.response.body", "body": body})
@@ -35,6 +41,10 @@ class Reply:
         )
 
     async def part(self, data: bytes) -> None:
+        self.latest = data
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def comment(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:

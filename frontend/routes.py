@@ -74,7 +74,7 @@ def _generating(
                 pinned=pinned,
             )
 
-        return Read(request.model, job)
+        return Read(request.model, job, bool(request.stream))
 
     return read
 

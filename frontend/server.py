@@ -125,8 +125,9 @@ def _parts(
         gate,
         meter,
         upstream,
-        TokenRoutes(fleet, generation),
+        TokenRoutes(fleet, generation, openai.keep_alive),
         migrations_max=openai.migrations,
+        keep_alive_s=openai.keep_alive,
     )
     return _Parts(fleet, gate, meter, exchanges)
 

@@ -48,6 +48,12 @@ class OpenAiSettings(Section):
         gt=0.0,
         description="An engine that says nothing about a request for this long is taken for gone.",
     )
+    keep_alive: Duration = Field(
+        default=15.0,
+        ge=0.0,
+        description="A stream that says nothing for this long gets a comment (`: keep-alive`), so "
+        "that nothing on the way to the client takes it for dead; 0: never.",
+    )
     drain: Duration = Field(
         default=30.0,
         ge=0.0,

@@ -19,6 +19,7 @@ from frontend.errors import bad_request
 from frontend.fleet import Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
+from frontend.keep_alive import EVENT_STREAM, KeepAlive
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker
 from frontend.relay import read_pinned, read_session
@@ -36,10 +37,6 @@ from frontend.tokenizer import Tokens
 from runtime.generation import Generated
 
 OUTPUT_TOKENS: Final = 16  # of a completion that does not say, as OpenAI has it
-_STREAM: Final = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-]
 _JSON: Final = [(b"content-type", b"application/json")]
 
 
@@ -70,9 +67,10 @@ class Piece:
 class TokenRoutes:
     """`chat` and `completions` are handlers; see `frontend.exchange`."""
 
-    def __init__(self, fleet: Fleet, generation: Generation) -> None:
+    def __init__(self, fleet: Fleet, generation: Generation, keep_alive_s: float = 0.0) -> None:
         self._fleet = fleet
         self._generation = generation
+        self._keep_alive_s = keep_alive_s
 
     async def chat(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         request, fields = decode(chat_decoder, body), decode(sampling_decoder, body)
@@ -186,8 +184,14 @@ class TokenRoutes:
         )
         usage = Usage(sum(map(len, {id(prompt): prompt for prompt in asked.prompts}.values())))
         async with aclosing(pieces):
-            give = _stream if asked.stream else _whole
-            await give(asked, pieces, usage, reply, measured)
+            if not asked.stream:
+                await _whole(asked, pieces, usage, reply, measured)
+                return
+            # While it waits for an engine it may still be refused with a status of its own.
+            with KeepAlive(
+                reply, self._keep_alive_s, lambda: EVENT_STREAM if measured.placed else None
+            ):
+                await _stream(asked, pieces, usage, reply, measured)
 
 
 async def _stream(
@@ -203,9 +207,10 @@ async def _stream(
         event = form.piece(piece.index, piece.text) if piece.text else b""
         if piece.finish_reason is not None:
             event += form.ending(piece.index, piece.finish_reason)
-        if reply.status is None:
+        if reply.latest is None:
             measured.first_token()
-            await reply.begin(200, _STREAM)
+            if reply.status is None:
+                await reply.begin(200, EVENT_STREAM)
             event = b"".join(map(form.opening, range(len(asked.prompts)))) + event
         if event:
             measured.output(piece.tokens)
