@@ -116,6 +116,10 @@ class Fleet(Protocol):
         """Whether its engines are given tokens; false also if there is no such model."""
         ...
 
+    def places(self) -> Sequence[Place]:
+        """Engines with an OpenAI server, each once, whether they take new requests or not."""
+        ...
+
     async def assign(self, job: Job) -> Assigned:
         """The engine for a request; may wait for room. Raises ApiError if there is none."""
         ...

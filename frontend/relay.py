@@ -17,7 +17,7 @@ import structlog
 
 from frontend import headers as names
 from frontend.attempts import Attempts
-from frontend.errors import bad_request, engine_lost
+from frontend.errors import ApiError, bad_request, engine_lost
 from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
 from frontend.keep_alive import EVENT_STREAM, Head, KeepAlive
@@ -25,10 +25,13 @@ from frontend.meter import Measured
 from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Upstream
 
-_WORKER: Final = b"x-kvbm-worker"
+RESPONSES: Final = "/v1/responses"
+WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
 _FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
+_FIRST_OF_RESPONSE: Final = {"stream": False, "store": False, "max_output_tokens": 1}
+_SAID_BYTES_MAX: Final = 1000
 
 Given = list[tuple[str, str]]
 """Headers for the engine."""
@@ -108,8 +111,14 @@ class Relay:
 
         If that fails the engine computes it itself.
         """
-        asked = {**msgspec.json.decode(body), **_FIRST_TOKEN_ONLY}
+        given_body = msgspec.json.decode(body)
+        if given_body.get("previous_response_id"):
+            assigned.prefilled()  # only the engine that has that one knows the prompt
+            return
+        only = _FIRST_OF_RESPONSE if path == RESPONSES else _FIRST_TOKEN_ONLY
+        asked = {**given_body, **only}
         asked.pop("stream_options", None)
+        asked.pop("background", None)
         if "max_completion_tokens" in asked:
             asked["max_completion_tokens"] = 1
         data = msgspec.json.encode(asked)
@@ -132,6 +141,9 @@ class Relay:
         measured: Measured,
     ) -> None:
         place = assigned.place
+        if not place.url:
+            said = f"{scope['path']} is not for this model: its engines take tokens only"
+            raise bad_request(said, "model", "unsupported")
         query = scope.get("query_string") or b""
         url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
         async with self._upstream.send(scope["method"], url, _to(place, given), body) as answer:
@@ -142,7 +154,9 @@ class Relay:
             assigned.first_token()
             measured.first_token()
             measured.status = answer.status
-            await reply.whole(answer.status, _back(answer, assigned), data)
+            if reply.status is not None:  # a comment has begun it: its status is told already
+                raise _late(answer.status, data)
+            await reply.whole(answer.status, [*back(answer), *_where(assigned)], data)
 
     async def _stream(
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
@@ -155,7 +169,7 @@ class Relay:
                 measured.first_token()
                 measured.status = answer.status
                 if reply.status is None:
-                    await reply.begin(answer.status, _back(answer, assigned))
+                    await reply.begin(answer.status, [*back(answer), *_where(assigned)])
             events = chunk.count(_EVENT_END)
             assigned.output(events)
             measured.output(events)
@@ -177,12 +191,21 @@ def _opening(assigned: Assigned) -> Head:
 
 def _where(assigned: Assigned) -> Head:
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
-    return (_WORKER, worker.encode()), (_CACHED, str(assigned.cached_tokens).encode())
+    return (WORKER, worker.encode()), (_CACHED, str(assigned.cached_tokens).encode())
 
 
-def _back(answer: Answer, assigned: Assigned) -> list[tuple[bytes, bytes]]:
-    back = [(name, value) for name, value in answer.headers if name not in _NOT_BACK]
-    return [*back, *_where(assigned)]
+def _late(status: int, body: bytes) -> ApiError:
+    """What an engine said instead of a stream, for the end of one."""
+    try:
+        said = str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        said = body[:_SAID_BYTES_MAX].decode(errors="replace")
+    return ApiError(status if status >= 400 else 502, said)
+
+
+def back(answer: Answer) -> list[tuple[bytes, bytes]]:
+    """An engine's headers, as far as they are the client's."""
+    return [(name, value) for name, value in answer.headers if name not in _NOT_BACK]
 
 
 _NOT_BACK: Final = frozenset(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from frontend.errors import ApiError, bad_request
+from frontend.errors import INVALID_JSON, ApiError, bad_request
 
 Content = str | list[dict[str, Any]] | None
 
@@ -131,7 +131,7 @@ def decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise bad_request(f"The body is no JSON: {error}", code="invalid_json") from error
+        raise bad_request(f"The body is no JSON: {error}", code=INVALID_JSON) from error
 
 
 def _refusal(said: str) -> ApiError:
@@ -141,7 +141,7 @@ def _refusal(said: str) -> ApiError:
     missing = re.fullmatch(r"Object missing required field `(.+)`", what)
     param = where or (missing and missing[1]) or None
     at = f" in {where!r}" if where else ""
-    return bad_request(f"{what}{at}", param, "invalid_value")
+    return bad_request(f"{what}{at}", param, "missing" if missing else "invalid_value")
 
 
 chat_decoder = msgspec.json.Decoder(ChatRequest)

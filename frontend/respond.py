@@ -20,11 +20,6 @@ class Reply:
         self.latest: bytes | None = None  # of a stream, what was sent last; comments do not count
 
     async def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
-        """All of it; as the last event if comments have begun a stream."""
-        if self.status is not None:
-            await self.part(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
-            await self.end()
-            return
         length = (b"content-length", str(len(body)).encode())
         await self.begin(status, [*headers, length])
         await self._send({"type": "http.response.body", "body": body})
@@ -50,10 +45,10 @@ class Reply:
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def error(self, error: ApiError) -> None:
+    async def error(self, error: ApiError, route: str) -> None:
         """As the answer, or as the last event of the stream that has begun."""
         if self.status is None:
-            await self.whole(error.status, error.headers, error.body)
+            await self.whole(error.status, error.headers, error.body(route))
         else:
-            await self.part(error.event)
+            await self.part(error.event(route))
             await self.end()

@@ -10,12 +10,13 @@ from typing import Final
 
 import structlog
 
-from frontend.app import make_app, make_exchanges
-from frontend.exchange import Exchange
+from frontend.app import make_app
+from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
 from frontend.generate import Generation, RequestPlaneEngines
 from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
+from frontend.pages import Pages
 from frontend.routed import RoutedFleet
 from frontend.settings import FrontendSettings, OpenAiSettings
 from frontend.texts import Texts
@@ -63,7 +64,7 @@ class _Parts:
     fleet: RoutedFleet
     gate: Gate
     meter: Meter
-    exchanges: Mapping[str, Exchange]
+    exchanges: Exchanges
 
 
 @contextlib.asynccontextmanager
@@ -71,15 +72,17 @@ async def _servers(
     settings: FrontendSettings, assembly: Assembly, parts: _Parts
 ) -> AsyncIterator[tuple[WebServer, WebServer]]:
     http, openai = settings.http, settings.openai
+    service = RouterService(assembly)
+    pages = Pages(parts.fleet, parts.gate, parts.meter, service)
     operators = WebServer(
-        create_app(RouterService(assembly)),
+        create_app(service),
         http.host,
         http.port,
         section="http",
         concurrency_max=http.concurrency,
     )
     clients = WebServer(
-        make_app(parts.exchanges, parts.fleet, parts.gate, parts.meter),
+        make_app(parts.exchanges, pages, openai.cors_origins),
         openai.host,
         openai.port,
         section="openai",
@@ -91,10 +94,10 @@ async def _servers(
         await operators.start()
         stack.push_async_callback(operators.stop)
         if settings.kserve is not None:
-            completions = parts.exchanges["/v1/completions"]
-            service = InferenceService(parts.fleet, completions, program.version())
+            completions = parts.exchanges.posted["/v1/completions"]
+            inference = InferenceService(parts.fleet, completions, program.version())
             kserve = await start_server(
-                service,
+                inference,
                 settings.kserve.host,
                 settings.kserve.port,
                 bytes_max=openai.body_max,
@@ -118,8 +121,14 @@ def _parts(
         migrations_max=openai.migrations,
         migration_tokens_max=openai.migration_tokens_max,
     )
-    keys = [key.get_secret_value() for key in openai.api_keys]
-    gate, meter = Gate(keys, openai.requests_max, openai.body_max), Meter()
+    meter = Meter()
+    gate = Gate(
+        [key.get_secret_value() for key in openai.api_keys],
+        openai.requests_max,
+        openai.body_max,
+        admin_keys=[key.get_secret_value() for key in openai.admin_keys],
+        clients_are_admins=openai.admin == "clients",
+    )
     exchanges = make_exchanges(
         fleet,
         gate,
@@ -128,6 +137,7 @@ def _parts(
         TokenRoutes(fleet, generation, openai.keep_alive),
         migrations_max=openai.migrations,
         keep_alive_s=openai.keep_alive,
+        responses_remembered=openai.responses_remembered,
     )
     return _Parts(fleet, gate, meter, exchanges)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -29,6 +29,18 @@ class OpenAiSettings(Section):
         default=[],
         description="Keys of clients, each at least 8 characters, or `file:PATH`; none: everybody "
         "may ask.",
+    )
+    admin_keys: list[Secret] = Field(
+        default=[],
+        description="Keys of those who may also use `/busy_threshold`, where limits are changed.",
+    )
+    admin: Literal["keys", "clients"] = Field(
+        default="keys",
+        description="Who may do that: who has one of `admin_keys`, or all clients.",
+    )
+    cors_origins: list[str] = Field(
+        default=[],
+        description="Web pages that browsers let ask, as `https://HOST`; `*`: all; none: none.",
     )
     tls_cert: Path | None = Field(
         default=None, description="Certificate chain (PEM); with `tls_key`, clients speak HTTPS."
@@ -60,6 +72,12 @@ class OpenAiSettings(Section):
         description="At its end the frontend takes nothing new, and finishes what it has for this "
         "long.",
     )
+    responses_remembered: int = Field(
+        default=100_000,
+        ge=1,
+        description="Of so many responses (`/v1/responses`) it is remembered which engine has "
+        "them; for others the engines are asked.",
+    )
     migrations: int = Field(
         default=1,
         ge=0,
@@ -72,7 +90,7 @@ class OpenAiSettings(Section):
         description="A longer sequence is not computed again elsewhere; `null`: any is.",
     )
 
-    @field_validator("api_keys")
+    @field_validator("api_keys", "admin_keys")
     @classmethod
     def _usable(cls, keys: list[SecretStr]) -> list[SecretStr]:
         if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):

@@ -67,6 +67,7 @@ async def post(
 ) -> Reply:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     timeout = aiohttp.ClientTimeout(total=30)
+    headers = {"content-type": "application/json", **(headers or {})}
     async with (
         aiohttp.ClientSession(timeout=timeout) as session,
         session.post(running.url + path, data=data, headers=headers) as response,
