@@ -196,12 +196,14 @@ async def test_the_official_clients_pass_over_it() -> None:
         stream = await asking.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
         said = [c.choices[0].delta.content or "" async for c in stream if c.choices]
         assert "".join(said) == "Hi there"
-    async with frontend(slow_message, keep_alive_s=EVERY_S) as running:
-        async with anthropic.AsyncAnthropic(base_url=running.url, api_key="k") as asks:
-            events = await asks.messages.create(
-                model=MODEL, messages=MESSAGES, max_tokens=4, stream=True
-            )
-            assert [event.type async for event in events][-1] == "message_stop"
+    async with (
+        frontend(slow_message, keep_alive_s=EVERY_S) as running,
+        anthropic.AsyncAnthropic(base_url=running.url, api_key="k") as asks,
+    ):
+        events = await asks.messages.create(
+            model=MODEL, messages=MESSAGES, max_tokens=4, stream=True
+        )
+        assert [event.type async for event in events][-1] == "message_stop"
 
 
 class Slow(TokenEngine):

@@ -123,6 +123,7 @@ async def token_frontend(
     migrations_max: int = 1,
     migration_tokens_max: int | None = None,
     keep_alive_s: float = 0.0,
+    body_bytes_max: int = 1 << 20,
 ) -> AsyncIterator[Asking]:
     """The app itself, without a server, before engines on the TCP request plane."""
     plane = create_request_plane(RequestPlaneSettings(), "test")
@@ -138,7 +139,7 @@ async def token_frontend(
         migrations_max=migrations_max,
         migration_tokens_max=migration_tokens_max,
     )
-    meter, gate = Meter(), Gate((), 64, 1 << 20)
+    meter, gate = Meter(), Gate((), 64, body_bytes_max)
     routes = TokenRoutes(fleet, generation, keep_alive_s)
     exchanges = make_exchanges(
         fleet, gate, meter, Upstream(10.0), routes, migrations_max=migrations_max
