@@ -24,10 +24,12 @@ from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 from router.app import create_app
 from router.assembly import Assembly, running
+from router.dashboard import FleetPage
 from router.metrics import RouterMetrics
 from router.service import RouterService
 from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import ServerTls, WebServer
 
 PROGRAM: Final = "kvbm-frontend"
@@ -74,8 +76,9 @@ async def _servers(
     http, openai = settings.http, settings.openai
     service = RouterService(assembly)
     pages = Pages(parts.fleet, parts.gate, parts.meter, service)
+    dashboard = Dashboard(FleetPage(assembly))
     operators = WebServer(
-        create_app(service),
+        create_app(service, dashboard),
         http.host,
         http.port,
         section="http",
@@ -93,6 +96,7 @@ async def _servers(
     async with contextlib.AsyncExitStack() as stack:
         await operators.start()
         stack.push_async_callback(operators.stop)
+        await stack.enter_async_context(dashboard.running())
         if settings.kserve is not None:
             completions = parts.exchanges.posted["/v1/completions"]
             inference = InferenceService(parts.fleet, completions, program.version())

@@ -53,16 +53,18 @@ async def _serve(settings: RouterSettings) -> None:
     from router.app import create_app
     from router.assembly import running
     from router.component import serve_component
+    from router.dashboard import FleetPage
     from router.metrics import RouterMetrics
     from router.service import RouterService
+    from runtime.web.dashboard import Dashboard
 
     stop = program.stop_signal()
     metrics = RouterMetrics(program.version(), settings.name)
     async with running(settings, os.environ, metrics) as assembly:
         service = RouterService(assembly)
-        http = settings.http
+        http, dashboard = settings.http, Dashboard(FleetPage(assembly))
         server = WebServer(
-            create_app(service),
+            create_app(service, dashboard),
             http.host,
             http.port,
             section="http",
@@ -72,7 +74,8 @@ async def _serve(settings: RouterSettings) -> None:
         try:
             await serve_component(service)
             _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
-            await stop.wait()
+            async with dashboard.running():
+                await stop.wait()
             _log.info("stopping", requests=len(assembly.reservations))
         finally:
             await server.stop()

@@ -16,11 +16,13 @@ from urllib.parse import urlsplit
 import structlog
 
 from kvbm.daemon.admin import create_app
+from kvbm.daemon.dashboard import NodePage
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.settings import DaemonSettings
 from kvbm.daemon.systemd import Notifier
 from runtime.embedded import EmbeddedNats
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import WebServer
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
@@ -42,6 +44,7 @@ class Server:
         self._node = node
         self._notifier = notifier
         self._socket = ControlSocket(node.settings.socket, node.members, node.arena, node.metrics)
+        self._dashboard = Dashboard(NodePage(node, node.metrics))
         self._remote_tried = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -62,7 +65,7 @@ class Server:
                 if tier.name is not TierName.S3:
                     await self._open(tier)
             admin = node.settings.admin
-            app = create_app(node, node.operations, node.metrics, admin.token_text)
+            app = create_app(node, node.operations, node.metrics, admin.token_text, self._dashboard)
             server = WebServer(app, admin.host, admin.port, section="admin")
             await server.start()
             cleanup.push_async_callback(server.stop)
@@ -100,6 +103,7 @@ class Server:
                     *((f"patrol-{p.tier.value}", p.run()) for p in self._node.patrols),
                     ("watchdog", self._notifier.feed_watchdog()),
                     ("rates", self._node.speeds.run()),
+                    ("dashboard", self._dashboard.run()),
                     ("open-remote", self._open_remote()),
                     ("adopt", self._adopt()),
                 )
