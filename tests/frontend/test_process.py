@@ -152,7 +152,7 @@ async def test_requests_of_one_beginning_go_to_one_engine(tmp_path: Path) -> Non
         engines = [await site.add_engine(number, answer) for number in (1, 2)]
         paths = json.dumps({MODEL: str(model)})
         site.start(
-            model_paths=paths, index__source="routes", openai__admin_keys="the-admin,b-admin"
+            model_paths=paths, index__source="routes", openai__admin_keys="the-admin,another-admin"
         )
         await site.ready(2)
         async with site.client() as http:
