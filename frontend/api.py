@@ -12,9 +12,11 @@ from typing import Any, Final
 
 import msgspec
 
+from frontend.relay import GENERATE, RESPONSES
 from frontend.request import (
     ChatRequest,
     CompletionRequest,
+    GenerateRequest,
     MessagesRequest,
     ModelRequest,
     ResponsesRequest,
@@ -44,17 +46,19 @@ _GET: Final = ("GET",)
 ROUTES: Final = (
     ApiRoute(_POST, "/v1/chat/completions", "An answer to a conversation.", ChatRequest),
     ApiRoute(_POST, "/v1/completions", "How a text goes on.", CompletionRequest),
-    ApiRoute(_POST, "/v1/responses", "OpenAI's newer interface.", ResponsesRequest),
+    ApiRoute(_POST, RESPONSES, "OpenAI's newer interface.", ResponsesRequest),
     ApiRoute(("GET", "DELETE"), "/v1/responses/{response_id}", "One that an engine keeps."),
     ApiRoute(_POST, "/v1/responses/{response_id}/cancel", "End one in the background."),
     ApiRoute(_GET, "/v1/responses/{response_id}/input_items", "What it was made from."),
+    ApiRoute(_POST, GENERATE, "Tokens in, tokens out, as vLLM has it.", GenerateRequest),
     ApiRoute(_POST, "/v1/messages", "Anthropic's interface.", MessagesRequest),
     ApiRoute(_POST, "/v1/messages/count_tokens", "How long a prompt would be.", ModelRequest),
     *(
         ApiRoute(_POST, path, "As the engine does it, routed by load.", ModelRequest)
         for path in (
-            *("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/classify"),
-            *("/pooling", "/tokenize", "/detokenize"),
+            *("/v1/embeddings", "/v2/embed", "/v1/score", "/score", "/v1/rerank", "/v2/rerank"),
+            *("/rerank", "/classify", "/pooling", "/tokenize", "/detokenize"),
+            *("/v1/chat/completions/render", "/v1/completions/render"),
         )
     ),
     ApiRoute(_GET, "/v1/models", "Models that some engine serves now."),

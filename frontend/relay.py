@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -26,11 +26,10 @@ from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Upstream
 
 RESPONSES: Final = "/v1/responses"
+GENERATE: Final = "/inference/v1/generate"
 WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
-_FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
-_FIRST_OF_RESPONSE: Final = {"stream": False, "store": False, "max_output_tokens": 1}
 _SAID_BYTES_MAX: Final = 1000
 
 Given = list[tuple[str, str]]
@@ -111,17 +110,11 @@ class Relay:
 
         If that fails the engine computes it itself.
         """
-        given_body = msgspec.json.decode(body)
-        if given_body.get("previous_response_id"):
+        asked = msgspec.json.decode(body)
+        if asked.get("previous_response_id"):
             assigned.prefilled()  # only the engine that has that one knows the prompt
             return
-        only = _FIRST_OF_RESPONSE if path == RESPONSES else _FIRST_TOKEN_ONLY
-        asked = {**given_body, **only}
-        asked.pop("stream_options", None)
-        asked.pop("background", None)
-        if "max_completion_tokens" in asked:
-            asked["max_completion_tokens"] = 1
-        data = msgspec.json.encode(asked)
+        data = msgspec.json.encode(_first_token_of(path, asked))
         try:
             async with self._upstream.send(
                 "POST", place.url + path, _to(place, given), data
@@ -183,6 +176,20 @@ def _to(place: Place, given: Given) -> Given:
     if place.dp_size == 1:
         return given
     return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
+
+
+def _first_token_of(path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The same request, for one token and no more, of which nothing is kept."""
+    only: dict[str, Any] = {"stream": False, "max_tokens": 1, "n": 1}
+    if "max_completion_tokens" in asked:
+        only["max_completion_tokens"] = 1
+    if path == RESPONSES:
+        only = {"stream": False, "store": False, "background": False, "max_output_tokens": 1}
+    elif path == GENERATE:
+        sampling = {**(asked.get("sampling_params") or {}), "max_tokens": 1, "n": 1}
+        only = {"stream": False, "sampling_params": sampling}
+    kept = {name: value for name, value in asked.items() if name != "stream_options"}
+    return {**kept, **only}
 
 
 def _opening(assigned: Assigned) -> Head:

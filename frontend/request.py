@@ -112,6 +112,18 @@ class MessagesRequest(Sampled, kw_only=True):
         return ChatRequest(model=self.model, messages=messages)
 
 
+class GenerateRequest(Sampled, kw_only=True):
+    """vLLM's: tokens in, tokens out, for clients that have template and tokenizer themselves."""
+
+    token_ids: list[int]
+    sampling_params: dict[str, Any] | None = None
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        given = (self.sampling_params or {}).get("max_tokens")
+        return given if isinstance(given, int) else None
+
+
 class ModelRequest(msgspec.Struct, kw_only=True):
     """Of whatever else names a model: embeddings, scores, tokens of a text."""
 
@@ -148,4 +160,5 @@ chat_decoder = msgspec.json.Decoder(ChatRequest)
 completion_decoder = msgspec.json.Decoder(CompletionRequest)
 responses_decoder = msgspec.json.Decoder(ResponsesRequest)
 messages_decoder = msgspec.json.Decoder(MessagesRequest)
+generate_decoder = msgspec.json.Decoder(GenerateRequest)
 model_decoder = msgspec.json.Decoder(ModelRequest)

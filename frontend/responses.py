@@ -30,7 +30,7 @@ ASK_DEADLINE_S: Final = 5.0
 ASKED_MAX: Final = 32  # engines at a time, of all searches
 ID_PLACE_BYTES_MAX: Final = 4 << 20
 """An answer's id is not looked for behind so much of it."""
-_ID = re.compile(r"[\w.:-]{1,256}", re.ASCII)
+_ID = re.compile(r"\w[\w.:-]{0,255}", re.ASCII)
 
 
 class _Made(msgspec.Struct, frozen=True):

@@ -63,8 +63,8 @@ class OpenAiSettings(Section):
     keep_alive: Duration = Field(
         default=15.0,
         ge=0.0,
-        description="A stream that says nothing for this long gets a comment (`: keep-alive`), so "
-        "that nothing on the way to the client takes it for dead; 0: never.",
+        description="No stream is silent for longer: it gets a comment (`: keep-alive`), so that "
+        "nothing on the way to the client takes it for dead; 0: it may be silent.",
     )
     drain: Duration = Field(
         default=30.0,

@@ -93,7 +93,8 @@ def test_the_lists_that_are_served() -> None:
 
 @pytest.mark.parametrize("path", [r.path for r in ROUTES if r.takes not in (None, BusyAsk)])
 async def test_what_is_passed_through_comes_to_the_engine_as_it_was(path: str) -> None:
-    body = json.dumps({"model": MODEL, "input": "é", "prompt": "é", "messages": []}).encode()
+    asked = {"model": MODEL, "input": "é", "prompt": "é", "messages": [], "token_ids": [5]}
+    body = json.dumps(asked).encode()
 
     async def same(wire: Wire, asked: Asked) -> None:
         wire.whole(b'{"path": "%s"}' % asked.path.encode())
@@ -145,6 +146,9 @@ async def an_engine(wire: Wire, asked: Asked) -> None:
         wire.whole(json.dumps({"object": "list", "data": data, "model": MODEL}).encode())
     elif asked.path == "/tokenize":
         wire.whole(b'{"count": 2, "max_model_len": 4096, "tokens": [5, 7]}')
+    elif asked.path == "/inference/v1/generate":
+        choice = {"index": 0, "token_ids": [13, 17], "finish_reason": "length"}
+        wire.whole(json.dumps({"request_id": "r1", "choices": [choice]}).encode())
     else:
         await answer_message(wire, asked)
 

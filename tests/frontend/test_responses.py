@@ -152,8 +152,12 @@ async def test_an_id_that_no_engine_has() -> None:
             await asking.responses.create(model=MODEL, input="x", previous_response_id="resp_x")
         asked = [len(engine.asked) for engine in running.fleet.engines]
         async with httpx.AsyncClient() as http:
-            odd = await http.get(f"{running.url}/v1/responses/..%2e%20x")
-            assert (odd.status_code, odd.json()["error"]["code"]) == (404, "response_not_found")
+            for odd in ("%2e%2e", "a%20b", "x" * 300):
+                reply = await http.get(f"{running.url}/v1/responses/{odd}")
+                assert (reply.status_code, reply.json()["error"]["code"]) == (
+                    404,
+                    "response_not_found",
+                )
         assert [len(engine.asked) for engine in running.fleet.engines] == asked  # not worth asking
 
 
