@@ -9,6 +9,7 @@ from typing import Final
 from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet
 from frontend.gate import Gate, Scope
+from frontend.keep_alive import NEVER, KeepAlive
 from frontend.meter import Measured, Meter
 from frontend.relay import RESPONSES, Relay
 from frontend.request import decode, model_decoder
@@ -35,7 +36,7 @@ def make_exchanges(
     tokens: TokenRoutes | None = None,
     *,
     migrations_max: int,
-    keep_alive_s: float = 0.0,
+    keep_alive: KeepAlive = NEVER,
     responses_remembered: int = RESPONSES_REMEMBERED,
 ) -> Exchanges:
     """`tokens` does for models whose engines take tokens; all others are passed through."""
@@ -44,13 +45,11 @@ def make_exchanges(
         own = {"/v1/chat/completions": tokens.chat, "/v1/completions": tokens.completions}
     handlers: dict[str, Handler] = {}
     for path, reader in readers(fleet).items():
-        relay = Relay(
-            reader, fleet, upstream, migrations_max=migrations_max, keep_alive_s=keep_alive_s
-        )
+        relay = Relay(reader, fleet, upstream, migrations_max=migrations_max, keep_alive=keep_alive)
         handlers[path] = ByModel(fleet, own[path], relay) if path in own else relay
     makers = Makers(responses_remembered, meter)
     responses = Responses(
-        handlers[RESPONSES], fleet, upstream, makers, meter, keep_alive_s=keep_alive_s
+        handlers[RESPONSES], fleet, upstream, makers, meter, keep_alive=keep_alive
     )
     posted = {path: Exchange(path, handler, gate, meter) for path, handler in handlers.items()}
     posted[RESPONSES] = CreatingExchange(RESPONSES, responses.create, gate, meter, makers)

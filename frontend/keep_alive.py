@@ -1,4 +1,4 @@
-"""Comments in a stream that has nothing to say for long, so that nothing on the way ends it.
+"""Comments in streams that have nothing to say for long, so that nothing on the way ends them.
 
 Lines of a stream of events that begin with a colon say nothing (WHATWG HTML, section 9.2.6);
 clients pass over them. They go between events, never into one that is half sent.
@@ -23,18 +23,53 @@ Head = Sequence[tuple[bytes, bytes]]
 
 
 class KeepAlive:
-    """While its context lasts, the client hears something every `every_s` at the latest.
+    """Sees to it that no stream is silent for longer than `every_s`; 0: any may be.
 
-    It costs a stream one timer, and its events nothing: at each half of `every_s` what was sent
-    last is compared with what had been.
+    One timer looks at all of them at each half of `every_s`, whether what was sent last is what it
+    had been. So a stream costs its coming and going, and an event nothing.
     """
 
-    def __init__(self, reply: Reply, every_s: float, opening: Callable[[], Head | None]) -> None:
-        """`every_s`: 0 for never. `opening`: headers to begin a stream with that has not begun;
-        None while it must not begin.
-        """
-        self._reply = reply
+    def __init__(self, every_s: float) -> None:
         self._every_s = every_s
+        self._watched: set[_Watched] = set()
+        self._is_looking = False
+
+    def watching(self, reply: Reply, opening: Callable[[], Head | None]) -> _Watched:
+        """A context for as long as a stream lasts, or is waited for.
+
+        `opening`: headers to begin it with if it has not begun; None while it must not begin.
+        """
+        return _Watched(self, reply, opening)
+
+    def add(self, watched: _Watched) -> None:
+        if not self._every_s:
+            return
+        self._watched.add(watched)
+        if not self._is_looking:
+            self._is_looking = True
+            self._look_later()
+
+    def remove(self, watched: _Watched) -> None:
+        self._watched.discard(watched)
+
+    def _look_later(self) -> None:
+        asyncio.get_running_loop().call_later(self._every_s / 2, self._look)
+
+    def _look(self) -> None:
+        for watched in self._watched:
+            watched.look()
+        if self._watched:
+            self._look_later()
+        else:
+            self._is_looking = False
+
+
+class _Watched:
+    __slots__ = ("_keeper", "_opening", "_over", "_quiet", "_reply", "_saying", "_seen")
+
+    def __init__(self, keeper: KeepAlive, reply: Reply, opening: Callable[[], Head | None]) -> None:
+        self._keeper = keeper
+        self._reply = reply
         self._opening = opening
         self._seen: object = self  # no part of a stream: the first look finds a change
         self._quiet = 0  # looks in a row that found nothing new
@@ -42,25 +77,19 @@ class KeepAlive:
         self._saying: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Self:
-        if self._every_s:
-            self._arm()
+        self._keeper.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over = True
-        if self._every_s:
-            self._timer.cancel()
+        self._keeper.remove(self)
 
-    def _arm(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._every_s / 2, self._look)
-
-    def _look(self) -> None:
+    def look(self) -> None:
         latest = self._reply.latest
         self._quiet = self._quiet + 1 if latest is self._seen else 0
         self._seen = latest
         if self._quiet % 2:
             self._saying = asyncio.ensure_future(self._say())
-        self._arm()
 
     async def _say(self) -> None:
         reply = self._reply
@@ -74,3 +103,6 @@ class KeepAlive:
         # What is sent is in the order of the calls, also where the client reads too slowly.
         if reply.latest is None or reply.latest.endswith(_EVENT_ENDS):
             await reply.comment(COMMENT)
+
+
+NEVER: Final = KeepAlive(0.0)

@@ -20,7 +20,7 @@ from frontend.attempts import Attempts
 from frontend.errors import ApiError, bad_request, engine_lost
 from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
-from frontend.keep_alive import EVENT_STREAM, Head, KeepAlive
+from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Upstream
@@ -57,21 +57,21 @@ class Relay:
         upstream: Upstream,
         *,
         migrations_max: int,
-        keep_alive_s: float = 0.0,
+        keep_alive: KeepAlive = NEVER,
     ) -> None:
         self._read = read
         self._fleet = fleet
         self._upstream = upstream
         self._migrations_max = migrations_max
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         read = self._read(body, scope)
         measured.model = read.model
         job = read.job(reply.request_id)
         measured.prepared(len(job.tokens))
-        keep_alive_s = self._keep_alive_s if read.stream else 0.0
-        await self._serve(scope, body, job, reply, measured, keep_alive_s)
+        keep_alive = self._keep_alive if read.stream else NEVER
+        await self._serve(scope, body, job, reply, measured, keep_alive)
 
     async def _serve(
         self,
@@ -80,7 +80,7 @@ class Relay:
         job: Job,
         reply: Reply,
         measured: Measured,
-        keep_alive_s: float,
+        keep_alive: KeepAlive,
     ) -> None:
         given = [
             *names.onward(scope["headers"]),
@@ -91,7 +91,7 @@ class Relay:
         while True:
             with (
                 await attempts.assign(job) as assigned,
-                KeepAlive(reply, keep_alive_s, partial(_opening, assigned)),
+                keep_alive.watching(reply, partial(_opening, assigned)),
             ):
                 try:
                     if assigned.prefill is not None:

@@ -19,7 +19,7 @@ from frontend.errors import ApiError, engine_lost
 from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet, Place
 from frontend.gate import Gate, Receive, Scope, Send
-from frontend.keep_alive import EVENT_STREAM, KeepAlive
+from frontend.keep_alive import EVENT_STREAM, NEVER, KeepAlive
 from frontend.meter import Measured, Meter
 from frontend.relay import RESPONSES, WORKER, back
 from frontend.request import decode
@@ -86,14 +86,14 @@ class Responses:
         makers: Makers,
         meter: Meter,
         *,
-        keep_alive_s: float = 0.0,
+        keep_alive: KeepAlive = NEVER,
     ) -> None:
         self._relay = relay
         self._fleet = fleet
         self._upstream = upstream
         self._makers = makers
         self._meter = meter
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self._asking = asyncio.Semaphore(ASKED_MAX)
 
     async def create(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
@@ -134,7 +134,7 @@ class Responses:
             await reply.whole(answer.status, head, await answer.read())
             return
         await reply.begin(answer.status, head)
-        with KeepAlive(reply, self._keep_alive_s, lambda: EVENT_STREAM):
+        with self._keep_alive.watching(reply, lambda: EVENT_STREAM):
             async for chunk in answer.chunks():
                 await reply.part(chunk)
         await reply.end()

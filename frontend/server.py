@@ -14,6 +14,7 @@ from frontend.app import make_app
 from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
 from frontend.generate import Generation, RequestPlaneEngines
+from frontend.keep_alive import KeepAlive
 from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
 from frontend.pages import Pages
@@ -133,14 +134,15 @@ def _parts(
         admin_keys=[key.get_secret_value() for key in openai.admin_keys],
         clients_are_admins=openai.admin == "clients",
     )
+    keep_alive = KeepAlive(openai.keep_alive)
     exchanges = make_exchanges(
         fleet,
         gate,
         meter,
         upstream,
-        TokenRoutes(fleet, generation, openai.keep_alive),
+        TokenRoutes(fleet, generation, keep_alive),
         migrations_max=openai.migrations,
-        keep_alive_s=openai.keep_alive,
+        keep_alive=keep_alive,
         responses_remembered=openai.responses_remembered,
     )
     return _Parts(fleet, gate, meter, exchanges)

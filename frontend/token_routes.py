@@ -19,7 +19,7 @@ from frontend.errors import bad_request
 from frontend.fleet import Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
-from frontend.keep_alive import EVENT_STREAM, KeepAlive
+from frontend.keep_alive import EVENT_STREAM, NEVER, KeepAlive
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker
 from frontend.relay import read_pinned, read_session
@@ -67,10 +67,10 @@ class Piece:
 class TokenRoutes:
     """`chat` and `completions` are handlers; see `frontend.exchange`."""
 
-    def __init__(self, fleet: Fleet, generation: Generation, keep_alive_s: float = 0.0) -> None:
+    def __init__(self, fleet: Fleet, generation: Generation, keep_alive: KeepAlive = NEVER) -> None:
         self._fleet = fleet
         self._generation = generation
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
 
     async def chat(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         request, fields = decode(chat_decoder, body), decode(sampling_decoder, body)
@@ -188,8 +188,8 @@ class TokenRoutes:
                 await _whole(asked, pieces, usage, reply, measured)
                 return
             # While it waits for an engine it may still be refused with a status of its own.
-            with KeepAlive(
-                reply, self._keep_alive_s, lambda: EVENT_STREAM if measured.placed else None
+            with self._keep_alive.watching(
+                reply, lambda: EVENT_STREAM if measured.placed else None
             ):
                 await _stream(asked, pieces, usage, reply, measured)
 

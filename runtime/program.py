@@ -26,7 +26,11 @@ DISTRIBUTION: Final = "kvbm-daemon"
 
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one setting, a list as a,b or JSON; may be given repeatedly.",
+    ),
 ]
 
 S = TypeVar("S", bound=Settings)

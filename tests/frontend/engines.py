@@ -18,6 +18,7 @@ from frontend.errors import model_not_found, overloaded
 from frontend.exchanges import make_exchanges
 from frontend.fleet import Assigned, Job, ModelInfo, Place
 from frontend.gate import Gate
+from frontend.keep_alive import KeepAlive
 from frontend.meter import Meter
 from frontend.pages import Pages
 from frontend.prompt import PromptMaker
@@ -265,6 +266,7 @@ async def frontend(
     text: PromptMaker | None = None,
     silence_s: float = 30.0,
     cors_origins: Sequence[str] = (),
+    keep_alive_s: float = 0.0,
     **given: Any,
 ) -> AsyncIterator[Running]:
     """With one engine for each script; `given` goes to `make_exchanges`."""
@@ -274,7 +276,8 @@ async def frontend(
     fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
-    exchanges = make_exchanges(fleet, gate, meter, upstream, **{"migrations_max": 1, **given})
+    given = {"migrations_max": 1, "keep_alive": KeepAlive(keep_alive_s), **given}
+    exchanges = make_exchanges(fleet, gate, meter, upstream, **given)
     app = make_app(exchanges, Pages(fleet, gate, meter, OneLimit()), cors_origins)
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
     server = _Server(config)

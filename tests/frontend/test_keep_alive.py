@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -265,7 +266,7 @@ async def test_a_client_that_reads_too_slowly_gets_all_in_order() -> None:
             sent.append(message.get("body", b"start"))
 
     reply = Reply(send, "r1")
-    with KeepAlive(reply, EVERY_S, lambda: EVENT_STREAM):
+    with KeepAlive(EVERY_S).watching(reply, lambda: EVENT_STREAM):
         await asyncio.sleep(2 * EVERY_S)  # it wants to begin, and cannot
         working = asyncio.ensure_future(reply.part(SECOND[:7]))
         await asyncio.sleep(3 * EVERY_S)
@@ -276,3 +277,23 @@ async def test_a_client_that_reads_too_slowly_gets_all_in_order() -> None:
     assert sent[0] == b"start"
     assert b"".join(sent[1:]).replace(COMMENT, b"") == SECOND
     assert SECOND in b"".join(sent)
+
+
+async def test_one_timer_sees_to_all_streams_and_rests_when_there_are_none() -> None:
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    keeper = KeepAlive(EVERY_S)
+    for comments in (3, 6):
+        replies = [Reply(send, f"r{number}") for number in range(3)]
+        with contextlib.ExitStack() as stack:
+            for reply in replies:
+                stack.enter_context(keeper.watching(reply, lambda: EVENT_STREAM))
+            async with asyncio.timeout(WAIT_S):
+                while sent.count(COMMENT) < comments:
+                    await asyncio.sleep(0.01)
+        assert all(reply.status == 200 for reply in replies)
+        await asyncio.sleep(3 * EVERY_S)
+        assert sent.count(COMMENT) == comments

@@ -13,6 +13,7 @@ from frontend.app import make_app
 from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
 from frontend.generate import Generation, RequestPlaneEngines
+from frontend.keep_alive import KeepAlive
 from frontend.meter import Meter
 from frontend.pages import Pages
 from frontend.prompt import PromptMaker
@@ -140,7 +141,7 @@ async def token_frontend(
         migration_tokens_max=migration_tokens_max,
     )
     meter, gate = Meter(), Gate((), 64, body_bytes_max)
-    routes = TokenRoutes(fleet, generation, keep_alive_s)
+    routes = TokenRoutes(fleet, generation, KeepAlive(keep_alive_s))
     exchanges = make_exchanges(
         fleet, gate, meter, Upstream(10.0), routes, migrations_max=migrations_max
     )
