@@ -20,6 +20,7 @@ from runtime.units import Duration, Secret, Size
 
 ENV_PREFIX: Final = "KVBM_FRONTEND_"
 _KEY = re.compile(r"[!-~]{8,}")
+_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 
 
 class OpenAiSettings(Section):
@@ -96,6 +97,13 @@ class OpenAiSettings(Section):
         if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):
             raise ValueError("a key is at least 8 characters of ASCII without spaces")
         return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+            raise ValueError("an origin is `https://HOST` or `https://HOST:PORT`, or `*` for all")
+        return origins
 
     @model_validator(mode="after")
     def _check(self) -> Self:

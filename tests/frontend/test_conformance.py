@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from frontend.gate import Gate
+from frontend.settings import OpenAiSettings
 from tests.frontend.engines import MODEL, Asked, Running, Wire, frontend
 from tests.frontend.test_openai_client import MESSAGES, client
 from tests.frontend.token_engines import TokenEngine, token_frontend
@@ -306,6 +307,13 @@ async def test_pages_of_browsers_may_ask_where_that_is_set() -> None:
         assert "x-request-id" in reply.headers["access-control-expose-headers"].lower()
         other = await asks.get("/live", headers={"origin": "https://other.example"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def test_an_origin_that_no_browser_sends_is_refused() -> None:
+    for origin in ("https://app.example/", "app.example", "https://app.example/page"):
+        with pytest.raises(ValueError, match="an origin is"):
+            OpenAiSettings(cors_origins=[origin])
+    assert OpenAiSettings(cors_origins=["*", "http://localhost:3000"]).cors_origins
 
 
 async def test_when_to_come_back_is_told() -> None:
