@@ -149,7 +149,7 @@ class Relay:
             measured.status = answer.status
             if reply.status is not None:  # a comment has begun it: its status is told already
                 raise _late(answer.status, data)
-            await reply.whole(answer.status, [*back(answer), *_where(assigned)], data)
+            await reply.whole(answer.status, [*back(answer), *where(assigned)], data)
 
     async def _stream(
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
@@ -162,7 +162,7 @@ class Relay:
                 measured.first_token()
                 measured.status = answer.status
                 if reply.status is None:
-                    await reply.begin(answer.status, [*back(answer), *_where(assigned)])
+                    await reply.begin(answer.status, [*back(answer), *where(assigned)])
             events = chunk.count(_EVENT_END)
             assigned.output(events)
             measured.output(events)
@@ -193,10 +193,11 @@ def _first_token_of(path: str, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _opening(assigned: Assigned) -> Head:
-    return *EVENT_STREAM, *_where(assigned)
+    return *EVENT_STREAM, *where(assigned)
 
 
-def _where(assigned: Assigned) -> Head:
+def where(assigned: Assigned) -> Head:
+    """Headers that say which worker answers, and what it was expected to have."""
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
     return (WORKER, worker.encode()), (_CACHED, str(assigned.cached_tokens).encode())
 

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from frontend import headers as names
@@ -19,10 +20,10 @@ from frontend.errors import bad_request
 from frontend.fleet import Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
-from frontend.keep_alive import EVENT_STREAM, NEVER, KeepAlive
+from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker
-from frontend.relay import read_pinned, read_session
+from frontend.relay import read_pinned, read_session, where
 from frontend.request import (
     ChatRequest,
     CompletionRequest,
@@ -37,7 +38,7 @@ from frontend.tokenizer import Tokens
 from runtime.generation import Generated
 
 OUTPUT_TOKENS: Final = 16  # of a completion that does not say, as OpenAI has it
-_JSON: Final = [(b"content-type", b"application/json")]
+_JSON: Final = ((b"content-type", b"application/json"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +188,7 @@ class TokenRoutes:
             if not asked.stream:
                 await _whole(asked, pieces, usage, reply, measured)
                 return
-            # While it waits for an engine it may still be refused with a status of its own.
-            with self._keep_alive.watching(
-                reply, lambda: EVENT_STREAM if measured.placed else None
-            ):
+            with self._keep_alive.watching(reply, partial(_opening, measured)):
                 await _stream(asked, pieces, usage, reply, measured)
 
 
@@ -210,7 +208,7 @@ async def _stream(
         if reply.latest is None:
             measured.first_token()
             if reply.status is None:
-                await reply.begin(200, EVENT_STREAM)
+                await reply.begin(200, _saying_where(EVENT_STREAM, measured))
             event = b"".join(map(form.opening, range(len(asked.prompts)))) + event
         if event:
             measured.output(piece.tokens)
@@ -234,7 +232,17 @@ async def _whole(
         choice = choices[piece.index]
         choice.text.append(piece.text)
         choice.finish_reason = piece.finish_reason
-    await reply.whole(200, _JSON, asked.form.whole(choices, usage))
+    await reply.whole(200, _saying_where(_JSON, measured), asked.form.whole(choices, usage))
+
+
+def _opening(measured: Measured) -> Head | None:
+    """While it waits for an engine it may still be refused with a status of its own."""
+    return None if measured.assigned is None else _saying_where(EVENT_STREAM, measured)
+
+
+def _saying_where(head: Head, measured: Measured) -> Head:
+    """Of several choices, the worker of one; of an echo none is known yet."""
+    return head if measured.assigned is None else (*head, *where(measured.assigned))
 
 
 def _count(usage: Usage, piece: Piece) -> None:
