@@ -26,6 +26,8 @@ _SERVERS: Final = "server_error"
 _ANTHROPIC: Final = "/v1/messages"
 _NAMED_EVENTS: Final = (_ANTHROPIC, "/v1/responses")
 """Routes whose streams name their events: Anthropic's client passes over one without a name."""
+UNSUPPORTED: Final = "unsupported"
+"""The code of what only an engine's own server can make."""
 
 
 @dataclass(eq=False)
@@ -73,6 +75,11 @@ def model_not_found(model: str, known: list[str]) -> ApiError:
     listed = ", ".join(sorted(known)) or "none at the moment"
     message = f"The model {model!r} does not exist here; served are: {listed}"
     return ApiError(404, message, "model_not_found", "model")
+
+
+def refused_by_engine(status: int, message: str, param: str | None = None) -> ApiError:
+    """What an engine said of a request, where its answer cannot be passed on as it is."""
+    return ApiError(status, message, "refused_by_engine", param)
 
 
 def overloaded(message: str, retry_after_s: int, status: int = 503) -> ApiError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from frontend.errors import UNSUPPORTED, ApiError
 from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet
 from frontend.gate import Gate, Scope
@@ -58,7 +59,10 @@ def make_exchanges(
 
 
 class ByModel:
-    """A handler that leaves models whose engines take tokens to another."""
+    """A handler that leaves models whose engines take tokens to another.
+
+    What that one cannot make is passed through if the engines have servers too.
+    """
 
     def __init__(self, fleet: Fleet, of_tokens: Handler, others: Handler) -> None:
         self._fleet = fleet
@@ -67,5 +71,11 @@ class ByModel:
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         model = decode(model_decoder, body).model
-        handler = self._of_tokens if self._fleet.takes_tokens(model) else self._others
-        await handler(body, scope, reply, measured)
+        if self._fleet.takes_tokens(model):
+            try:
+                await self._of_tokens(body, scope, reply, measured)
+                return
+            except ApiError as error:
+                if error.code != UNSUPPORTED or not self._fleet.has_servers(model):
+                    raise
+        await self._others(body, scope, reply, measured)

@@ -143,7 +143,7 @@ class Measured:
         self.model = ""
         self.outcome = ""
         self.status = 200
-        self.assigned: Assigned | None = None  # to the engine that was chosen last
+        self.placed = False  # an engine was chosen
         self._meter = meter
         self._route = route
         self._began = self._latest = time.perf_counter()
@@ -158,7 +158,7 @@ class Measured:
 
     def sent(self, assigned: Assigned, *, migrated: bool) -> None:
         self._stage("route")
-        self.assigned = assigned
+        self.placed = True
         if migrated:
             self._meter.child(self._meter.migrations, self.model).inc()
         elif assigned.cached_tokens:

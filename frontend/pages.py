@@ -114,10 +114,14 @@ class Pages:
         return JSONResponse(told[0] if len(told) == 1 else {"thresholds": told})
 
     async def health(self, _: Request) -> Response:
-        """200 once some engine serves."""
+        """200 once some engine serves; else what is waited for."""
         models = {model.name: model.engines for model in self.fleet.models()}
-        status = "ready" if models else "no engine serves"
-        return JSONResponse({"status": status, "engines": models}, 200 if models else 503)
+        if not models:
+            waits_for = dict(self.fleet.waits_for())
+            missing = {"status": "no engine serves", "engines": {}, "waits_for": waits_for}
+            return JSONResponse(missing, 503)
+        by_load = [name for name in models if self.fleet.text(name) is None]
+        return JSONResponse({"status": "ready", "engines": models, "routed_by_load": by_load})
 
     async def metrics(self, _: Request) -> Response:
         return Response(generate_latest(self.meter.registry), media_type=CONTENT_TYPE_LATEST)

@@ -17,13 +17,13 @@ import structlog
 
 from frontend import headers as names
 from frontend.attempts import Attempts
-from frontend.errors import ApiError, bad_request, engine_lost
+from frontend.errors import UNSUPPORTED, ApiError, bad_request, engine_lost, refused_by_engine
 from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
 from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
-from frontend.upstream import Answer, EngineFault, Upstream
+from frontend.upstream import Answer, EngineFault, Given, Upstream, to_rank
 
 RESPONSES: Final = "/v1/responses"
 GENERATE: Final = "/inference/v1/generate"
@@ -31,9 +31,6 @@ WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
 _SAID_BYTES_MAX: Final = 1000
-
-Given = list[tuple[str, str]]
-"""Headers for the engine."""
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -91,7 +88,7 @@ class Relay:
         while True:
             with (
                 await attempts.assign(job) as assigned,
-                keep_alive.watching(reply, partial(_opening, assigned)),
+                keep_alive.watching(reply, partial(_opening, assigned, reply)),
             ):
                 try:
                     if assigned.prefill is not None:
@@ -117,7 +114,7 @@ class Relay:
         data = msgspec.json.encode(_first_token_of(path, asked))
         try:
             async with self._upstream.send(
-                "POST", place.url + path, _to(place, given), data
+                "POST", place.url + path, to_rank(place, given), data
             ) as answer:
                 await answer.read()
         except EngineFault as fault:
@@ -136,10 +133,10 @@ class Relay:
         place = assigned.place
         if not place.url:
             said = f"{scope['path']} is not for this model: its engines take tokens only"
-            raise bad_request(said, "model", "unsupported")
+            raise bad_request(said, "model", UNSUPPORTED)
         query = scope.get("query_string") or b""
         url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
-        async with self._upstream.send(scope["method"], url, _to(place, given), body) as answer:
+        async with self._upstream.send(scope["method"], url, to_rank(place, given), body) as answer:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
@@ -147,9 +144,10 @@ class Relay:
             assigned.first_token()
             measured.first_token()
             measured.status = answer.status
+            say_where(assigned, reply)
             if reply.status is not None:  # a comment has begun it: its status is told already
                 raise _late(answer.status, data)
-            await reply.whole(answer.status, [*back(answer), *where(assigned)], data)
+            await reply.whole(answer.status, back(answer), data)
 
     async def _stream(
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
@@ -161,8 +159,9 @@ class Relay:
                 assigned.first_token()
                 measured.first_token()
                 measured.status = answer.status
+                say_where(assigned, reply)
                 if reply.status is None:
-                    await reply.begin(answer.status, [*back(answer), *where(assigned)])
+                    await reply.begin(answer.status, back(answer))
             events = chunk.count(_EVENT_END)
             assigned.output(events)
             measured.output(events)
@@ -170,12 +169,6 @@ class Relay:
         if first:
             raise EngineFault(assigned.place.url, "its stream was empty", begun=True)
         await reply.end()
-
-
-def _to(place: Place, given: Given) -> Given:
-    if place.dp_size == 1:
-        return given
-    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
 
 
 def _first_token_of(path: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -192,23 +185,29 @@ def _first_token_of(path: str, asked: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **only}
 
 
-def _opening(assigned: Assigned) -> Head:
-    return *EVENT_STREAM, *where(assigned)
+def _opening(assigned: Assigned, reply: Reply) -> Head:
+    say_where(assigned, reply)
+    return EVENT_STREAM
 
 
-def where(assigned: Assigned) -> Head:
-    """Headers that say which worker answers, and what it was expected to have."""
+def say_where(assigned: Assigned, reply: Reply) -> None:
+    """Who answers; in place of whom was said before, if another one did not get to it."""
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
-    return (WORKER, worker.encode()), (_CACHED, str(assigned.cached_tokens).encode())
+    reply.extra[1:] = [
+        (WORKER, worker.encode()),
+        (_CACHED, str(assigned.cached_tokens).encode()),
+    ]
 
 
 def _late(status: int, body: bytes) -> ApiError:
     """What an engine said instead of a stream, for the end of one."""
+    if status < 400:
+        return engine_lost("The engine gave no stream")
     try:
         said = str(msgspec.json.decode(body)["error"]["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
         said = body[:_SAID_BYTES_MAX].decode(errors="replace")
-    return ApiError(status if status >= 400 else 502, said)
+    return refused_by_engine(status, said)
 
 
 def back(answer: Answer) -> list[tuple[bytes, bytes]]:

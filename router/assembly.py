@@ -137,8 +137,10 @@ class Assembly:
         workers = sum(len(model) for model in self.models.values())
         self._had_workers |= workers >= self.settings.min_workers
         least = self.settings.min_workers
+        away = self.runtime.discovery.status().error
+        unlisted = "engines were not listed yet" + (f": {away}" if away else "")
         return {
-            "discovery": None if self.fleet.is_synced else "engines were not listed yet",
+            "discovery": None if self.fleet.is_synced else unlisted,
             "events": None if plane.kind == "none" or plane.connected else str(plane.error),
             "index": None if self._is_warm() else "nodes have not told yet what they hold",
             "workers": None if self._had_workers else f"{workers} of {least} workers were found",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -192,6 +192,9 @@ class InTurn:
     def models(self) -> Sequence[ModelInfo]:
         return [ModelInfo(MODEL, 1, len(self.engines), 4096)] if self.engines else []
 
+    def waits_for(self) -> Mapping[str, str]:
+        return {} if self.engines else {"discovery": "nobody was found"}
+
     def text(self, model: str) -> PromptMaker | None:
         if model != MODEL:
             raise model_not_found(model, [MODEL])
@@ -202,6 +205,9 @@ class InTurn:
 
     def places(self) -> Sequence[Place]:
         return [Worker(engine.instance, engine.url) for engine in self.engines]
+
+    def has_servers(self, model: str) -> bool:
+        return False
 
     async def assign(self, job: Job) -> Assigned:
         self.jobs.append(job)
@@ -267,13 +273,14 @@ async def frontend(
     silence_s: float = 30.0,
     cors_origins: Sequence[str] = (),
     keep_alive_s: float = 0.0,
+    engine_key: str | None = None,
     **given: Any,
 ) -> AsyncIterator[Running]:
     """With one engine for each script; `given` goes to `make_exchanges`."""
     engines = [Engine(number, script) for number, script in enumerate(scripts, 1)]
     for engine in engines:
         await engine.start()
-    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
+    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s, engine_key)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
     given = {"migrations_max": 1, "keep_alive": KeepAlive(keep_alive_s), **given}

@@ -181,13 +181,12 @@ async def test_probes_and_lists_answer_head() -> None:
 async def test_health_says_which_models_are_served() -> None:
     async with frontend(answer) as running, http(running) as asks:
         reply = await asks.get("/health")
-        assert (reply.status_code, reply.json()) == (
-            200,
-            {"status": "ready", "engines": {MODEL: 1}},
-        )
+        ready = {"status": "ready", "engines": {MODEL: 1}, "routed_by_load": [MODEL]}
+        assert (reply.status_code, reply.json()) == (200, ready)
         running.fleet.engines = []
         reply = await asks.get("/health")
         assert (reply.status_code, reply.json()["engines"]) == (503, {})
+        assert "waits_for" in reply.json()
         assert (await asks.get("/live")).json() == {"status": "live"}
 
 

@@ -169,7 +169,7 @@ async def test_an_error_after_that_is_the_streams_last_event(path: str, expected
         assert event.startswith(expected)
         error = json.loads(event.partition(b"data: ")[2])["error"]
         assert (error["message"], error["type"]) == ("too long", "invalid_request_error")
-        assert running.outcomes() == {"invalid_request_error": 1.0}
+        assert running.outcomes() == {"refused_by_engine": 1.0}
 
 
 async def test_the_official_clients_pass_over_it() -> None:
