@@ -20,6 +20,7 @@ from frontend.errors import UNSUPPORTED, bad_request
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
+from frontend.hints import read_hints
 from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker, has_only_text
@@ -163,6 +164,7 @@ class TokenRoutes:
         measured.prepared(sum(map(len, asked.prompts)))
         session = read_session(scope) or request.prompt_cache_key
         pinned = read_pinned(scope)
+        hints = read_hints(scope, request)
         headers = {
             "x-request-id": reply.request_id,
             "traceparent": names.traceparent(scope["headers"]),
@@ -182,6 +184,7 @@ class TokenRoutes:
                 session=session,
                 cache_salt=request.cache_salt,
                 pinned=pinned,
+                hints=hints,
             )
             sampling = asked.fields.sampling(asked.max_tokens, index % asked.n)
             made = self._generation.run(job, sampling, headers, measured, placed)
