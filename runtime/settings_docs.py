@@ -19,8 +19,9 @@ from runtime.settings import Settings, is_by_name, section_of
 from runtime.units import Kind, format_duration, format_size
 
 LAYERS: Final = """\
-Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
-the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
+Later ones win: built-in defaults, the file given with `--config` (YAML, TOML or JSON), the
+environment, the command line (`--set KEY=VALUE`). An unknown key is an error that names what was
+meant.
 """
 """What the introduction of every page begins with."""
 
