@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from frontend.errors import ApiError
+from frontend.errors import ApiError, refused_by_engine
 from frontend.fleet import Place
 from frontend.upstream import EngineFault, Upstream, to_rank
 from runtime.generation import Finish, Generate, Generated
@@ -150,7 +150,7 @@ def _failure(place: Place, error: _Error) -> ApiError | EngineFault:
     """What the request is to blame for is its answer; all else is for another engine to try."""
     status = error.code if isinstance(error.code, int) else 500
     if 400 <= status < 500:
-        return ApiError(status, error.message, "refused_by_engine", error.param)
+        return refused_by_engine(status, error.message, error.param)
     return EngineFault(place.url, f"{status}: {error.message}", begun=True)
 
 

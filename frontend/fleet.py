@@ -127,6 +127,10 @@ class Fleet(Protocol):
         """Whether its engines are given tokens; false also if there is no such model."""
         ...
 
+    def places(self) -> Sequence[Place]:
+        """Engines with an OpenAI server, each once, whether they take new requests or not."""
+        ...
+
     def has_servers(self, model: str) -> bool:
         """Whether its engines have OpenAI servers, so that requests can be passed through."""
         ...

@@ -29,7 +29,11 @@ MISSING_EVERY_S: Final = 1.0
 
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one setting, a list as a,b or JSON; may be given repeatedly.",
+    ),
 ]
 
 S = TypeVar("S", bound=Settings)

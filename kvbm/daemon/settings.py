@@ -31,7 +31,7 @@ from runtime.events.settings import EventPlaneSettings
 from runtime.names import EndpointName
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
-from runtime.settings_docs import markdown
+from runtime.settings_docs import LAYERS, markdown
 from runtime.telemetry import LogSettings
 from runtime.units import Duration, Secret, Size, format_size
 from runtime.web.settings import WebSettings
@@ -488,17 +488,20 @@ def _node_name(hostname: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", hostname.partition(".")[0])[:48] or "node"
 
 
-_INTRODUCTION: Final = """\
-Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
-the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
+_INTRODUCTION: Final = (
+    LAYERS
+    + """\
 
 A **size** is a whole number of bytes or `512MiB`, `64GiB`, `2TB`. A **duration** is a number of
 seconds or `250ms`, `5s`, `10min`, `1h`, `7d`. A **secret** is never shown or logged; `file:PATH`
 reads it from a file, as with systemd's `LoadCredential=`. A section can be given as JSON in one
-variable (`KVBM_SSD='{"path": "/ssd", "capacity": "1TiB"}'`).
+variable (`KVBM_SSD='{"path": "/ssd", "capacity": "1TiB"}'`) or assignment. A **list** or a
+**mapping** is JSON as well; with `--set` a list can be `a,b` (`--set peers.nodes=n1:9471,n2:9471`),
+and a mapping can be given by name (`--set KEY.NAME=VALUE`).
 
 This page is generated: `python -m kvbm.daemon.settings > docs/CONFIG.md`.
 """
+)
 
 
 if __name__ == "__main__":
