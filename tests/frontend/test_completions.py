@@ -178,6 +178,21 @@ async def test_a_stream_goes_on_at_another_engine(first: Script) -> None:
         assert asked["max_tokens"] == 97
 
 
+async def test_an_engine_lost_behind_its_last_token_is_not_missed() -> None:
+    parts = event(TOKENS), event([END], "stop", stop_reason=None)
+    async with before(saying(*parts, broken=True), rest(0)) as (http, [_, second]):
+        answer = (await http.post("/v1/completions", json=BODY)).json()
+        assert answer["choices"][0]["text"] == ANSWER
+        assert not second.asked
+
+
+async def test_connections_are_used_again() -> None:
+    async with before(rest(0)) as (http, [engine]):
+        for _ in range(3):
+            assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        assert len(engine.wires) == 1
+
+
 async def test_an_engine_that_is_overloaded_is_replaced() -> None:
     async with before(refusing(503, "too busy"), rest(0)) as (http, _):
         reply = await http.post("/v1/completions", json=BODY)
