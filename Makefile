@@ -30,10 +30,12 @@ format: $(STAMP) ## let ruff rewrite what it can
 
 # Engines want the machine to themselves; the rest mostly waits for servers and clocks.
 test: $(STAMP) ## every test, real engines included
+	@$(BIN)/python tools/browser.py
 	$(BIN)/python -m pytest -m e2e
 	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 
 test-fast: $(STAMP) ## every test but those that start an engine
+	@$(BIN)/python tools/browser.py
 	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 
 chaos: $(STAMP) ## kill the daemon 200 times under load, then every program of a fleet, 200 times

@@ -25,11 +25,13 @@ from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 from router.app import create_app
 from router.assembly import Assembly, running
+from router.dashboard import FleetPage
 from router.metrics import RouterMetrics
 from router.service import RouterService
 from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
 from runtime.kernels import WHY
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import ServerTls, WebServer
 from runtime.web.starting import RETRY_AFTER_S, Starting
 
@@ -114,8 +116,10 @@ async def _open(
 ) -> AsyncIterator[None]:
     openai = settings.openai
     async with contextlib.AsyncExitStack() as stack:
-        doors.operators_page.app = create_app(RouterService(assembly))
+        dashboard = Dashboard(FleetPage(assembly))
+        doors.operators_page.app = create_app(RouterService(assembly), dashboard)
         stack.push_async_callback(doors.operators.stop)
+        await stack.enter_async_context(dashboard.running())
         if settings.kserve is not None:
             completions = parts.exchanges["/v1/completions"]
             service = InferenceService(parts.fleet, completions, program.version())

@@ -80,20 +80,24 @@ async def _route(
     from router.app import create_app
     from router.assembly import running
     from router.component import serve_component
+    from router.dashboard import FleetPage
     from router.metrics import RouterMetrics
     from router.service import RouterService
+    from runtime.web.dashboard import Dashboard
 
     metrics = RouterMetrics(program.version(), settings.name)
     async with running(settings, os.environ, metrics) as assembly:
         service = RouterService(assembly)
-        page.app = create_app(service)
+        dashboard = Dashboard(FleetPage(assembly))
+        page.app = create_app(service, dashboard)
         await serve_component(service)
         _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
         said = f"listening on {server.url}"
         notifier.ready(said)
-        await program.unless_stopped(
-            stop, program.tell_what_is_missing(notifier, said, assembly.readiness)
-        )
+        async with dashboard.running():
+            await program.unless_stopped(
+                stop, program.tell_what_is_missing(notifier, said, assembly.readiness)
+            )
         notifier.stopping()
         _log.info("stopping", requests=len(assembly.reservations))
         await server.stop()

@@ -26,6 +26,7 @@ from router.load import ActiveSequences
 from router.metrics import RouterMetrics
 from router.model import Engine, ModelRouter
 from router.pool import PoolName, Surroundings
+from router.recent import Recent
 from router.replica import ReplicatedLoad
 from router.reservations import SWEEP_S, Reservations
 from router.router import Load
@@ -73,6 +74,7 @@ class Assembly:
         self.runtime = runtime
         self.plane = plane
         self.metrics = metrics
+        self.recent = Recent(metrics)
         self.models: dict[str, ModelRouter] = {}
         self.index = Index(settings.index.capacity, LANES * settings.index.workers_max)
         self.reservations = Reservations(settings.reservations.limit, clock)
@@ -225,7 +227,7 @@ class Assembly:
             block_tokens,
             self._around,
             measured=self.speeds,
-            meter=self.metrics,
+            meter=self.recent,
             on_lost=self.reservations.lost,
         )
         self.models[name] = model

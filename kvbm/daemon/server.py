@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 import structlog
 
 from kvbm.daemon.admin import create_app
+from kvbm.daemon.dashboard import NodePage
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.settings import DaemonSettings
 from runtime import program
 from runtime.embedded import EmbeddedNats
 from runtime.systemd import Notifier
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import WebServer
 from runtime.web.starting import Starting
 from storage_tiers.arena import Slot
@@ -47,6 +49,7 @@ class Server:
         self._page = page
         self._notifier = notifier
         self._socket = ControlSocket(node.settings.socket, node.members, node.arena, node.metrics)
+        self._dashboard = Dashboard(NodePage(node, node.metrics))
         self._remote_tried = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -66,7 +69,9 @@ class Server:
                 if tier.name is not TierName.S3:
                     await self._open(tier)
             admin = node.settings.admin
-            self._page.app = create_app(node, node.operations, node.metrics, admin.token_text)
+            self._page.app = create_app(
+                node, node.operations, node.metrics, admin.token_text, self._dashboard
+            )
             cleanup.push_async_callback(self._web.stop)
             if node.peers is not None:
                 await node.peers.open()
@@ -105,6 +110,7 @@ class Server:
                     *((f"patrol-{p.tier.value}", p.run()) for p in self._node.patrols),
                     ("watchdog", self._notifier.feed_watchdog()),
                     ("rates", self._node.speeds.run()),
+                    ("dashboard", self._dashboard.run()),
                     ("open-remote", self._open_remote()),
                     ("adopt", self._adopt()),
                 )
