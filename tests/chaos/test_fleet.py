@@ -25,7 +25,6 @@ from mocker.realtime import answer_to
 from mocker.text import VOCABULARY, text_of
 from tests.chaos.fleet import (
     BLOCK_TOKENS,
-    MADE,
     MODELS,
     RELAYED,
     WAIT_S,
@@ -108,7 +107,7 @@ async def check_engine_killed_under_an_answer(
     await fleet.until("nothing is left over", partial(unfinished, fleet))
     prompt = [dice.randrange(VOCABULARY) for _ in range(100)]
     body = {"model": model, "prompt": prompt, "max_tokens": LONG_ANSWER, "stream": True}
-    true, said = text_of(answer_to(prompt, LONG_ANSWER, VOCABULARY)), ""
+    true, said, ended = text_of(answer_to(prompt, LONG_ANSWER, VOCABULARY)), "", ""
     async with httpx.AsyncClient(base_url=fleet.frontend_url, timeout=WAIT_S) as http:
         parts = streamed(http, body, [""])
         said += await anext(parts)
@@ -120,10 +119,9 @@ async def check_engine_killed_under_an_answer(
             async for part in parts:
                 said += part
         except Failed as failure:
-            assert (model, str(failure)) == (RELAYED, "engine_lost")
-            assert true.startswith(said)
-        else:
-            assert (model, said) == (MADE, true)
+            ended = str(failure)
+    assert ended == ("engine_lost" if model == RELAYED else "")
+    assert true.startswith(said) and (model == RELAYED or said == true)
     engine.start()
     await fleet.until("the engine is known again", fleet.serves)
 
