@@ -12,7 +12,7 @@ CODE   := $(wildcard storage_tiers runtime kvbm router frontend connectors mocke
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml tools/install.py tools/constraints.txt
+$(STAMP): pyproject.toml tools/install.py tools/programs.py tools/constraints.txt
 	@$(PYTHON) tools/install.py
 	@touch $@
 

@@ -120,6 +120,10 @@ class Fleet(Protocol):
         """Whether its engines are given tokens; false also if there is no such model."""
         ...
 
+    def has_servers(self, model: str) -> bool:
+        """Whether its engines have OpenAI servers, so that requests can be passed through."""
+        ...
+
     async def assign(self, job: Job) -> Assigned:
         """The engine for a request; may wait for room. Raises ApiError if there is none."""
         ...

@@ -61,11 +61,14 @@ class RoutedFleet:
         return self._text_of(model)
 
     def takes_tokens(self, model: str) -> bool:
-        """Also if it need not be passed through: its engines have no OpenAI server."""
+        """Also if it could be passed through; not if it could and its tokens are not known here."""
+        if not self.has_servers(model):
+            return model in self._assembly.models
+        return model in self._tokens_for and self._text_of(model) is not None
+
+    def has_servers(self, model: str) -> bool:
         found = self._assembly.models.get(model)
-        if found is None:
-            return False
-        return model in self._tokens_for or not all(e.card.url for e in found.engines.values())
+        return found is not None and all(e.card.url for e in found.engines.values())
 
     async def assign(self, job: Job) -> Assigned:
         model = self._router(job.model)

@@ -12,10 +12,11 @@ import msgspec
 import structlog
 
 from frontend.app import make_app, make_exchanges
+from frontend.completions import CompletionEngines
 from frontend.errors import overloaded
 from frontend.exchange import Exchange
 from frontend.gate import Gate
-from frontend.generate import Generation, RequestPlaneEngines
+from frontend.generate import ByAddress, Generation, RequestPlaneEngines
 from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
 from frontend.routed import RoutedFleet
@@ -91,7 +92,10 @@ async def serving(
         texts = Texts(settings.model_paths, settings.tokenizer_cache)
         await texts.read_named()
         watching = asyncio.create_task(texts.watch(lambda: _paths(assembly)), name="texts")
-        upstream = Upstream(settings.openai.silence)
+        key = settings.openai.engine_key
+        upstream = Upstream(
+            settings.openai.silence, None if key is None else key.get_secret_value()
+        )
         await upstream.open()
         parts = _parts(settings, assembly, texts, upstream)
         try:
@@ -115,8 +119,8 @@ async def _open(
     settings: FrontendSettings, assembly: Assembly, parts: _Parts, doors: Doors
 ) -> AsyncIterator[None]:
     openai = settings.openai
+    dashboard = Dashboard(FleetPage(assembly))
     async with contextlib.AsyncExitStack() as stack:
-        dashboard = Dashboard(FleetPage(assembly))
         doors.operators_page.app = create_app(RouterService(assembly), dashboard)
         stack.push_async_callback(doors.operators.stop)
         await stack.enter_async_context(dashboard.running())
@@ -151,7 +155,10 @@ def _parts(
     endpoint = f"{assembly.namespace}.{COMPONENT}.{ENDPOINT}"
     generation = Generation(
         fleet,
-        RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+        ByAddress(
+            RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+            CompletionEngines(upstream),
+        ),
         migrations_max=openai.migrations,
         migration_tokens_max=openai.migration_tokens_max,
     )
@@ -174,9 +181,10 @@ def _tls(openai: OpenAiSettings) -> ServerTls | None:
     return ServerTls(openai.tls_cert, openai.tls_key, openai.tls_client_ca)
 
 
-def _paths(assembly: Assembly) -> dict[str, str]:
-    """What engines say of their models' folders."""
+def _paths(assembly: Assembly) -> set[tuple[str, str]]:
+    """What engines say of where their models are."""
     return {
-        name: next((e.card.path for e in model.engines.values() if e.card.path), "")
+        (name, engine.card.path)
         for name, model in assembly.models.items()
+        for engine in model.engines.values()
     }

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from configparser import ConfigParser
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -48,16 +43,24 @@ def test_the_units_that_are_deployed_are_those_that_are_printed(name: str) -> No
     assert (ROOT / "deploy" / f"{name}.service").read_text() == unit_text(program)
 
 
-@pytest.mark.parametrize("module", ["router", "frontend"])
-def test_a_program_prints_its_unit(module: str, tmp_path: Path) -> None:
+def test_a_program_prints_its_unit() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", module, "print-unit", "--user", "ops", "--config", "/srv/a b.yaml"],
+        [
+            sys.executable,
+            "-m",
+            "router",
+            "print-unit",
+            "--user",
+            "ops",
+            "--config",
+            "/srv/a b.yaml",
+        ],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
-    name = f"kvbm-{module}"
+    name = "kvbm-router"
     program = Path(sys.executable).parent / name
     where = Program(name, program, Path("/srv/a b.yaml"), "ops", "ops", notifies=True)
     assert done.stdout == unit_text(where)
@@ -109,45 +112,6 @@ def test_nothing_has_to_be_there_first(unit: Path) -> None:
 def test_the_frontend_may_finish_what_it_has() -> None:
     service = _read((ROOT / "deploy/kvbm-frontend.service").read_text())["Service"]
     assert int(service["TimeoutStopSec"]) > FrontendSettings().openai.drain + 10
-
-
-@pytest.mark.parametrize("module", ["router", "frontend"])
-def test_systemd_is_told_of_ready_alive_and_stopping(module: str, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.yaml"
-    own = "openai: {port: 0}" if module == "frontend" else ""
-    settings.write_text(
-        f"http: {{port: 0}}\ndiscovery: {{file_directory: {tmp_path / 'discovery'}}}\n{own}\n"
-    )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(tmp_path / "notify"))
-        systemd.settimeout(120)
-        with _serving(module, settings, tmp_path / "notify") as process:
-            said = _heard(systemd, until="READY=1")
-            assert any(line.startswith("STATUS=listening on http://") for line in said)
-            assert _heard(systemd, until="WATCHDOG=1")
-            process.send_signal(signal.SIGTERM)
-            assert _heard(systemd, until="STOPPING=1")
-            assert process.wait(60) == 0
-
-
-@contextmanager
-def _serving(module: str, settings: Path, notify: Path) -> Iterator[subprocess.Popen[bytes]]:
-    environ = {**os.environ, "NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "200000"}
-    command = [sys.executable, "-m", module, "serve", "--config", str(settings)]
-    process = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait(60)
-
-
-def _heard(systemd: socket.socket, until: str) -> list[str]:
-    """The lines of the datagram that has this one, within the socket's timeout."""
-    while True:
-        lines = systemd.recv(1024).decode().splitlines()
-        if until in lines:
-            return lines
 
 
 def _verified(name: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -198,6 +198,9 @@ class InTurn:
     def takes_tokens(self, model: str) -> bool:
         return False
 
+    def has_servers(self, model: str) -> bool:
+        return False
+
     async def assign(self, job: Job) -> Assigned:
         self.jobs.append(job)
         for engine in self.engines:
@@ -239,12 +242,13 @@ async def frontend(
     text: PromptMaker | None = None,
     migrations_max: int = 1,
     silence_s: float = 30.0,
+    engine_key: str | None = None,
 ) -> AsyncIterator[Running]:
     """With one engine for each script."""
     engines = [Engine(number, script) for number, script in enumerate(scripts, 1)]
     for engine in engines:
         await engine.start()
-    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
+    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s, engine_key)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
     exchanges = make_exchanges(fleet, gate, meter, upstream, migrations_max=migrations_max)
