@@ -267,7 +267,7 @@ class ModelRouter:
 
     def sources(self, worker: WorkerId) -> tuple[Source, Source]:
         """Where what is known of its prefill, and of its decode steps, comes from."""
-        prefill, step = self._own_sources[worker]
+        prefill, step = self._sources_of(worker)
         return (
             prefill or ("assumed" if self._others_prefill is None else "others"),
             step or ("assumed" if self._others_step_s is None else "others"),
