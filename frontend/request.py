@@ -8,7 +8,7 @@ of value is answered with which field it was and what it has to be.
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -21,6 +21,22 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
+class RouterHints(msgspec.Struct, frozen=True):
+    ttft_target: Annotated[float, msgspec.Meta(ge=0.0)] | None = None  # milliseconds
+    itl_target: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+
+
+class AgentHints(msgspec.Struct, frozen=True):
+    priority: int | None = None
+
+
+class Extension(msgspec.Struct, frozen=True):
+    """What is read of `nvext`, NVIDIA's extension of OpenAI's API."""
+
+    router: RouterHints | None = None
+    agent_hints: AgentHints | None = None
+
+
 class Sampled(msgspec.Struct, kw_only=True):
     """Common to requests that generate."""
 
@@ -28,10 +44,11 @@ class Sampled(msgspec.Struct, kw_only=True):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = 1
-    priority: int | None = 0
+    priority: int | None = None
     cache_salt: str | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    nvext: Extension | None = None
 
     @property
     def output_tokens_max(self) -> int | None:

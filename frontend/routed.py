@@ -143,6 +143,7 @@ class _Place:
     dp_size: int
     url: str
     transport: str
+    relays: bool
 
 
 class _Assigned:
@@ -193,4 +194,6 @@ class _Assigned:
 
 def _place(engine: Engine, worker: WorkerId) -> Place:
     card = engine.card
-    return _Place(worker.instance, worker.dp_rank, card.dp_size, card.url, engine.transport)
+    return _Place(
+        worker.instance, worker.dp_rank, card.dp_size, card.url, engine.transport, card.relays
+    )

@@ -19,6 +19,7 @@ from frontend.errors import UNSUPPORTED, bad_request
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
+from frontend.hints import read_hints
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker, has_only_text
 from frontend.relay import read_pinned, read_session, say_where
@@ -164,6 +165,7 @@ class TokenRoutes:
         measured.prepared(sum(map(len, asked.prompts)))
         session = read_session(scope) or request.prompt_cache_key
         pinned = read_pinned(scope)
+        hints = read_hints(scope, request)
         headers = {
             "x-request-id": reply.request_id,
             "traceparent": names.traceparent(scope["headers"]),
@@ -183,6 +185,7 @@ class TokenRoutes:
                 session=session,
                 cache_salt=request.cache_salt,
                 pinned=pinned,
+                hints=hints,
             )
             sampling = asked.fields.sampling(asked.max_tokens, index % asked.n)
             made = self._generation.run(job, sampling, headers, measured, placed)

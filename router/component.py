@@ -1,4 +1,4 @@
-"""The router on the request plane, for frontends elsewhere: `route`, `explain` and `events`.
+"""The router on the request plane, for callers elsewhere: `route`, `explain`, `forecast`, `events`.
 
 Payloads are those of the HTTP API. What is refused is an answer as well, with `rejected`. A request
 is known to the router that routed it: tell its events to the instance that the answer names.
@@ -29,6 +29,7 @@ async def serve_component(service: RouterService) -> list[Serving]:
     answers: dict[str, Callable[[bytes], Awaitable[Any]]] = {
         "events": _at_once(service.events),
         "explain": _at_once(service.explain),
+        "forecast": _at_once(service.forecast),
         "route": service.route,
     }
     labels = {"router": service.assembly.settings.name}

@@ -225,7 +225,8 @@ class ComponentSettings(Section):
     name: str = Field(
         default="router",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$",
-        description="Component whose endpoints `route`, `explain` and `events` are served.",
+        description="Component whose endpoints `route`, `explain`, `forecast` and `events` are "
+        "served.",
     )
 
 

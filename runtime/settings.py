@@ -1,14 +1,15 @@
 """Settings from a file, the environment and explicit overrides, with errors a person can act on.
 
 Programs declare one `Settings` root with `Section`s in it and call `load`. Later layers win:
-built-in defaults, then the file (YAML or TOML by suffix), then the environment (`KVBM_` prefix,
-`__` between levels), then overrides. Every key has one known origin. Whatever is wrong is found
-in one go and told in one `SettingsError`: which key, where it came from, what is accepted.
+built-in defaults, then the file (YAML, TOML or JSON by suffix), then the environment (`KVBM_`
+prefix, `__` between levels), then overrides. Every key has one known origin. Whatever is wrong is
+found in one go and told in one `SettingsError`: which key, where it came from, what is accepted.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def load(
     """Merge the layers into one validated `model`, or raise SettingsError with all problems.
 
     Args:
-        file: YAML (.yaml, .yml) or TOML (.toml); must exist if given.
+        file: YAML (.yaml, .yml), TOML (.toml) or JSON (.json); must exist if given.
         environ: where variables are looked up; none are if it is not given.
         overrides: dotted key to value, the strongest layer.
     """
@@ -162,13 +163,15 @@ def _read_file(file: Path) -> Tree:
             tree = yaml.safe_load(text)
         elif file.suffix == ".toml":
             tree = tomllib.loads(text)
+        elif file.suffix == ".json":
+            tree = json.loads(text)
         else:
-            reason = f"the suffix {file.suffix!r} is not known; accepted: .yaml, .yml, .toml"
+            reason = f"the suffix {file.suffix!r} is not known; accepted: .yaml, .yml, .toml, .json"
             raise SettingsError([Problem("", str(file), reason)])
     except OSError as error:
         reason = f"the file cannot be read: {error.strerror}"
         raise SettingsError([Problem("", str(file), reason)]) from error
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # of TOML, of JSON, of text that is none
         reason = f"not well-formed: {' '.join(str(error).split())}"
         raise SettingsError([Problem("", str(file), reason)]) from error
     if tree is None:
@@ -295,6 +298,8 @@ def _reason(model: type[BaseModel], parts: list[str], detail: ErrorDetails) -> s
     section: type[BaseModel] | None = model
     by_name = False
     for part in parts[:-1]:
+        if part.isdigit():  # a place in a list; the section is that of what it holds
+            continue
         if by_name:  # the part is a name; the section stays
             by_name = False
             continue

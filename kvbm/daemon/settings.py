@@ -41,7 +41,11 @@ _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
 _OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE, WORKER_ID_VARIABLE}
-_OF_OTHERS: Final = ("KVBM_ROUTER_", "KVBM_FRONTEND_")  # programs whose settings begin like ours
+_OF_OTHERS: Final = (
+    "KVBM_ROUTER_",
+    "KVBM_FRONTEND_",
+    "KVBM_GLOBAL_ROUTER_",
+)  # programs whose settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 

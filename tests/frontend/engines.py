@@ -134,6 +134,7 @@ class Worker:
     url: str
     dp_size: int = 1
     dp_rank: int = 0
+    relays: bool = False
 
     @property
     def transport(self) -> str:
