@@ -6,6 +6,7 @@ is known to the router that routed it: tell its events to the instance that the 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -32,12 +33,14 @@ async def serve_component(service: RouterService) -> list[Serving]:
         "route": service.route,
     }
     labels = {"router": service.assembly.settings.name}
-    serving: list[Serving] = []
-    for name, answer in answers.items():
-        one = await place.endpoint(name).serve(_handler(service, name, answer), labels=labels)
-        if name == "events":
-            service.events_instance = f"{one.name.id:x}"
-        serving.append(one)
+    # All at once: where discovery is away each waits for it a while.
+    serving = await asyncio.gather(
+        *(
+            place.endpoint(name).serve(_handler(service, name, answer), labels=labels)
+            for name, answer in answers.items()
+        )
+    )
+    service.events_instance = f"{serving[list(answers).index('events')].name.id:x}"
     return serving
 
 

@@ -254,6 +254,8 @@ class ModelRouter:
     def remove(self, instance: int) -> None:
         """It is gone, and with it what ran there."""
         engine = self.engines.pop(instance)
+        for worker in engine.workers:  # first: what is lost with one may teach speeds of others
+            self._own_sources.pop(worker)
         for worker in engine.workers:
             for request in self.pools[engine.pool].router.remove_worker(worker):
                 placed = self._running.get(request)
@@ -262,7 +264,6 @@ class ModelRouter:
                     if self._on_lost is not None:
                         self._on_lost(placed)
             self.paces.forget(worker)
-            self._own_sources.pop(worker)
 
     def refresh(self, worker: WorkerId) -> None:
         """More is known of its speed than before."""
@@ -273,7 +274,7 @@ class ModelRouter:
 
     def sources(self, worker: WorkerId) -> tuple[Source, Source]:
         """Where what is known of its prefill, and of its decode steps, comes from."""
-        prefill, step = self._own_sources[worker]
+        prefill, step = self._sources_of(worker)
         return (
             prefill or ("assumed" if self._others_prefill is None else "others"),
             step or ("assumed" if self._others_step_s is None else "others"),

@@ -89,7 +89,7 @@ def stop_signal() -> asyncio.Event:
     return stop
 
 
-async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
     """Whether the work was done before the stop came, at which it is cancelled."""
     working = asyncio.ensure_future(work)
     stopping = asyncio.ensure_future(stop.wait())
