@@ -28,7 +28,7 @@ _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
 _FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
 
-Given = list[tuple[str, str]]
+Given = list[tuple[bytes, bytes]]
 """Headers for the engine."""
 
 _log = structlog.get_logger("kvbm.frontend")
@@ -70,8 +70,8 @@ class Relay:
     ) -> None:
         given = [
             *names.onward(scope["headers"]),
-            ("x-request-id", reply.request_id),
-            ("traceparent", names.traceparent(scope["headers"])),
+            (names.REQUEST_ID, reply.request_id.encode()),
+            (names.TRACEPARENT, names.traceparent(scope["headers"])),
         ]
         attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
@@ -99,9 +99,8 @@ class Relay:
             asked["max_completion_tokens"] = 1
         data = msgspec.json.encode(asked)
         try:
-            async with self._upstream.send(
-                "POST", place.url + path, _to(place, given), data
-            ) as answer:
+            to = _to(place, given)
+            with await self._upstream.send(place.url, path.encode(), to, data) as answer:
                 await answer.read()
         except EngineFault as fault:
             _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
@@ -118,8 +117,8 @@ class Relay:
     ) -> None:
         place = assigned.place
         query = scope.get("query_string") or b""
-        url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
-        async with self._upstream.send(scope["method"], url, _to(place, given), body) as answer:
+        target = scope["path"].encode() + (b"?" + query if query else b"")
+        with await self._upstream.send(place.url, target, _to(place, given), body) as answer:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
@@ -134,7 +133,7 @@ class Relay:
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
     ) -> None:
         first = True
-        async for chunk in answer.chunks():
+        while chunk := await answer.part():
             if first:
                 first = False
                 assigned.first_token()
@@ -154,7 +153,7 @@ class Relay:
 def _to(place: Place, given: Given) -> Given:
     if place.dp_size == 1:
         return given
-    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
+    return [*given, (b"x-data-parallel-rank", b"%d" % place.dp_rank)]
 
 
 def _say_where(assigned: Assigned, reply: Reply) -> None:

@@ -161,7 +161,7 @@ class TokenRoutes:
         pinned = read_pinned(scope)
         headers = {
             "x-request-id": reply.request_id,
-            "traceparent": names.traceparent(scope["headers"]),
+            "traceparent": names.traceparent(scope["headers"]).decode(),
         }
 
         def choice(index: int) -> AsyncGenerator[Piece]:
