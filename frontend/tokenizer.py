@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
+from frontend.bpe import BYTE_OF, AsciiBpe
+
 Tokens = NDArray[np.uint32]
 
 CACHE_BYTES: Final = 64 << 20
@@ -52,6 +54,7 @@ class Tokenizer:
         self._used_bytes = 0
         self._hit_tokens_total = 0
         self._miss_tokens_total = 0
+        self._bpe = AsciiBpe.of(fast)
         self._cut = _cut_pattern(fast)
         if self._cut is not None and not self._agrees():
             self._cut = None
@@ -89,23 +92,27 @@ class Tokenizer:
         pieces = self._split(text)
         found = [self._pieces.get(piece) for piece in pieces[:-1]]
         missing = [i for i, tokens in enumerate(found) if tokens is None]
-        fresh = self._fast.encode_batch_fast(
-            [*(pieces[i] for i in missing), pieces[-1]], add_special_tokens=False
-        )
+        fresh = iter(self._fresh([*(pieces[i] for i in missing), pieces[-1]]))
         parts: list[Tokens] = []
-        fresh_ids = iter(fresh)
         for piece, tokens in zip(pieces, found, strict=False):
             if tokens is None:
-                tokens = _ids(next(fresh_ids).ids)  # noqa: PLW2901
+                tokens = next(fresh)  # noqa: PLW2901
                 self._miss_tokens_total += len(tokens)
                 self._remember(piece, tokens)
             else:
                 self._hit_tokens_total += len(tokens)
                 self._remember(piece, tokens)
             parts.append(tokens)
-        last = _ids(next(fresh_ids).ids)  # grows with the conversation: another one next time
+        last = next(fresh)  # grows with the conversation: another one next time
         self._miss_tokens_total += len(last)
         return np.concatenate([*parts, last]) if parts else last
+
+    def _fresh(self, texts: Sequence[str]) -> Sequence[Tokens]:
+        found = [None] * len(texts) if self._bpe is None else list(map(self._bpe.encode, texts))
+        left = [n for n, tokens in enumerate(found) if tokens is None]
+        slow = self._fast.encode_batch_fast([texts[n] for n in left], add_special_tokens=False)
+        given = dict(zip(left, slow, strict=True))
+        return [_ids(given[n].ids) if one is None else one for n, one in enumerate(found)]
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._fast.decode(list(tokens), skip_special_tokens=skip_special_tokens)
@@ -208,19 +215,11 @@ def _crosses_words(fast: FastTokenizer, added: set[str]) -> bool:
 
 
 def _of_bytes(token: str) -> str:
-    """The text of a byte-level vocabulary's token; bytes that are no whole letter are U+FFFD.
-
-    Each of its characters stands for a byte: printable ones for themselves, the others for those
-    that are left, in order from U+0100 on (GPT-2's table).
-    """
-    return bytes(_BYTE_OF.get(character, 0xFF) for character in token).decode(errors="replace")
+    """The text of a byte-level vocabulary's token; bytes that are no whole letter are U+FFFD."""
+    return bytes(BYTE_OF.get(character, 0xFF) for character in token).decode(errors="replace")
 
 
 _CROSSING: Final = re.compile(r"(?:[^\W\d_]|\ufffd) ")
-_PRINTABLE: Final = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_OF: Final = {chr(byte): byte for byte in _PRINTABLE} | {
-    chr(0x100 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
-}
 
 
 def _ids(ids: Sequence[int]) -> Tokens:
