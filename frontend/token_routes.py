@@ -164,7 +164,7 @@ class TokenRoutes:
             "traceparent": names.traceparent(scope["headers"]).decode(),
         }
 
-        def choice(index: int) -> AsyncGenerator[Piece]:
+        def choice(index: int) -> AsyncGenerator[Sequence[Piece]]:
             job = Job(
                 reply.request_id if len(asked.prompts) == 1 else f"{reply.request_id}-{index}",
                 request.model,
@@ -192,43 +192,47 @@ class TokenRoutes:
 
 async def _stream(
     asked: Asked,
-    pieces: AsyncGenerator[Piece],
+    pieces: AsyncGenerator[Sequence[Piece]],
     usage: Usage,
     reply: Reply,
     measured: Measured,
 ) -> None:
     form = asked.form
-    async for piece in pieces:
-        _count(usage, piece)
-        event = form.piece(piece.index, piece.text) if piece.text else b""
-        if piece.finish_reason is not None:
-            event += form.ending(piece.index, piece.finish_reason)
+    async for some in pieces:
+        events: list[bytes] = []
         if reply.status is None:
             measured.first_token()
             await reply.begin(200, _STREAM)
-            event = b"".join(map(form.opening, range(len(asked.prompts)))) + event
-        if event:
+            events += map(form.opening, range(len(asked.prompts)))
+        for piece in some:
+            _count(usage, piece)
             measured.output(piece.tokens)
-            await reply.part(event)
+            if piece.text:
+                events.append(form.piece(piece.index, piece.text))
+            if piece.finish_reason is not None:
+                events.append(form.ending(piece.index, piece.finish_reason))
+        if events:
+            await reply.part(b"".join(events))
     await reply.part((form.usage(usage) if asked.include_usage else b"") + DONE)
     await reply.end()
 
 
 async def _whole(
     asked: Asked,
-    pieces: AsyncGenerator[Piece],
+    pieces: AsyncGenerator[Sequence[Piece]],
     usage: Usage,
     reply: Reply,
     measured: Measured,
 ) -> None:
     choices = [Choice() for _ in asked.prompts]
-    async for piece in pieces:
+    async for some in pieces:
         measured.first_token()
-        measured.output(piece.tokens)
-        _count(usage, piece)
-        choice = choices[piece.index]
-        choice.text.append(piece.text)
-        choice.finish_reason = piece.finish_reason
+        for piece in some:
+            measured.output(piece.tokens)
+            _count(usage, piece)
+            choice = choices[piece.index]
+            choice.text.append(piece.text)
+            choice.finish_reason = piece.finish_reason
     await reply.whole(200, _JSON, asked.form.whole(choices, usage))
 
 
@@ -239,8 +243,9 @@ def _count(usage: Usage, piece: Piece) -> None:
 
 
 async def _pieces(
-    index: int, asked: Asked, text: PromptMaker, generated: AsyncGenerator[Generated]
-) -> AsyncGenerator[Piece]:
+    index: int, asked: Asked, text: PromptMaker, generated: AsyncGenerator[Sequence[Generated]]
+) -> AsyncGenerator[Sequence[Piece]]:
+    """Of one choice, as they come together; nothing comes after the one that is the last."""
     fields = asked.fields
     out = TextOut(
         text.tokenizer.fast,
@@ -249,21 +254,30 @@ async def _pieces(
         include_stop=fields.include_stop_str_in_output,
     )
     if asked.echo:
-        yield Piece(index, text.tokenizer.decode(asked.prompts[index].tolist()), 0)
-    async with aclosing(generated) as items:
-        async for item in items:
-            said = out.feed(item.token_ids)
-            count, cached = len(item.token_ids), item.cached_tokens
-            if out.stopped is not None:  # leaving ends the engine's work
-                yield Piece(index, said, count, "stop", cached)
-                return
-            if item.finish_reason is not None:
-                yield Piece(index, said + out.end(), count, item.finish_reason, cached)
-                return
-            yield Piece(index, said, count, None, cached)
+        yield [Piece(index, text.tokenizer.decode(asked.prompts[index].tolist()), 0)]
+    async with aclosing(generated) as batches:
+        async for items in batches:
+            pieces: list[Piece] = []
+            for item in items:
+                pieces.append(_piece(index, out, item))
+                if pieces[-1].finish_reason is not None:
+                    yield pieces
+                    return  # which ends the engine's work, if it has not come to its end
+            yield pieces
 
 
-async def _merged(choices: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+def _piece(index: int, out: TextOut, item: Generated) -> Piece:
+    said, finish = out.feed(item.token_ids), item.finish_reason
+    if out.stopped is not None:
+        finish = "stop"
+    elif finish is not None:
+        said += out.end()
+    return Piece(index, said, len(item.token_ids), finish, item.cached_tokens)
+
+
+async def _merged(
+    choices: Sequence[AsyncGenerator[Sequence[Piece]]],
+) -> AsyncGenerator[Sequence[Piece]]:
     """Pieces of all, as they come; one that fails fails all."""
     coming = {asyncio.ensure_future(anext(one)): one for one in choices}
     try:
