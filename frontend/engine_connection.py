@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import httptools
 
 UNREAD_BYTES_MAX: Final = 256 << 10
-_INTERIM: Final = range(102, 200)  # and 100: answers before the answer
+_INTERIM: Final = range(100, 200)  # answers before the answer; the parser refuses a 101
 _HAS_LENGTH: Final = frozenset((b"content-length", b"transfer-encoding"))
 
 
@@ -120,7 +120,7 @@ class EngineConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status == 100 or status in _INTERIM:
+        if status in _INTERIM:
             return
         self.status = status
         self._keeps = self._parser.should_keep_alive()

@@ -118,6 +118,7 @@ class Upstream:
             for connection in [*pool.busy, *(idle for _, idle in pool.idle)]:
                 connection.close("the frontend ends")
         self._pools.clear()
+        await asyncio.sleep(0)  # the next turn of the loop closes their sockets
 
     async def send(
         self, url: str, target: bytes, headers: Sequence[tuple[bytes, bytes]], body: bytes
