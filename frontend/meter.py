@@ -9,11 +9,11 @@ import sys
 import time
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from frontend.errors import ApiError
 from frontend.fleet import Assigned
-from runtime.metrics import Spec, metrics_page
+from runtime.metrics import Histogram, Spec, metrics_page
 
 _P: Final = "kvbm_frontend_"
 _BY: Final = ("model", "route")
@@ -100,7 +100,7 @@ class Meter:
             case "gauge":
                 return Gauge(*given, registry=self.registry)
             case "histogram":
-                return Histogram(*given, registry=self.registry, buckets=_BUCKETS[spec.name])
+                return Histogram(spec, _BUCKETS[spec.name], self.registry)
 
     def child(self, metric: Any, *labels: str) -> Any:
         """`metric.labels`, which takes locks and checks, once for each; they are few."""

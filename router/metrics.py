@@ -11,14 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from router.index import Tier
 from router.model import Ending, Placed
 from router.selector import Chosen
-from runtime.metrics import Labels, Samples, Spec, family_of, metrics_page
+from runtime.metrics import Histogram, Labels, Samples, Spec, family_of, metrics_page
 
 _SECONDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STEP_SECONDS: Final = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
@@ -193,14 +193,10 @@ class RouterMetrics:
         self.router = router
         self.registry = CollectorRegistry()
         self._counts: defaultdict[str, Counter[Labels]] = defaultdict(Counter)
-        helps = {spec.name: spec for spec in SPECS}
+        specs = {spec.name: spec for spec in SPECS}
         self._histograms = {
-            name: Histogram(
-                name, helps[name].help, helps[name].labels, buckets=edges, registry=self.registry
-            )
-            for name, edges in HISTOGRAMS.items()
+            name: Histogram(specs[name], edges, self.registry) for name, edges in HISTOGRAMS.items()
         }
-        self._children: dict[tuple[str, str], Histogram] = {}
         overhead = self._histograms[f"{_P}overhead_seconds"]
         self._steps = {
             step: overhead.labels(step) for step in ("hashing", "find", "select", "total")
@@ -269,10 +265,7 @@ class RouterMetrics:
         self._counts[f"{_P}{name}"][labels] += count  # type: ignore[assignment]
 
     def _observe(self, name: str, model: str, value: float) -> None:
-        child = self._children.get((name, model))
-        if child is None:  # `labels` takes locks and checks; models are few
-            child = self._children[name, model] = self._histograms[f"{_P}{name}"].labels(model)
-        child.observe(value)
+        self._histograms[f"{_P}{name}"].labels(model).observe(value)
 
 
 class _Collector(Collector):
