@@ -9,7 +9,7 @@ answered differently than by the engine itself.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -19,7 +19,7 @@ from frontend.fleet import Place
 from frontend.upstream import EngineFault, Upstream, to_rank
 from runtime.generation import Finish, Generate, Generated
 
-PATH: Final = "/v1/completions"
+PATH: Final = b"/v1/completions"
 EVENT_BYTES_MAX: Final = 64 << 20  # the first one repeats the prompt
 _DATA: Final = b"data: "
 _DONE: Final = b"data: [DONE]"
@@ -60,24 +60,26 @@ class CompletionEngines:
 
     async def generate(
         self, place: Place, request: Generate, headers: Mapping[str, str]
-    ) -> AsyncGenerator[Generated]:
-        given = to_rank(place, [*headers.items(), ("content-type", "application/json")])
-        sending = self._upstream.send("POST", place.url + PATH, given, _body(request))
+    ) -> AsyncGenerator[Sequence[Generated]]:
+        given = [(name.encode(), value.encode()) for name, value in headers.items()]
+        given = to_rank(place, [*given, (b"content-type", b"application/json")])
         stream = _Stream(place)
         try:
-            async with sending as answer:
+            with await self._upstream.send(
+                b"POST", place.url, PATH, given, _body(request)
+            ) as answer:
                 if not answer.is_stream:
                     raise _refusal(place, answer.status, await answer.read())
-                async for part in answer.chunks():
-                    for item in stream.take(part):
-                        yield item
+                while part := await answer.part():
+                    if items := stream.take(part):
+                        yield items
                     if stream.error is not None:
                         raise stream.error
         except EngineFault:
             if stream.last is None:  # or else nothing is missing
                 raise
         if stream.last is not None:
-            yield stream.last
+            yield [stream.last]
 
 
 class _Stream:

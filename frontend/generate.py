@@ -7,7 +7,7 @@ it is not, because the engine's random state is lost with it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -38,8 +38,11 @@ _log = structlog.get_logger("kvbm.frontend")
 class TokenEngines(Protocol):
     def generate(
         self, place: Place, request: Generate, headers: Mapping[str, str]
-    ) -> AsyncGenerator[Generated]:
-        """Closing the iterator ends the work. Raises EngineFault, or ApiError as the answer."""
+    ) -> AsyncGenerator[Sequence[Generated]]:
+        """Items, as many at a time as have come. Closing the iterator ends the work.
+
+        Raises EngineFault, or ApiError as the answer.
+        """
         ...
 
 
@@ -53,7 +56,7 @@ class RequestPlaneEngines:
 
     async def generate(
         self, place: Place, request: Generate, headers: Mapping[str, str]
-    ) -> AsyncGenerator[Generated]:
+    ) -> AsyncGenerator[Sequence[Generated]]:
         stream = self._client.stream(
             place.transport,
             self._endpoint,
@@ -62,9 +65,13 @@ class RequestPlaneEngines:
             headers=headers,
         )
         try:
-            async with stream as items:
-                async for item in items:
-                    yield decode_generated(item)
+            async with stream:
+                async for payloads in stream.batches():
+                    items, refused = _decoded(payloads)
+                    if items:
+                        yield items
+                    if refused is not None:
+                        raise refused
         except DeadlineExceeded as error:
             said = f"The answer took over {self._deadline_s:g} s"
             raise ApiError(504, said, "deadline") from error
@@ -84,7 +91,7 @@ class ByAddress:
 
     def generate(
         self, place: Place, request: Generate, headers: Mapping[str, str]
-    ) -> AsyncGenerator[Generated]:
+    ) -> AsyncGenerator[Sequence[Generated]]:
         engines = self._servers if place.transport == place.url else self._on_plane
         return engines.generate(place, request, headers)
 
@@ -113,10 +120,10 @@ class Generation:
         headers: Mapping[str, str],
         measured: Measured,
         placed: Callable[[Assigned], None],
-    ) -> AsyncGenerator[Generated]:
-        """Until the item that says why it is the last; `placed` hears of each engine that is asked.
+    ) -> AsyncGenerator[Sequence[Generated]]:
+        """Until the item that says why it is the last, as many at a time as come together.
 
-        Raises ApiError.
+        `placed` hears of each engine that is asked. Raises ApiError.
         """
         given: list[int] = []
         attempts = Attempts(self._fleet, self._migrations_max, measured)
@@ -129,12 +136,14 @@ class Generation:
                     if assigned.prefill is not None:
                         await self._prefill(assigned, assigned.prefill, request, headers)
                     work = self._engines.generate(assigned.place, request, headers)
-                    async with aclosing(work) as items:
-                        async for item in items:
-                            assigned.output(len(item.token_ids))
-                            given += item.token_ids
-                            yield _without_cached(item) if goes_on else item
-                            if item.finish_reason is not None:
+                    async with aclosing(work) as batches:
+                        async for items in batches:
+                            before = len(given)
+                            for item in items:
+                                given += item.token_ids
+                            assigned.output(len(given) - before)
+                            yield [_without_cached(item) for item in items] if goes_on else items
+                            if any(item.finish_reason is not None for item in items):
                                 return
                     raise EngineFault(assigned.place.transport, "no reason for its end", begun=True)
                 except EngineFault as fault:
@@ -143,7 +152,7 @@ class Generation:
                         said = "The engine was lost, and the sequence is too long to compute again"
                         raise engine_lost(said) from fault
             if len(given) >= sampling.max_tokens:
-                yield Generated(token_ids=[], finish_reason="length")  # that was all but said
+                yield [Generated(token_ids=[], finish_reason="length")]  # that was all but said
                 return
 
     async def _prefill(
@@ -157,8 +166,8 @@ class Generation:
             request, sampling=Sampling(max_tokens=1, temperature=0.0), dp_rank=place.dp_rank
         )
         try:
-            async with aclosing(self._engines.generate(place, first, headers)) as items:
-                async for _ in items:
+            async with aclosing(self._engines.generate(place, first, headers)) as batches:
+                async for _ in batches:
                     pass
         except (EngineFault, ApiError) as fault:
             _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
@@ -166,6 +175,17 @@ class Generation:
 
     def _is_too_long(self, tokens: int) -> bool:
         return self._migration_tokens_max is not None and tokens > self._migration_tokens_max
+
+
+def _decoded(payloads: Sequence[bytes]) -> tuple[list[Generated], GenerationRefused | None]:
+    """Items, up to where one is none."""
+    items: list[Generated] = []
+    try:
+        for payload in payloads:
+            items.append(decode_generated(payload))  # noqa: PERF401 (an error must lose none)
+    except GenerationRefused as error:
+        return items, error
+    return items, None
 
 
 def _with_output(job: Job, given: list[int]) -> Job:

@@ -61,19 +61,15 @@ def request_id(headers: Headers) -> str:
     return f"{_random_bits(128):032x}"
 
 
-def traceparent(headers: Headers) -> str:
+def traceparent(headers: Headers) -> bytes:
     """W3C trace context: the client's trace with a step of our own, else a new trace."""
     given = first(headers, TRACEPARENT)
     if given is not None and _TRACE.fullmatch(given) and given[:2] != b"ff":
-        version, trace, _, flags = given.decode().split("-")
-        return f"{version}-{trace}-{_random_bits(64):016x}-{flags}"
-    return f"00-{_random_bits(128):032x}-{_random_bits(64):016x}-00"
+        version, trace, _, flags = given.split(b"-")
+        return b"%b-%b-%016x-%b" % (version, trace, _random_bits(64), flags)
+    return b"00-%032x-%016x-00" % (_random_bits(128), _random_bits(64))
 
 
-def onward(headers: Headers) -> list[tuple[str, str]]:
+def onward(headers: Headers) -> list[tuple[bytes, bytes]]:
     """Those that the engine gets as they came."""
-    return [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in headers
-        if name not in _OWN_HOP
-    ]
+    return [header for header in headers if header[0] not in _OWN_HOP]

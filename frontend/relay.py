@@ -23,7 +23,7 @@ from frontend.gate import Scope
 from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
-from frontend.upstream import Answer, EngineFault, Given, Upstream, to_rank
+from frontend.upstream import Answer, EngineFault, Given, Upstream, target_of, to_rank
 
 RESPONSES: Final = "/v1/responses"
 GENERATE: Final = "/inference/v1/generate"
@@ -81,8 +81,8 @@ class Relay:
     ) -> None:
         given = [
             *names.onward(scope["headers"]),
-            ("x-request-id", reply.request_id),
-            ("traceparent", names.traceparent(scope["headers"])),
+            (names.REQUEST_ID, reply.request_id.encode()),
+            (names.TRACEPARENT, names.traceparent(scope["headers"])),
         ]
         attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
@@ -113,9 +113,8 @@ class Relay:
             return
         data = msgspec.json.encode(_first_token_of(path, asked))
         try:
-            async with self._upstream.send(
-                "POST", place.url + path, to_rank(place, given), data
-            ) as answer:
+            to = to_rank(place, given)
+            with await self._upstream.send(b"POST", place.url, path.encode(), to, data) as answer:
                 await answer.read()
         except EngineFault as fault:
             _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
@@ -134,9 +133,8 @@ class Relay:
         if not place.url:
             said = f"{scope['path']} is not for this model: its engines take tokens only"
             raise bad_request(said, "model", UNSUPPORTED)
-        query = scope.get("query_string") or b""
-        url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
-        async with self._upstream.send(scope["method"], url, to_rank(place, given), body) as answer:
+        method, target, to = scope["method"].encode(), target_of(scope), to_rank(place, given)
+        with await self._upstream.send(method, place.url, target, to, body) as answer:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
@@ -153,7 +151,7 @@ class Relay:
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
     ) -> None:
         first = True
-        async for chunk in answer.chunks():
+        while chunk := await answer.part():
             if first:
                 first = False
                 assigned.first_token()

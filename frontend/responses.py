@@ -24,7 +24,7 @@ from frontend.meter import Measured, Meter
 from frontend.relay import RESPONSES, WORKER, back
 from frontend.request import decode
 from frontend.respond import Reply
-from frontend.upstream import Answer, EngineFault, Upstream
+from frontend.upstream import Answer, EngineFault, Upstream, target_of
 
 ASK_DEADLINE_S: Final = 5.0
 ASKED_MAX: Final = 32  # engines at a time, of all searches
@@ -114,13 +114,12 @@ class Responses:
             raise ApiError(404, said, "response_not_found", "response_id")
         given = [
             *names.onward(scope["headers"]),
-            ("x-request-id", reply.request_id),
-            ("traceparent", names.traceparent(scope["headers"])),
+            (names.REQUEST_ID, reply.request_id.encode()),
+            (names.TRACEPARENT, names.traceparent(scope["headers"])),
         ]
-        query = scope.get("query_string") or b""
-        url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
+        method, target = scope["method"].encode(), target_of(scope)
         try:
-            async with self._upstream.send(scope["method"], url, given, body) as answer:
+            with await self._upstream.send(method, place.url, target, given, body) as answer:
                 measured.status = answer.status
                 await self._pass_back(answer, place, reply)
         except EngineFault as fault:
@@ -135,7 +134,7 @@ class Responses:
             return
         await reply.begin(answer.status, head)
         with self._keep_alive.watching(reply, lambda: EVENT_STREAM):
-            async for chunk in answer.chunks():
+            while chunk := await answer.part():
                 await reply.part(chunk)
         await reply.end()
 
@@ -168,10 +167,10 @@ class Responses:
         return found
 
     async def _has(self, place: Place, response_id: str) -> Place | None:
-        url = f"{place.url}{RESPONSES}/{response_id}"
+        target = f"{RESPONSES}/{response_id}".encode()
         async with self._asking:
             try:
-                async with self._upstream.send("GET", url, (), b"") as answer:
+                with await self._upstream.send(b"GET", place.url, target, (), b"") as answer:
                     return place if answer.status == 200 else None
             except EngineFault:
                 return None

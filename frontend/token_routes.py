@@ -167,14 +167,14 @@ class TokenRoutes:
         hints = read_hints(scope, request)
         headers = {
             "x-request-id": reply.request_id,
-            "traceparent": names.traceparent(scope["headers"]),
+            "traceparent": names.traceparent(scope["headers"]).decode(),
         }
 
         def placed(assigned: Assigned) -> None:
             if reply.status is None:
                 say_where(assigned, reply)
 
-        def choice(index: int) -> AsyncGenerator[Piece]:
+        def choice(index: int) -> AsyncGenerator[Sequence[Piece]]:
             job = Job(
                 reply.request_id if len(asked.prompts) == 1 else f"{reply.request_id}-{index}",
                 request.model,
@@ -206,24 +206,27 @@ class TokenRoutes:
 
 async def _stream(
     asked: Asked,
-    pieces: AsyncGenerator[Piece],
+    pieces: AsyncGenerator[Sequence[Piece]],
     usage: Usage,
     reply: Reply,
     measured: Measured,
 ) -> None:
     form = asked.form
-    async for piece in pieces:
-        _count(usage, piece)
-        event = form.piece(piece.index, piece.text) if piece.text else b""
-        if piece.finish_reason is not None:
-            event += form.ending(piece.index, piece.finish_reason)
+    async for some in pieces:
+        events: list[bytes] = []
         if reply.latest is None:
             measured.first_token()
             if reply.status is None:
                 await reply.begin(200, EVENT_STREAM)
-            event = b"".join(map(form.opening, range(len(asked.prompts)))) + event
-        if event:
+            events += map(form.opening, range(len(asked.prompts)))
+        for piece in some:
+            _count(usage, piece)
             measured.output(piece.tokens)
+            if piece.text:
+                events.append(form.piece(piece.index, piece.text))
+            if piece.finish_reason is not None:
+                events.append(form.ending(piece.index, piece.finish_reason))
+        if event := b"".join(events):
             await reply.part(event)
     await reply.part((form.usage(usage) if asked.include_usage else b"") + DONE)
     await reply.end()
@@ -231,19 +234,20 @@ async def _stream(
 
 async def _whole(
     asked: Asked,
-    pieces: AsyncGenerator[Piece],
+    pieces: AsyncGenerator[Sequence[Piece]],
     usage: Usage,
     reply: Reply,
     measured: Measured,
 ) -> None:
     choices = [Choice() for _ in asked.prompts]
-    async for piece in pieces:
+    async for some in pieces:
         measured.first_token()
-        measured.output(piece.tokens)
-        _count(usage, piece)
-        choice = choices[piece.index]
-        choice.text.append(piece.text)
-        choice.finish_reason = piece.finish_reason
+        for piece in some:
+            measured.output(piece.tokens)
+            _count(usage, piece)
+            choice = choices[piece.index]
+            choice.text.append(piece.text)
+            choice.finish_reason = piece.finish_reason
     await reply.whole(200, _JSON, asked.form.whole(choices, usage))
 
 
@@ -259,38 +263,51 @@ def _count(usage: Usage, piece: Piece) -> None:
 
 
 async def _pieces(
-    index: int, asked: Asked, text: PromptMaker, generated: AsyncGenerator[Generated]
-) -> AsyncGenerator[Piece]:
+    index: int, asked: Asked, text: PromptMaker, generated: AsyncGenerator[Sequence[Generated]]
+) -> AsyncGenerator[Sequence[Piece]]:
+    """Of one choice, as they come together; nothing comes after the one that is the last."""
     fields = asked.fields
+    include_stop = fields.include_stop_str_in_output
     out = TextOut(
         text.tokenizer.fast,
         fields.stops,
         prompt=asked.prompts[index][-CONTEXT_TOKENS:].tolist(),
         min_tokens=fields.min_tokens or 0,
         skip_special_tokens=fields.skip_special_tokens,
-        include_stop=fields.include_stop_str_in_output,
+        include_stop=include_stop,
     )
     if asked.echo:
-        yield Piece(index, text.tokenizer.decode(asked.prompts[index].tolist()), 0)
-    async with aclosing(generated) as items:
-        async for item in items:
-            before, cached = out.tokens, item.cached_tokens
-            said = out.feed(item.token_ids)
-            if item.stop_token is not None and fields.include_stop_str_in_output:
-                said += out.feed([item.stop_token])
-            count = out.tokens - before
-            if out.stopped is not None:  # leaving ends the engine's work
-                yield Piece(index, said, count, "stop", cached)
-                return
-            if item.finish_reason is not None:
-                if item.stop_token is not None and not fields.include_stop_str_in_output:
-                    count += 1  # it was generated, though nobody sees it
-                yield Piece(index, said + out.end(), count, item.finish_reason, cached)
-                return
-            yield Piece(index, said, count, None, cached)
+        yield [Piece(index, text.tokenizer.decode(asked.prompts[index].tolist()), 0)]
+    async with aclosing(generated) as batches:
+        async for items in batches:
+            pieces: list[Piece] = []
+            for item in items:
+                pieces.append(_piece(index, out, item, include_stop=include_stop))
+                if pieces[-1].finish_reason is not None:
+                    yield pieces
+                    return  # which ends the engine's work, if it has not come to its end
+            yield pieces
 
 
-async def _merged(choices: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[Piece]:
+def _piece(index: int, out: TextOut, item: Generated, *, include_stop: bool) -> Piece:
+    """`include_stop`: the token that ended it is part of the text."""
+    before, finish = out.tokens, item.finish_reason
+    said = out.feed(item.token_ids)
+    if item.stop_token is not None and include_stop:
+        said += out.feed([item.stop_token])
+    count = out.tokens - before
+    if out.stopped is not None:
+        finish = "stop"
+    elif finish is not None:
+        said += out.end()
+        if item.stop_token is not None and not include_stop:
+            count += 1  # it was generated, though nobody sees it
+    return Piece(index, said, count, finish, item.cached_tokens)
+
+
+async def _merged(
+    choices: Sequence[AsyncGenerator[Sequence[Piece]]],
+) -> AsyncGenerator[Sequence[Piece]]:
     """Pieces of all, as they come; one that fails fails all."""
     coming = {asyncio.ensure_future(anext(one)): one for one in choices}
     try:

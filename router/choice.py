@@ -17,10 +17,11 @@ from router.workers import Bools, Floats, Workers
 
 def lowest(costs: Floats, eligible: Bools, dice: random.Random) -> int:
     """The cheapest; one of the cheapest by chance where several cost the same."""
-    rows = np.flatnonzero(eligible)
-    among = costs[rows]
-    ties = rows[among == among.min()]
-    return int(ties[0] if len(ties) == 1 else ties[dice.randrange(len(ties))])
+    from router.cost_kernel import cheapest  # compiled only for who chooses
+
+    ties = np.empty(len(costs), dtype=np.int64)
+    count = cheapest(costs, eligible, ties)
+    return int(ties[0 if count == 1 else dice.randrange(count)])
 
 
 def sampled(costs: Floats, eligible: Bools, temperature: float, dice: random.Random) -> int:

@@ -8,6 +8,8 @@ number too, which means nothing: the choice masks them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -79,53 +81,42 @@ class SecondsCost:
     def __call__(
         self, request: Request, workers: Workers, eligible: npt.NDArray[np.bool_]
     ) -> Costs:
-        rows = slice(workers.rows)
-        wait = workers.waits_s()
-        decode, room = self._decode(request, workers)
-        if request.decode_only:
-            terms = {"wait": wait, "room": room, "decode": decode}
-            return Costs(wait + room + decode, terms, "s")
-        a, q = workers.prefill_a[rows], workers.prefill_q[rows]
-        tokens = float(request.tokens)
-        ends = np.minimum(request.covered * float(request.block_tokens), max(tokens - 1, 0))
-        # Seconds of computing up to each end; what a tier saves is the difference of two.
-        until = a * ends + (q / 2) * ends * ends
-        whole = a * tokens + (q / 2) * tokens * tokens
-        added = request.covered[1:] - request.covered[:-1]
-        load = np.where(
-            added > 0,
-            added * workers.load_s_per_block[:, rows] + workers.load_latency_s[:, rows],
-            0.0,
+        kernels = _kernels()
+        out = np.empty((kernels.TOTAL + 1, workers.rows))
+        kernels.seconds(
+            request.covered,
+            request.tokens,
+            request.block_tokens,
+            request.blocks,
+            request.expected_output_tokens,
+            self.decode_weight,
+            request.decode_only,
+            workers.clock(),
+            workers.prefill_a,
+            workers.prefill_q,
+            workers.step,
+            workers.load_s_per_block,
+            workers.load_latency_s,
+            workers.kv_blocks,
+            workers.prefill_s,
+            workers.head_s,
+            workers.head_since_s,
+            workers.blocks,
+            workers.requests,
+            out,
         )
-        # Loading through tier n costs all loads up to it; take the n with the least sum, 0 = none.
-        options = np.empty_like(until)
-        options[0] = whole - until[0]
-        loads = np.cumsum(load, axis=0)
-        options[1:] = loads + (whole - until[1:])
-        best = np.argmin(options, axis=0)
-        every = np.arange(workers.rows)
-        loading = np.where(best > 0, loads[np.maximum(best, 1) - 1, every], 0.0)
-        prefill = options[best, every]
-        terms = {"wait": wait, "room": room, "load": loading}
-        terms |= {"compute": prefill - loading, "decode": decode}
-        return Costs(wait + room + prefill + decode, terms, "s")
+        wait, room, load, compute, decode, total = out
+        terms = {"wait": wait, "room": room}
+        if not request.decode_only:
+            terms |= {"load": load, "compute": compute}
+        terms["decode"] = decode
+        return Costs(total, terms, "s")
 
     def step_s(self, request: Request, workers: Workers, row: int) -> float:
         """From one token to the next at that worker, with this request in the batch."""
         step, per_request, per_block = workers.step[:, row]
         blocks = workers.blocks[row] + request.blocks
         return float(step + per_request * (workers.requests[row] + 1) + per_block * blocks)
-
-    def _decode(self, request: Request, workers: Workers) -> tuple[Floats, Floats]:
-        """Seconds of decoding, and of waiting for room."""
-        rows = slice(workers.rows)
-        step, per_request, per_block = workers.step[:, rows]
-        wanted = workers.blocks[rows] + request.blocks
-        step_s = step + per_request * (workers.requests[rows] + 1)
-        answer_s = request.expected_output_tokens * (step_s + per_block * wanted)
-        # Rows that are free have no memory; workers that have not said are never over theirs.
-        over = np.maximum(wanted / np.maximum(workers.kv_blocks[rows], 1.0) - 1.0, 0.0)
-        return self.decode_weight * answer_s, over * answer_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,3 +175,11 @@ class BlocksCost:
             {"prefill": prefill, "decode": decode, "requests": requests},
             "blocks",
         )
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Compiled when the first cost is computed, not on import."""
+    from router import cost_kernel
+
+    return cost_kernel

@@ -97,9 +97,9 @@ class Matches:
 
 KERNELS: Final = (
     *("router.index_apply", "router.index_build", "router.index_removal", "router.index_search"),
-    *("router.index_store", "router.index_upkeep", "runtime.xxh3"),
+    *("router.index_store", "router.index_upkeep", "router.cost_kernel", "runtime.xxh3"),
 )
-"""Modules whose import compiles what an index needs (`runtime.kernels`)."""
+"""Modules whose import compiles what an index and decisions need (`runtime.kernels`)."""
 
 
 class Index:

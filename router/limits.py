@@ -45,6 +45,14 @@ class BusyLimits:
                 return f"busy: {waiting:g} prompt tokens to compute, over {most:g}"
         return None
 
+    @property
+    def is_set(self) -> bool:
+        return not (self.blocks_fraction is self.prefill_tokens is self.prefill_fraction is None)
+
+    def below(self, workers: Workers, able: Bools) -> Bools:
+        """Of these rows those that are not busy."""
+        return able & ~self.busy(workers) if self.is_set else able
+
     def busy(self, workers: Workers) -> Bools:
         rows = slice(workers.rows)
         busy: Bools = np.zeros(workers.rows, dtype=np.bool_)

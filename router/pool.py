@@ -57,7 +57,8 @@ class Pool:
     @property
     def is_serving(self) -> bool:
         """Whether any of its workers takes requests."""
-        return bool(self.workers.accepting[: self.workers.rows].any())
+        workers = self.workers
+        return len(workers) > 0 and bool(workers.accepting[: workers.rows].any())
 
 
 def create_pool(around: Surroundings, model: str, name: PoolName, block_tokens: int) -> Pool:

@@ -130,10 +130,10 @@ def _told(at: float, placed: Placed) -> dict[str, Any]:
     costs, tokens = chosen.costs, chosen.request.block_tokens
     next_best = None
     if costs is not None:
-        others = [(costs.total[row], name) for row, name in chosen.names if row != chosen.row]
+        others = [row for row in np.flatnonzero(chosen.eligible).tolist() if row != chosen.row]
         if others:
-            cost, name = min(others, key=lambda one: one[0])
-            next_best = {"worker": str(name), "cost": float(cost)}
+            row = min(others, key=costs.total.__getitem__)
+            next_best = {"worker": str(chosen.ids[row]), "cost": float(costs.total[row])}
     return {
         "at": at,
         "request": placed.query.request,
@@ -147,6 +147,6 @@ def _told(at: float, placed: Placed) -> dict[str, Any]:
         "cost": None if costs is None else float(costs.total[chosen.row]),
         "unit": None if costs is None else costs.unit,
         "next_best": next_best,
-        "candidates": len(chosen.names),
+        "candidates": int(np.count_nonzero(chosen.eligible)),
         "waited_s": placed.waited_s,
     }

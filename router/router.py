@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
-import numpy as np
 from msgspec.structs import replace
 
 from router.approximate import RouteMemory
-from router.cost import Covered, Request
+from router.cost import Request
 from router.covering import Covering
 from router.forecast import Forecast
-from router.index import Hashes, Index, Tier, WorkerId
+from router.index import Hashes, Index, WorkerId
 from router.load import Active
 from router.queue import Urgency, WaitingLine
 from router.selector import AllBusy, Chosen, Decision, NoWorker, Selector, Wishes
@@ -157,6 +156,7 @@ class Router:
         self._workers = workers
         self._index = index
         self._covering = Covering(workers)
+        self._remembered = Covering(workers)
         self._load = load
         self._selector = selector
         self._block_tokens = block_tokens
@@ -327,13 +327,11 @@ class Router:
 
     def _request(self, query: Query) -> Request:
         prompt = query.prompt
-        if query.decode_only:
-            covered: Covered = np.zeros((len(Tier), self._workers.rows), dtype=np.int64)
-        else:
-            covered = self._covering.of(self._index.find(prompt.tokens_hashes))
+        covered = self._covering.none()
+        if not query.decode_only:
+            self._covering.add(self._index.find(prompt.tokens_hashes), covered)
             if self._memory is not None:
-                sent = self._covering.of(self._memory.find(prompt.tokens_hashes))
-                np.maximum(covered, sent, out=covered)
+                self._remembered.add(self._memory.find(prompt.tokens_hashes), covered)
         return Request(
             prompt.tokens,
             self._block_tokens,

@@ -55,14 +55,15 @@ class AllBusy:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """`names`: the candidates by row, as they were when the decision was made."""
+    """`eligible` rows were candidates; `ids` are the workers then, by row."""
 
     row: int
     worker: WorkerId
     policy: PolicyName
     reason: Reason
     request: Request
-    names: tuple[tuple[int, WorkerId], ...]
+    eligible: Bools
+    ids: tuple[WorkerId | None, ...]
     costs: Costs | None
 
     def covered_blocks(self, row: int | None = None) -> dict[str, int]:
@@ -74,11 +75,12 @@ class Chosen:
     @property
     def best_found_blocks(self) -> int:
         """The most leading blocks that any candidate has, in whichever tier."""
-        return int(self.request.covered[-1, [row for row, _ in self.names]].max())
+        return int(self.request.covered[-1].max(initial=0, where=self.eligible))
 
     def explain(self) -> dict[str, Any]:
         """All candidates with the terms of their costs, the cheapest first."""
-        candidates = [self._candidate(row, name) for row, name in self.names]
+        rows = np.flatnonzero(self.eligible).tolist()
+        candidates = [self._candidate(row, str(self.ids[row])) for row in rows]
         candidates.sort(key=lambda one: (one.get("cost", 0.0), one["worker"]))
         return {
             "worker": str(self.worker),
@@ -90,8 +92,8 @@ class Chosen:
             "candidates": candidates,
         }
 
-    def _candidate(self, row: int, name: WorkerId) -> dict[str, Any]:
-        about: dict[str, Any] = {"worker": str(name), "chosen": row == self.row}
+    def _candidate(self, row: int, name: str) -> dict[str, Any]:
+        about: dict[str, Any] = {"worker": name, "chosen": row == self.row}
         about["blocks_found"] = self.covered_blocks(row)
         if self.costs is not None:
             about["cost"] = float(self.costs.total[row])
@@ -143,7 +145,7 @@ class Selector:
         able = self.able(wishes)
         if isinstance(able, NoWorker):
             return able
-        eligible = able & ~self.limits.busy(self._workers)
+        eligible = self.limits.below(self._workers, able)
         if self._sessions == "hard" and wishes.session is not None and wishes.pinned is None:
             only = np.zeros_like(eligible)
             only[self._owner(wishes.session, able)] = True
@@ -154,9 +156,8 @@ class Selector:
         if costs is not None and wishes.preferred:
             costs = Costs(costs.total * self._preference(wishes.preferred), costs.terms, costs.unit)
         row, reason = self._choose(costs, eligible, wishes)
-        names = tuple((r, self._workers.at(r).id) for r in np.flatnonzero(eligible).tolist())
-        worker = self._workers.at(row).id
-        return Chosen(row, worker, self.policy, reason, request, names, costs)
+        worker, ids = self._workers.at(row).id, self._workers.ids
+        return Chosen(row, worker, self.policy, reason, request, eligible, ids, costs)
 
     def preview(self, request: Request, wishes: Wishes) -> Decision:
         """What `select` will say next; it leaves no trace."""

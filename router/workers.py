@@ -82,6 +82,7 @@ class Workers:
         self._workers: list[Worker | None] = []
         self._generation = 0
         self._unwell = 0
+        self._ids: tuple[WorkerId | None, ...] = ()
         self._allocate(ROWS_MIN)
 
     def __len__(self) -> int:
@@ -99,6 +100,11 @@ class Workers:
         return len(self._workers)
 
     @property
+    def ids(self) -> tuple[WorkerId | None, ...]:
+        """By row; None where it is free. Another one whenever a worker comes or goes."""
+        return self._ids
+
+    @property
     def generation(self) -> int:
         """Changes whenever a worker comes or goes."""
         return self._generation
@@ -114,7 +120,7 @@ class Workers:
             self._workers.append(None)
         self._rows[worker.id] = row
         self._put(row, worker)
-        self._generation += 1
+        self._changed()
         self.prefill_tokens[row] = self.prefill_s[row] = self.head_s[row] = 0.0
         self.blocks[row] = self.requests[row] = 0.0
         return row
@@ -131,7 +137,7 @@ class Workers:
         self._unwell -= not self.healthy[row]
         self.present[row] = self.accepting[row] = self.healthy[row] = False
         self._free.append(row)
-        self._generation += 1
+        self._changed()
         return row
 
     def get(self, worker: WorkerId) -> Worker | None:
@@ -167,19 +173,6 @@ class Workers:
         healthy = rows & self.healthy[: self.rows]
         return healthy if healthy.any() else rows
 
-    def waits_s(self) -> Floats:
-        """Seconds until all prompts are computed that were assigned: by the row, as of now.
-
-        Prompts are computed one after another, so what has passed since the latest first token has
-        gone into the one that is first; at most as much as it was expected to take, and nothing
-        where prompts wait for memory.
-        """
-        rows = slice(self.rows)
-        begun = np.minimum(self.clock() - self.head_since_s[rows], self.head_s[rows])
-        begun[self.blocks[rows] > self.kv_blocks[rows]] = 0.0
-        waits: Floats = self.prefill_s[rows] - np.maximum(begun, 0.0)
-        return waits
-
     def check_integrity(self) -> None:
         taken = sorted(self._rows.values())
         assert taken == np.flatnonzero(self.present).tolist()
@@ -189,6 +182,10 @@ class Workers:
             assert self.accepting[row] == self.at(row).accepting
             assert self.healthy[row] == self.at(row).healthy
         assert self._unwell == np.count_nonzero(self.present & ~self.healthy)
+
+    def _changed(self) -> None:
+        self._generation += 1
+        self._ids = tuple(None if worker is None else worker.id for worker in self._workers)
 
     def _put(self, row: int, worker: Worker) -> None:
         speed, capacity = worker.speed, worker.capacity

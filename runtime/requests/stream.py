@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -89,6 +89,24 @@ class Call:
 
     async def take(self) -> bytes:
         """The next response; raises how it ended when there are no more. One reader at a time."""
+        if not self._items:
+            await self._arrived()
+        payload = self._items.popleft()
+        if not self.ended and self.driver is not None:
+            self.driver.taken(len(payload) + ITEM_COST_BYTES)
+        return payload
+
+    async def take_all(self) -> list[bytes]:
+        """The next responses, as many as have come; else as `take`."""
+        if not self._items:
+            await self._arrived()
+        payloads = list(self._items)
+        self._items.clear()
+        if not self.ended and self.driver is not None:
+            self.driver.taken(sum(map(len, payloads)) + ITEM_COST_BYTES * len(payloads))
+        return payloads
+
+    async def _arrived(self) -> None:
         while not self._items:
             if self.ended:
                 raise StopAsyncIteration if self.error is None else self.error
@@ -98,10 +116,6 @@ class Call:
                 await self._waiter
             finally:
                 self._waiter = None
-        payload = self._items.popleft()
-        if not self.ended and self.driver is not None:
-            self.driver.taken(len(payload) + ITEM_COST_BYTES)
-        return payload
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -156,6 +170,17 @@ class ResponseStream:
         if self._deadline is None:
             await self._begin()
         return await self._call.take()
+
+    async def batches(self) -> AsyncIterator[list[bytes]]:
+        """The same, as many at a time as have come: a burst costs one wake-up."""
+        while True:
+            if self._deadline is None:
+                await self._begin()
+            try:
+                found = await self._call.take_all()
+            except StopAsyncIteration:
+                return
+            yield found
 
     def __del__(self) -> None:
         if self._deadline is not None:

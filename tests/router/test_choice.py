@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.affinity import owner_of
@@ -31,6 +31,7 @@ costs_and_eligible = st.integers(1, 20).flatmap(
 )
 
 
+@settings(deadline=None)  # the first call compiles
 @given(costs_and_eligible, st.floats(0, 3), st.integers())
 def test_whatever_is_chosen_may_be_used(
     case: tuple[list[float], list[bool]], temperature: float, seed: int

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.cost import BlocksCost, Request, SecondsCost
@@ -59,6 +59,7 @@ def situations(draw: st.DrawFn) -> tuple[Workers, Request]:
     return workers, Request(tokens, BLOCK, covered, draw(st.integers(0, 1000)))
 
 
+@settings(deadline=None)  # the first call compiles
 @given(situations(), st.floats(0, 2))
 def test_seconds_are_the_cheapest_way_to_have_the_prompts_kv(
     situation: tuple[Workers, Request], weight: float

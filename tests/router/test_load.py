@@ -6,9 +6,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from router.cost import SecondsCost
 from router.load import Active, ActiveSequences
 from router.workers import Workers
-from tests.router.builders import table, worker
+from tests.router.builders import request, table, worker
 
 
 class Load(RuleBasedStateMachine):
@@ -101,7 +102,8 @@ def test_the_prompt_that_is_first_is_computed_as_time_passes() -> None:
     active = ActiveSequences(workers)
 
     def waits() -> float:
-        return float(workers.waits_s()[0])
+        costs = SecondsCost()(request(workers), workers, workers.present[:1])
+        return float(costs.terms["wait"][0])
 
     active.begin("a", Active(0, [], 1, 300, 3.0))
     now = 101.0
