@@ -163,10 +163,11 @@ async def test_an_engine_that_stops_at_a_text_says_all_its_tokens() -> None:
         saying(event(TOKENS[:3])),
         saying(event(TOKENS[:3]), event([], "abort")),
         saying(event(TOKENS[:3]), b'data: {"error":{"message":"dead","code":500}}\n\n'),
+        saying(event(TOKENS[:3]) + b'data: {"error":{"message":"dead","code":500}}\n\n'),
         saying(event(TOKENS[:3]), b"data: nothing that is JSON\n\n"),
         saying(event(TOKENS[:3]), b'data: {"choices":[{"text":"text alone"}]}\n\n'),
     ],
-    ids=["broken", "no end", "aborted", "failed", "nonsense", "no tokens"],
+    ids=["broken", "no end", "aborted", "failed", "failed at once", "nonsense", "no tokens"],
 )
 async def test_a_stream_goes_on_at_another_engine(first: Script) -> None:
     async with before(first, rest(3)) as (http, [_, second]):

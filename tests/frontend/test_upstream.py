@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Callable
 
 import pytest
+import uvloop
 
 from frontend.engine_connection import UNREAD_BYTES_MAX
-from frontend.upstream import EngineFault, Upstream
+from frontend.upstream import EngineFault, Upstream, target_of
 
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -40,9 +42,11 @@ class Engine:
 
 
 @contextlib.asynccontextmanager
-async def asking(engine: Engine, silence_s: float = 30.0) -> AsyncIterator[tuple[Upstream, str]]:
+async def asking(
+    engine: Engine, silence_s: float = 30.0, key: str | None = None
+) -> AsyncIterator[tuple[Upstream, str]]:
     server = await asyncio.start_server(engine.talk, "127.0.0.1", 0)
-    upstream = Upstream(silence_s)
+    upstream = Upstream(silence_s, key)
     await upstream.open()
     try:
         yield upstream, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/base"
@@ -55,8 +59,10 @@ async def asking(engine: Engine, silence_s: float = 30.0) -> AsyncIterator[tuple
                 await writer.wait_closed()
 
 
-async def body_of(upstream: Upstream, url: str, body: bytes = b"{}") -> tuple[int, bytes]:
-    with await upstream.send(b"POST", url, b"/path?a=b", [(b"x-own", b"1")], body) as answer:
+async def body_of(
+    upstream: Upstream, url: str, body: bytes = b"{}", method: bytes = b"POST"
+) -> tuple[int, bytes]:
+    with await upstream.send(method, url, b"/path?a=b", [(b"x-own", b"1")], body) as answer:
         return answer.status, await answer.read()
 
 
@@ -175,3 +181,63 @@ async def test_connections_that_nobody_uses_are_closed(monkeypatch: pytest.Monke
                 await asyncio.sleep(0.01)
         await body_of(upstream, url)
         assert engine.connections == 2
+
+
+async def test_a_connection_that_an_unread_answer_has_stopped_is_not_used_again() -> None:
+    size = 2 * UNREAD_BYTES_MAX
+    engine = Engine(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size + b"x" * size)
+    async with asking(engine) as (upstream, url):
+        with await upstream.send(b"POST", url, b"/", [], b"") as answer:
+            connection = answer._connection
+            async with asyncio.timeout(20):
+                while not connection._is_paused:
+                    await asyncio.sleep(0.01)
+        engine.answer = WHOLE
+        assert await body_of(upstream, url) == (200, b"ok")
+        assert engine.connections == 2
+
+
+async def test_an_answer_to_head_ends_with_its_head() -> None:
+    engine = Engine(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+    async with asking(engine) as (upstream, url), asyncio.timeout(20):
+        for _ in range(2):
+            assert await body_of(upstream, url, b"", b"HEAD") == (200, b"")
+        assert engine.asked[1].startswith(b"HEAD /base/path?a=b HTTP/1.1\r\n")
+
+
+async def test_engines_are_given_the_key_that_they_ask_for() -> None:
+    engine = Engine(WHOLE)
+    async with asking(engine, key="k-1") as (upstream, url):
+        await body_of(upstream, url)
+        assert b"\r\nauthorization: Bearer k-1\r\n" in engine.asked[0]
+
+
+@pytest.mark.parametrize(
+    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
+def test_what_is_sent_waits_for_no_acknowledgement(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def check() -> None:
+        async with asking(Engine(WHOLE)) as (upstream, url):
+            with await upstream.send(b"POST", url, b"/", [], b"") as answer:
+                wire = answer._connection._transport.get_extra_info("socket")
+                assert wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(check())
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "target"),
+    [
+        ("/v1/responses/resp_1.a", b"", b"/v1/responses/resp_1.a"),
+        ("/v1/responses/a b/cancel", b"x=%20&y", b"/v1/responses/a%20b/cancel?x=%20&y"),
+        ("/v1/completions\r\nhost: other\n", b"", b"/v1/completions%0D%0Ahost%3A%20other%0A"),
+        ("/\u00fc?", b"", b"/%C3%BC%3F"),
+    ],
+)
+def test_a_path_is_one_again_on_the_way_to_an_engine(
+    path: str, query: bytes, target: bytes
+) -> None:
+    assert target_of({"path": path, "query_string": query}) == target

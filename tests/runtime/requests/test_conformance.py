@@ -28,6 +28,12 @@ async def read(stream: ResponseStream) -> list[bytes]:
         return [item async for item in stream]
 
 
+async def whole(stream: ResponseStream) -> int:
+    """How many items there are, read as they come together."""
+    async with asyncio.timeout(WAIT_S), stream:
+        return sum([len(items) async for items in stream.batches()])
+
+
 def ask(stage: Stage, endpoint: str, payload: bytes = b"", **other: float) -> ResponseStream:
     return stage.client.stream(stage.address, endpoint, payload, **other)  # type: ignore[arg-type]
 
@@ -98,6 +104,23 @@ async def test_a_handlers_failure_comes_with_its_words_after_its_items(
         await asyncio.wait_for(gather(), WAIT_S)
     assert got == [b"%d" % number for number in range(count)]
     assert (caught.value.received_items, caught.value.may_retry) == (count, False)
+
+
+@pytest.mark.parametrize("count", [0, 3, 3000])
+async def test_items_that_come_together_are_all_there_before_a_failure(
+    stage: Stage, count: int
+) -> None:
+    got: list[list[bytes]] = []
+
+    async def gather() -> None:
+        async for items in ask(stage, "test.raise.after", b"%d" % count).batches():
+            got.append(items)  # noqa: PERF401 (what came before the error counts)
+
+    with pytest.raises(HandlerFailed):
+        await asyncio.wait_for(gather(), WAIT_S)
+    assert all(got)
+    assert [item for items in got for item in items] == [b"%d" % number for number in range(count)]
+    assert await whole(ask(stage, "test.count.to", b"%d" % count)) == count
 
 
 async def test_a_handler_that_yields_no_bytes_has_failed(stage: Stage) -> None:
