@@ -6,10 +6,9 @@ Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings can
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import structlog
 import typer
@@ -22,9 +21,6 @@ from runtime import program
 from runtime.kernels import WHY, compiled
 from runtime.systemd import Notifier
 from runtime.web.server import ListenError
-
-YOUNG_OBJECTS: Final = 20_000
-"""So many are made before they are looked through for cycles, instead of Python's 700."""
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -74,10 +70,7 @@ async def _route(
     settings: FrontendSettings, doors: Doors, notifier: Notifier, stop: asyncio.Event
 ) -> None:
     async with serving(settings, os.environ, doors) as fleet:
-        # What was made so far stays, and requests leave few cycles: nothing to look for often.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(YOUNG_OBJECTS)
+        program.look_for_cycles_less()
         clients, operators = doors.clients.url, doors.operators.url
         _log.info("serving", url=clients, operators=operators, policy=settings.policy)
         said = f"listening on {clients}"

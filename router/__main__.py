@@ -90,6 +90,7 @@ async def _route(
         service = RouterService(assembly)
         dashboard = Dashboard(FleetPage(assembly))
         page.app = create_app(service, dashboard)
+        program.look_for_cycles_less()
         said = f"listening on {server.url}"
         notifier.ready(said)
         async with dashboard.running(), asyncio.TaskGroup() as tasks:
