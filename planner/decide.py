@@ -206,17 +206,17 @@ class _Pool:
                 f"prompt tokens to compute: {found.engines} engines, limited by {found.bound}",
             )
         if settings.enable_load_scaling:
-            now = self._load(speed, work, 1.0)
-            up = max(up, now[0])
-            down = max(down, self._load(speed, work, margin)[0])
-            self._say("load", now[0], now[1])
+            engines, text = self._load(speed, room, work, 1.0)
+            up = max(up, engines)
+            down = max(down, self._load(speed, room, work, margin)[0])
+            self._say("load", engines, text)
         return up, down
 
     def _needed(self, speed: Speed, room: Room, work: Work, rate: float) -> Needed:
         most = self._settings.max_endpoint
         return needed(speed, room, work, rate, self._goals, most=most, role=self.role)
 
-    def _load(self, speed: Speed, work: Work, margin: float) -> tuple[int, str]:
+    def _load(self, speed: Speed, room: Room, work: Work, margin: float) -> tuple[int, str]:
         """Engines for what comes now and for what will wait yet when a new one serves.
 
         A queue that is gone before an engine could be started asks for none.
@@ -227,7 +227,10 @@ class _Pool:
         waiting = sum(engine.waiting for engine in self._engines)
         queued_s = waiting * (cost.prefill_s if self.role != "decode" else cost.decode_s)
         left_s = max(queued_s + (busy - len(self._engines)) * self._settings.start_delay, 0.0)
-        engines = max(math.ceil((busy + left_s / self._settings.catch_up) / share - 1e-9), 1)
+        engines = math.ceil((busy + left_s / self._settings.catch_up) / share - 1e-9)
+        engines = max(
+            engines, self._needed(speed, room, work, margin * self._perf.rate_now).engines
+        )
         text = (
             f"{self._perf.rate_now:.2f} requests/s keep {busy:.2f} engines busy, {waiting:.0f} "
             f"wait ({queued_s:.1f} s of work): {engines} engines"

@@ -43,7 +43,7 @@ SPECS: Final = (
     Spec(
         f"{_P}expected_ttft_seconds",
         "gauge",
-        "With as many engines as the forecast needs, what the wanted share of requests is within.",
+        "With as many engines as the forecast needs, the mean time to first token.",
         _ROLE,
     ),
     Spec(f"{_P}expected_itl_seconds", "gauge", "The same for the time between tokens.", _ROLE),

@@ -8,10 +8,13 @@ growing part of decode steps the share `d`, Little's law (R = rate x output toke
     ITL = step_s / (1 - p - d)
 
 so that a goal for the ITL is a limit for the share of time that load may take. A prompt waits for
-those before it: M/G/n, with Sakasegawa's approximation of the wait and an exponential tail. Cached
-tokens are not computed, so they take no share; those in lower tiers take their load time, which
-makes their own first token later and nobody else's. Sources: Little 1961; Sakasegawa, "An
-approximation formula L_q = a rho^b / (1 - rho)", 1977.
+those before it: M/G/m, with Sakasegawa's approximation of the wait and an exponential tail. A
+router that sends it where its KV is makes neither one queue of n engines' nor n of their own: m is
+taken for the root of n. Prompts are of different lengths, lognormal about their mean, so that some
+are late on an idle engine, too: no number of engines helps those, and the goal is a share of the
+others. Cached tokens are not computed, so they take no share; those in lower tiers take their load
+time, which makes their own first token later and nobody else's. Sources: Little 1961; Sakasegawa,
+"An approximation formula L_q = alpha rho^beta / (1 - rho)", 1977.
 """
 
 from __future__ import annotations
@@ -21,15 +24,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import numpy as np
+
 from runtime.engine_card import Role
 
-UTILISATION_MAX: Final = 0.9
+UTILISATION_MAX: Final = 0.85
 KV_SHARE_MAX: Final = 0.9
 BASE_SHARE_MAX: Final = 0.8
 """A goal for the ITL that is next to what an idle engine takes, or less, allows this much load
 still: no number of engines would keep it, and asking for ever more would keep nothing else."""
-VARIABILITY: Final = 1.5
-"""(1 + squared coefficient of variation of a prompt's time) / 2: conversations vary a lot."""
+_NODES, _WEIGHTS = (column.tolist() for column in np.polynomial.hermite_e.hermegauss(7))
+_WEIGHTS_SUM: Final = sum(_WEIGHTS)
 
 Bound = Literal["nothing", "compute", "itl", "ttft", "kv", "sequences", "most"]
 
@@ -58,7 +63,7 @@ class Room:
 class Goals:
     ttft_s: float
     itl_s: float
-    attainment: float  # the share of requests whose first token shall come in time
+    attainment: float  # share of the first tokens that can be in time, which shall be
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Work:
     prompt_tokens: float
     output_tokens: float
     hits: Mapping[str, float] = field(default_factory=dict)
+    variation: float = 1.0  # of the tokens to compute: standard deviation over mean
 
     @property
     def cached_tokens(self) -> float:
@@ -84,7 +90,8 @@ class Expected:
 
     utilisation: float  # share of its time that grows with load; 1 and more: it cannot keep up
     itl_s: float
-    ttft_s: float  # that the wanted share of requests is within
+    ttft_s: float  # the mean
+    in_time: float  # share of first tokens
     running: float
     kv_tokens: float
 
@@ -107,18 +114,22 @@ class Costs:
 
 def costs(speed: Speed, work: Work, role: Role) -> Costs:
     """A prefill engine computes no answer, a decode engine no prompt."""
-    new, cached = work.computed_tokens, work.cached_tokens
-    prefill_s = speed.token_s * new + speed.pair_s * (new * cached + new * new / 2)
     context = work.prompt_tokens + work.output_tokens / 2
     decode_s = work.output_tokens * (speed.sequence_s + speed.kv_token_s * context)
     load_s = work.prompt_tokens * sum(
         share * speed.load_s.get(tier, 0.0) for tier, share in work.hits.items()
     )
     return Costs(
-        0.0 if role == "decode" else prefill_s,
+        0.0 if role == "decode" else _prefill_s(speed, work, 1.0),
         0.0 if role == "prefill" else decode_s,
         load_s,
     )
+
+
+def _prefill_s(speed: Speed, work: Work, times: float) -> float:
+    """Of a prompt with so many times the tokens to compute that the mean one has."""
+    new = work.computed_tokens * times
+    return speed.token_s * new + speed.pair_s * (new * work.cached_tokens + new * new / 2)
 
 
 def expect(
@@ -129,19 +140,35 @@ def expect(
     decode = rate * cost.decode_s
     utilisation = rate * cost.prefill_s + decode
     if utilisation >= 1:
-        return Expected(utilisation, math.inf, math.inf, math.inf, math.inf)
+        return Expected(utilisation, math.inf, math.inf, 0.0, math.inf, math.inf)
     itl_s = 0.0 if role == "prefill" else speed.step_s / (1 - utilisation)
     running = rate * work.output_tokens * itl_s
-    service_s = cost.prefill_s / (1 - decode)
-    busy = rate * service_s  # of the time that decode leaves
-    delayed = busy ** (math.sqrt(2 * (engines + 1)) - 1)
-    ttft_s = cost.load_s + service_s + speed.step_s
-    late = 1 - goals.attainment
-    if delayed > late:
-        mean_s = VARIABILITY * service_s / (engines * (1 - busy))  # of those that wait
-        ttft_s += mean_s * math.log(delayed / late)
+    left = 1 - decode  # of the time, for prefill
+    busy = rate * cost.prefill_s / left
+    variability = (1 + work.variation**2) / 2
+    pooled = math.sqrt(engines)
+    delayed = busy ** (math.sqrt(2 * (pooled + 1)) - 1)
+    wait_s = variability * cost.prefill_s / left / (pooled * (1 - busy))  # of those that wait
+    own_s = cost.load_s + speed.step_s
+    in_time = 1.0
+    if role != "decode":
+        sigma = math.sqrt(math.log1p(work.variation**2))
+        in_time = 0.0
+        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+            times = math.exp(sigma * node - sigma * sigma / 2)
+            spare_s = goals.ttft_s - own_s - _prefill_s(speed, work, times) / left
+            in_time += weight * _within(spare_s, delayed, wait_s)
+        in_time /= _WEIGHTS_SUM
+    ttft_s = own_s + cost.prefill_s / left + delayed * wait_s
     context = work.prompt_tokens + work.output_tokens / 2
-    return Expected(utilisation, itl_s, ttft_s, running, running * context)
+    return Expected(utilisation, itl_s, ttft_s, in_time, running, running * context)
+
+
+def _within(spare_s: float, delayed: float, wait_s: float) -> float:
+    """The chance that a prompt waits no longer than it can spare."""
+    if spare_s < 0:
+        return 0.0
+    return 1.0 if wait_s <= 0 else 1 - delayed * math.exp(-spare_s / wait_s)
 
 
 def _limit(expected: Expected, speed: Speed, room: Room, goals: Goals, role: Role) -> Bound:
@@ -169,13 +196,12 @@ def needed(
 ) -> Needed:
     """The fewest engines that keep the goals, at most `most`; never falls as the load grows."""
     assert most >= 1
-    idle = expect(speed, work, 0.0, 1, goals, role)
-    in_time = idle.ttft_s < goals.ttft_s
+    share = goals.attainment * expect(speed, work, 0.0, 1, goals, role).in_time
 
     def bound_of(engines: int) -> tuple[Bound, Expected]:
         found = expect(speed, work, requests_per_s, engines, goals, role)
         bound = _limit(found, speed, room, goals, role)
-        if bound == "nothing" and role != "decode" and in_time and found.ttft_s > goals.ttft_s:
+        if bound == "nothing" and found.in_time < share:
             bound = "ttft"
         return bound, found
 

@@ -8,6 +8,7 @@ snapshots'.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -19,7 +20,10 @@ from planner.perf import Goals, Room, Speed, Work
 from planner.settings import PlanSettings
 from runtime.engine_card import Role
 
-RATE_MEMORY_S: Final = 30.0
+RATE_S: Final = 30.0
+RATE_FAST_S: Final = 10.0
+CHANCE: Final = 2.0
+"""So many standard deviations of a Poisson count must a short time have more to count as more."""
 WORK_MEMORY: Final = 200.0  # prompts after which the means have forgotten two thirds
 SEQUENCES: Final = 256  # vLLM's default, where no profile says
 
@@ -62,8 +66,8 @@ class Planner:
             )
             for role in settings.scaling.roles
         }
-        self._means = _Means(perf.isl, perf.osl)
-        self._rate = 0.0
+        self._means = _Means(perf.isl, perf.osl, perf.isl_variation)
+        self._rate = _Rate()
         self._starts = _Starts(settings.scaling.start_delay)
         self._state = State()
 
@@ -80,10 +84,10 @@ class Planner:
         ahead_s = scaling.start_delay + scaling.load_adjustment_interval
         forecast = self._forecaster.forecast(ahead_s)
         rooms = {role: self._room(role, seen) for role in scaling.roles}
-        perf = Perf(speeds, rooms, work, self._rate)
+        perf = Perf(speeds, rooms, work, self._rate.now)
         decision = decide(seen, forecast, perf, self._goals, scaling, self._state)
         self._state = decision.state
-        return Plan(seen, forecast, speeds, work, self._rate, scaling.start_delay, decision)
+        return Plan(seen, forecast, speeds, work, self._rate.now, scaling.start_delay, decision)
 
     def not_done(self) -> None:
         """The last decision was not carried out: the next one begins with what is there."""
@@ -93,8 +97,7 @@ class Planner:
 
     def _add_traffic(self, at_s: float, traffic: Traffic) -> None:
         self._forecaster.add(at_s, traffic.requests, traffic.seconds)
-        gain = 1 - math.exp(-traffic.seconds / RATE_MEMORY_S)
-        self._rate += gain * (traffic.requests_per_s - self._rate)
+        self._rate.add(traffic.requests, traffic.seconds)
         self._means.add(traffic)
 
     def _room(self, role: Role, seen: Observation) -> Room:
@@ -104,17 +107,44 @@ class Planner:
         return Room(min(told, default=profile.kv_tokens if profile else 0), sequences)
 
 
+class _Rate:
+    """Requests a second now: the mean of half a minute, or what the last seconds had beyond doubt,
+    so that a burst is seen at once and chance is not."""
+
+    def __init__(self) -> None:
+        self._counts: deque[tuple[float, float]] = deque()  # requests, seconds
+
+    @property
+    def now(self) -> float:
+        return max(self._mean(RATE_S, 0.0), self._mean(RATE_FAST_S, CHANCE))
+
+    def add(self, requests: float, seconds: float) -> None:
+        self._counts.append((requests, seconds))
+        while sum(s for _, s in self._counts) - self._counts[0][1] >= RATE_S:
+            self._counts.popleft()
+
+    def _mean(self, over_s: float, less: float) -> float:
+        requests = seconds = 0.0
+        for count, span_s in reversed(self._counts):
+            requests += count
+            seconds += span_s
+            if seconds >= over_s:
+                break
+        return max(requests - less * math.sqrt(requests), 0.0) / seconds if seconds else 0.0
+
+
 class _Means:
     """What requests are like, by the latest hundreds of them."""
 
-    def __init__(self, prompt_tokens: float, output_tokens: float) -> None:
+    def __init__(self, prompt_tokens: float, output_tokens: float, variation: float) -> None:
         self._prompt, self._output = prompt_tokens, output_tokens
+        self._variation = variation
         self._hits: dict[str, float] = {}
         self._known = 0.0
 
     @property
     def work(self) -> Work:
-        return Work(self._prompt, self._output, dict(self._hits))
+        return Work(self._prompt, self._output, dict(self._hits), self._variation)
 
     def add(self, traffic: Traffic) -> None:
         if traffic.prompts <= 0:

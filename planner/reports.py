@@ -82,6 +82,7 @@ def step_report(step: Step) -> dict[str, Any]:
                 "bound": one.bound,
                 "utilisation": _finite(one.expected.utilisation),
                 "ttft_s": _finite(one.expected.ttft_s),
+                "in_time": one.expected.in_time,
                 "itl_s": _finite(one.expected.itl_s),
             }
             for role, one in decision.needed.items()

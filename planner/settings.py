@@ -68,6 +68,13 @@ class PerfSettings(Section):
         "from the engines alone.",
     )
     isl: float = Field(default=3000.0, gt=0, description="Prompt tokens until some were seen.")
+    isl_variation: float = Field(
+        default=1.2,
+        ge=0,
+        le=10,
+        description="How different prompts are: the standard deviation of their tokens over the "
+        "mean.",
+    )
     osl: float = Field(default=150.0, gt=0, description="Output tokens until some were seen.")
     looks_max: int = Field(default=256, ge=16, description="Looks at engines to learn from.")
     load_min_observations: int = Field(

@@ -162,7 +162,7 @@ class Life:
             made = await self._made_card()
             if isinstance(made, Bad):
                 return made
-            if self.state is State.STOPPING:  # asked to meanwhile
+            if not self._registration.lifecycle.may(State.RUNNING):  # it was asked to drain
                 return None
             self._card = made
             await self._move(State.RUNNING, card=made)
