@@ -6,6 +6,7 @@ Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings can
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,8 @@ Config = Annotated[
 @app.command()
 def serve(config: Config = None, assignments: program.Assignments = None) -> None:
     """Plan until SIGTERM or SIGINT."""
+    # Fits of some dozens of points: threads of a BLAS would only take engines' cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from planner.actuate.base import ActuateError
     from planner.measure import ProfileRefused
 
@@ -51,8 +54,6 @@ def main() -> None:
 
 
 async def _serve(settings: PlannerSettings) -> None:
-    import os
-
     from planner.app import create_app
     from planner.assembly import running
 

@@ -170,7 +170,7 @@ class _Pool:
             return self._bounded(self.base)
         up, down = self._wishes()
         down = max(down, self._in_flight())
-        lowest = self._lowest_lately(min(down, up))
+        lowest = self._lowest_lately(down)
         if up > self.base:
             return self._bounded(min(up, self._stepped_up(up)))
         if lowest < self.base:

@@ -122,11 +122,13 @@ class Kubernetes:
 
     def _victims(self, pool: _Pool, role: Role, ours: Sequence[Member], fewer: int) -> list[Member]:
         """Engines that are to drain now. Pods without one, as those that find no node, go first."""
+        asked = pool.draining
         if pool.workload.kind == "statefulset":
             last = _last(pool, fewer)
-            return [m for m in ours if m.record.host in last and m.phase != "draining"]
-        empty = (pool.put or 0) - len({m.record.host for m in ours})
-        return surplus(ours, role, fewer - len(pool.draining) - max(empty, 0))
+            return [m for m in ours if m.record.host in last and m.record.host not in asked]
+        empty = max((pool.put or 0) - len({m.record.host for m in ours}), 0)
+        others = [m for m in ours if m.record.host not in asked]
+        return surplus(others, role, fewer - len(asked) - empty)
 
     def _going(
         self, pool: _Pool, ours: Sequence[Member], ready: Sequence[str], replicas: int

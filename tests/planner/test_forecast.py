@@ -78,7 +78,7 @@ def test_too_few_points_for_a_model_are_told_by_the_mean() -> None:
     assert found.by == "ewma"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     predictor=st.sampled_from(PREDICTORS),
     values=st.lists(st.floats(0, 1000), min_size=1, max_size=14),
