@@ -38,11 +38,12 @@ from planner.settings import ForecastSettings, GoalSettings, PlanSettings, Scali
 ENGINES_MAX: Final = 16
 SCENE: Final = Scene(engines=ENGINES_MAX, engines_per_node=4, g2_gb=256.0)
 START_S: Final = 60.0
-WAVE_S: Final = 1800.0
+WAVE_S: Final = 900.0
 WAVE_DEPTH: Final = 0.7
-BURST_RATE: Final = 4.0
+BURST_RATE: Final = 2.0
 BURST_FACTOR: Final = 4.0
 BURST_BEGIN_S, BURST_RISE_S, BURST_END_S, BURST_SPAN_S = 900.0, 120.0, 1500.0, 2400.0
+REQUESTS: Final = 6000  # of the trace, the first half hour
 TICK_S: Final = 5.0
 TARGETS: Final = {"trace": 0.95, "wave": 1.0, "burst": 1.0}
 """Least attainment, as a multiple of that of fixed fleets of the same GPU-hours. A load that
@@ -94,7 +95,7 @@ def burst(seed: int = 7) -> list[TraceEntry]:
         rise = min(max(at_s - BURST_BEGIN_S, 0.0) / BURST_RISE_S, 1.0)
         rate = BURST_RATE * (1 + (BURST_FACTOR - 1) * (rise if at_s < BURST_END_S else 0.0))
         at_s += dice.exponential(1 / rate)
-        prompt = int(np.clip(dice.lognormal(math.log(4000), 0.6), 64, 16000))
+        prompt = int(np.clip(dice.lognormal(math.log(8000), 0.6), 64, 32000))
         answer = int(np.clip(dice.lognormal(math.log(200), 0.5), 8, 1000))
         blocks = -(-prompt // TRACE_BLOCK_TOKENS)
         entries.append(TraceEntry(1000 * at_s, prompt, answer, tuple(range(block, block + blocks))))
@@ -164,12 +165,12 @@ def _span_s(result: ReplayResult) -> float:
     return max(r.finished_ps or 0 for r in result.records) / PS_PER_S
 
 
-def loads(trace: Path, count: int | None) -> list[Load]:
+def loads(trace: Path, count: int) -> list[Load]:
     entries = read_trace(trace)[:count]
     return [
         Load("trace", tuple(entries), ttft_s=3.0),
         Load("wave", tuple(wave(entries)), ttft_s=3.0),
-        Load("burst", tuple(burst()), ttft_s=1.0),
+        Load("burst", tuple(burst()), ttft_s=2.0),
     ]
 
 
@@ -229,7 +230,7 @@ def _row(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, default=TRACE)
-    parser.add_argument("--requests", type=int)
+    parser.add_argument("--requests", type=int, default=REQUESTS)
     parser.add_argument("--predictors", nargs="+", default=list(PREDICTORS))
     parser.add_argument("--loads", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--plot", type=Path, default=Path("build/planner.svg"))
@@ -247,7 +248,7 @@ def main() -> None:
         for load in some:
             ours = [done for one, done in planned if one is load]
             about = int(min(one.engine_s / one.span_s for one in ours))
-            sizes = range(max(about, 1), min(about + 3, ENGINES_MAX) + 1)
+            sizes = range(max(about, 1), min(about + 2, ENGINES_MAX) + 1)
             fixed = list(pool.map(run_fixed, [load] * len(sizes), sizes))
             for one in [*ours, *fixed]:
                 print(

@@ -117,7 +117,8 @@ def frontend_page(told: Sequence[Sample], model: str | None) -> Counters | None:
         # Without a model's name is what was refused before it was read: no load of an engine.
         if (whose := sample.labels.get("model")) is None or (whose and model in {None, whose}):
             total[sample.name.removeprefix(_F)] += sample.value
-    if not any(sample.name.startswith(_F) for sample in told):
+    # One that has had no request yet has no samples at all.
+    if told and not any(sample.name.startswith(_F) for sample in told):
         return None
     return Counters(
         arrived=total["requests_total"] + total["inflight_requests"],

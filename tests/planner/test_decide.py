@@ -149,7 +149,7 @@ def test_who_is_blind_changes_nothing() -> None:
 
 def test_what_others_set_by_hand_is_kept_for_a_while() -> None:
     """The reference and its users fight there (its issue 4420)."""
-    settings = scaling(manual_hold=100.0)
+    settings = scaling(manual_hold=100.0, scale_up_step=64)
     there = [load(f"{n}") for n in range(3)]
     first = decide(
         seen(0.0, there, desired={"aggregated": 3}),
@@ -169,7 +169,7 @@ def test_what_others_set_by_hand_is_kept_for_a_while() -> None:
             forecast(60.0),
             perf(60.0),
             GOALS,
-            scaling(manual_hold=100.0, scale_down_delay=0.0, scale_down_step=10),
+            settings,
             states,
         )
         assert target(found) == expected, at_s

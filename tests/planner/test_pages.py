@@ -20,6 +20,7 @@ from mocker.engine import Engine as MockEngine
 from mocker.gauges import Gauges
 from mocker.replay import FleetSettings
 from planner.fleet import Fleet
+from planner.observe import Counters
 from planner.pages import NAMES, engine_page, frontend_page, samples
 from planner.settings import PrometheusSettings
 from planner.sources import Pages, Prometheus, Unread
@@ -101,6 +102,8 @@ def test_the_frontends_own_meter_is_understood() -> None:
     assert every.arrived == 4
     under_way.end()
     assert frontend_page(samples(VLLM), None) is None
+    idle = frontend_page(samples(generate_latest(Meter().registry).decode()), "m")
+    assert idle == Counters()
     assert engine_page(told) is None
 
 
