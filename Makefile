@@ -12,7 +12,7 @@ CODE   := $(wildcard storage_tiers runtime kvbm router frontend planner connecto
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml tools/install.py tools/constraints.txt
+$(STAMP): pyproject.toml tools/install.py tools/programs.py tools/constraints.txt
 	@$(PYTHON) tools/install.py
 	@touch $@
 
@@ -30,14 +30,16 @@ format: $(STAMP) ## let ruff rewrite what it can
 
 # Engines want the machine to themselves; the rest mostly waits for servers and clocks.
 test: $(STAMP) ## every test, real engines included
+	@$(BIN)/python tools/browser.py
 	$(BIN)/python -m pytest -m e2e
 	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 
 test-fast: $(STAMP) ## every test but those that start an engine
+	@$(BIN)/python tools/browser.py
 	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
 
-chaos: $(STAMP) ## kill the daemon 200 times under load and look at what it gives out
-	KVBM_CHAOS_KILLS=200 $(BIN)/python -m pytest tests/chaos
+chaos: $(STAMP) ## kill the daemon 200 times under load, then every program of a fleet, 200 times
+	KVBM_CHAOS_KILLS=200 KVBM_CHAOS_ROUNDS=200 $(BIN)/python -m pytest tests/chaos
 
 soak: $(STAMP) ## an hour of mixed load: right bytes, and memory, descriptors and latency flat
 	KVBM_SOAK_S=3600 $(BIN)/python -m pytest tests/soak

@@ -5,6 +5,7 @@ Exit status: 0 after a clean stop, 1 when it cannot run, 2 when its settings can
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 from pathlib import Path
@@ -14,9 +15,12 @@ import structlog
 import typer
 import uvloop
 
-from frontend.server import PROGRAM, serving
+from frontend.server import PROGRAM, Doors, listening, serving
 from frontend.settings import FrontendSettings
+from router.index import KERNELS
 from runtime import program
+from runtime.kernels import WHY, compiled
+from runtime.systemd import Notifier
 from runtime.web.server import ListenError
 
 YOUNG_OBJECTS: Final = 20_000
@@ -49,6 +53,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
 
 
 program.add_common_commands(app, FrontendSettings.load)
+program.add_print_unit(app, PROGRAM)
 
 
 def main() -> None:
@@ -57,15 +62,31 @@ def main() -> None:
 
 async def _serve(settings: FrontendSettings) -> None:
     stop = program.stop_signal()
-    async with serving(settings, os.environ) as (clients, operators):
+    async with program.beside_systemd() as notifier, listening(settings) as doors:
+        notifier.status(WHY)
+        if await program.unless_stopped(stop, compiled(KERNELS)):
+            doors.clients_page.why = doors.operators_page.why = "starting"
+            await _route(settings, doors, notifier, stop)
+    _log.info("stopped")
+
+
+async def _route(
+    settings: FrontendSettings, doors: Doors, notifier: Notifier, stop: asyncio.Event
+) -> None:
+    async with serving(settings, os.environ, doors) as fleet:
         # What was made so far stays, and requests leave few cycles: nothing to look for often.
         gc.collect()
         gc.freeze()
         gc.set_threshold(YOUNG_OBJECTS)
-        _log.info("serving", url=clients.url, operators=operators.url, policy=settings.policy)
-        await stop.wait()
+        clients, operators = doors.clients.url, doors.operators.url
+        _log.info("serving", url=clients, operators=operators, policy=settings.policy)
+        said = f"listening on {clients}"
+        notifier.ready(said)
+        await program.unless_stopped(
+            stop, program.tell_what_is_missing(notifier, said, fleet.waits_for)
+        )
+        notifier.stopping()
         _log.info("stopping")
-    _log.info("stopped")
 
 
 if __name__ == "__main__":

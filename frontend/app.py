@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from frontend.errors import ApiError, model_not_found
+from frontend.errors import UNSUPPORTED, ApiError, model_not_found
 from frontend.exchange import Exchange, Handler
 from frontend.fleet import Fleet, ModelInfo
 from frontend.gate import Gate, Receive, Scope, Send
@@ -79,7 +79,10 @@ class Application:
 
 
 class ByModel:
-    """A handler that leaves models whose engines take tokens to another."""
+    """A handler that leaves models whose engines take tokens to another.
+
+    What that one cannot make is passed through if the engines have servers too.
+    """
 
     def __init__(self, fleet: Fleet, of_tokens: Handler, others: Handler) -> None:
         self._fleet = fleet
@@ -88,8 +91,14 @@ class ByModel:
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         model = decode(model_decoder, body).model
-        handler = self._of_tokens if self._fleet.takes_tokens(model) else self._others
-        await handler(body, scope, reply, measured)
+        if self._fleet.takes_tokens(model):
+            try:
+                await self._of_tokens(body, scope, reply, measured)
+                return
+            except ApiError as error:
+                if error.code != UNSUPPORTED or not self._fleet.has_servers(model):
+                    raise
+        await self._others(body, scope, reply, measured)
 
 
 def _add_models(app: FastAPI, fleet: Fleet, gate: Gate) -> None:
@@ -114,10 +123,13 @@ def _add_probes(app: FastAPI, fleet: Fleet, meter: Meter) -> None:
 
     @app.get("/health")
     async def health() -> Response:
-        """200 once some engine serves."""
+        """200 once some engine serves; else what is waited for."""
         models = {model.name: model.engines for model in fleet.models()}
-        status = "ready" if models else "no engine serves"
-        return JSONResponse({"status": status, "engines": models}, 200 if models else 503)
+        if not models:
+            missing = {"status": "no engine serves", "engines": {}, "waits_for": fleet.waits_for()}
+            return JSONResponse(missing, 503)
+        by_load = [name for name in models if fleet.text(name) is None]
+        return JSONResponse({"status": "ready", "engines": models, "routed_by_load": by_load})
 
     @app.get("/metrics")
     async def metrics() -> Response:

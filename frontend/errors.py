@@ -18,6 +18,8 @@ _TYPES: Final = {
     429: "rate_limit_error",
 }
 _SERVER: Final = "server_error"
+UNSUPPORTED: Final = "unsupported"
+"""The code of what only an engine's own server can make."""
 
 
 @dataclass(eq=False)

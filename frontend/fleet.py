@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
@@ -105,6 +105,10 @@ class Fleet(Protocol):
         """Those with an engine that serves."""
         ...
 
+    def waits_for(self) -> Mapping[str, str]:
+        """What is not there yet that finding engines needs, and why; by what it is."""
+        ...
+
     def text(self, model: str) -> PromptMaker | None:
         """How the model's prompts become tokens; None if that is not known here.
 
@@ -114,6 +118,10 @@ class Fleet(Protocol):
 
     def takes_tokens(self, model: str) -> bool:
         """Whether its engines are given tokens; false also if there is no such model."""
+        ...
+
+    def has_servers(self, model: str) -> bool:
+        """Whether its engines have OpenAI servers, so that requests can be passed through."""
         ...
 
     async def assign(self, job: Job) -> Assigned:

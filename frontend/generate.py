@@ -7,7 +7,7 @@ it is not, because the engine's random state is lost with it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
@@ -75,6 +75,20 @@ class RequestPlaneEngines:
             raise EngineFault(place.transport, str(error), begun=True) from error
 
 
+class ByAddress:
+    """Engines on the request plane, and those whose only address is that of their OpenAI server."""
+
+    def __init__(self, on_plane: TokenEngines, servers: TokenEngines) -> None:
+        self._on_plane = on_plane
+        self._servers = servers
+
+    def generate(
+        self, place: Place, request: Generate, headers: Mapping[str, str]
+    ) -> AsyncGenerator[Generated]:
+        engines = self._servers if place.transport == place.url else self._on_plane
+        return engines.generate(place, request, headers)
+
+
 class Generation:
     """`migrations_max`: how often one request may go on elsewhere after it had begun."""
 
@@ -93,13 +107,22 @@ class Generation:
         self._migration_tokens_max = migration_tokens_max
 
     async def run(
-        self, job: Job, sampling: Sampling, headers: Mapping[str, str], measured: Measured
+        self,
+        job: Job,
+        sampling: Sampling,
+        headers: Mapping[str, str],
+        measured: Measured,
+        placed: Callable[[Assigned], None],
     ) -> AsyncGenerator[Generated]:
-        """Until the item that says why it is the last. Raises ApiError."""
+        """Until the item that says why it is the last; `placed` hears of each engine that is asked.
+
+        Raises ApiError.
+        """
         given: list[int] = []
         attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
             with await attempts.assign(_with_output(job, given)) as assigned:
+                placed(assigned)
                 goes_on = bool(given)
                 request = _request(job, given, sampling, assigned.place)
                 try:

@@ -29,6 +29,7 @@ _OWN_HOP: Final = frozenset(
         b"expect",
         b"accept-encoding",
         b"authorization",
+        b"x-api-key",
         REQUEST_ID,
         TRACEPARENT,
     }

@@ -7,7 +7,7 @@ routed by what is known, at the worst by load alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,7 +52,7 @@ class PromptMaker:
                 [_with_text(message) for message in request.messages],
                 tools=request.tools,
                 add_generation_prompt=request.add_generation_prompt,
-                kwargs=request.chat_template_kwargs,
+                kwargs=request.template_kwargs,
             )
         except TemplateError as error:
             raise bad_request(str(error), "messages", "chat_template") from error
@@ -74,6 +74,16 @@ class PromptMaker:
 
     def _of_text(self, text: str, request: CompletionRequest) -> Tokens:
         return self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+
+
+def has_only_text(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Images and the like become tokens at the engine alone."""
+    return all(
+        part.get("type") in _TEXT_PARTS
+        for message in messages
+        if isinstance(content := message.get("content"), list)
+        for part in content
+    )
 
 
 def of_ids(ids: Any) -> Tokens:

@@ -21,15 +21,12 @@ from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
 from frontend.meter import Measured
 from frontend.respond import Reply
-from frontend.upstream import Answer, EngineFault, Upstream
+from frontend.upstream import Answer, EngineFault, Given, Upstream, to_rank
 
 _WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
 _FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
-
-Given = list[tuple[str, str]]
-"""Headers for the engine."""
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -100,7 +97,7 @@ class Relay:
         data = msgspec.json.encode(asked)
         try:
             async with self._upstream.send(
-                "POST", place.url + path, _to(place, given), data
+                "POST", place.url + path, to_rank(place, given), data
             ) as answer:
                 await answer.read()
         except EngineFault as fault:
@@ -119,7 +116,7 @@ class Relay:
         place = assigned.place
         query = scope.get("query_string") or b""
         url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
-        async with self._upstream.send(scope["method"], url, _to(place, given), body) as answer:
+        async with self._upstream.send(scope["method"], url, to_rank(place, given), body) as answer:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
@@ -127,7 +124,7 @@ class Relay:
             assigned.first_token()
             measured.first_token()
             measured.status = answer.status
-            _say_where(assigned, reply)
+            say_where(assigned, reply)
             await reply.whole(answer.status, _back(answer), data)
 
     async def _stream(
@@ -140,7 +137,7 @@ class Relay:
                 assigned.first_token()
                 measured.first_token()
                 measured.status = answer.status
-                _say_where(assigned, reply)
+                say_where(assigned, reply)
                 await reply.begin(answer.status, _back(answer))
             events = chunk.count(_EVENT_END)
             assigned.output(events)
@@ -151,16 +148,13 @@ class Relay:
         await reply.end()
 
 
-def _to(place: Place, given: Given) -> Given:
-    if place.dp_size == 1:
-        return given
-    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
-
-
-def _say_where(assigned: Assigned, reply: Reply) -> None:
+def say_where(assigned: Assigned, reply: Reply) -> None:
+    """Who answers; in place of whom was said before, if another one did not get to it."""
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
-    reply.extra.append((_WORKER, worker.encode()))
-    reply.extra.append((_CACHED, str(assigned.cached_tokens).encode()))
+    reply.extra[1:] = [
+        (_WORKER, worker.encode()),
+        (_CACHED, str(assigned.cached_tokens).encode()),
+    ]
 
 
 def _back(answer: Answer) -> list[tuple[bytes, bytes]]:

@@ -50,6 +50,16 @@ class ChatRequest(Sampled, kw_only=True):
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the template is told besides the messages, as vLLM tells it."""
+        told: dict[str, Any] = {"documents": self.documents}
+        if self.reasoning_effort is not None:
+            told["reasoning_effort"] = self.reasoning_effort
+            told["enable_thinking"] = self.reasoning_effort != "none"
+        return {**told, **(self.chat_template_kwargs or {})}
 
     @property
     def output_tokens_max(self) -> int | None:

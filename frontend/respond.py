@@ -15,6 +15,7 @@ class Reply:
     def __init__(self, send: Send, request_id: str) -> None:
         self.request_id = request_id
         self._send = send
+        # The request's id, and behind it where it is answered.
         self.extra: list[tuple[bytes, bytes]] = [(REQUEST_ID, request_id.encode())]
         self.status: int | None = None  # once it has begun
 

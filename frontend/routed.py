@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -52,16 +52,23 @@ class RoutedFleet:
             if any(engine.serving for engine in model.engines.values())
         ]
 
+    def waits_for(self) -> Mapping[str, str]:
+        found = self._assembly.readiness()
+        return {name: why for name, why in found.items() if why is not None}
+
     def text(self, model: str) -> PromptMaker | None:
         self._router(model)
         return self._text_of(model)
 
     def takes_tokens(self, model: str) -> bool:
-        """Also if it need not be passed through: its engines have no OpenAI server."""
+        """Also if it could be passed through; not if it could and its tokens are not known here."""
+        if not self.has_servers(model):
+            return model in self._assembly.models
+        return model in self._tokens_for and self._text_of(model) is not None
+
+    def has_servers(self, model: str) -> bool:
         found = self._assembly.models.get(model)
-        if found is None:
-            return False
-        return model in self._tokens_for or not all(e.card.url for e in found.engines.values())
+        return found is not None and all(e.card.url for e in found.engines.values())
 
     async def assign(self, job: Job) -> Assigned:
         model = self._router(job.model)

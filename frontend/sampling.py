@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from frontend.errors import bad_request
+from frontend.errors import UNSUPPORTED, bad_request
 from runtime.generation import Sampling
 
 STOPS_MAX: Final = 16
@@ -37,8 +37,23 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     logprobs: bool | int | None = None
     response_format: dict[str, Any] | None = None
     tool_choice: Any = None
-    suffix: str | None = None
     best_of: int | None = None
+    suffix: Any = None
+    prompt_embeds: Any = None
+    truncate_prompt_tokens: Any = None
+    prompt_logprobs: Any = None
+    logprob_token_ids: Any = None
+    return_token_ids: Any = None
+    use_beam_search: Any = None
+    structured_outputs: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    thinking_token_budget: Any = None
+    repetition_detection: Any = None
+    vllm_xargs: Any = None
+    kv_transfer_params: Any = None
+    chat_template: Any = None
+    continue_final_message: Any = None
 
     @property
     def stops(self) -> list[str]:
@@ -49,15 +64,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     def check(self, *, has_tools: bool) -> None:
         """Raises ApiError for what cannot be made here, and for what is out of bounds."""
         if self.logprobs:  # false and 0 ask for none
-            raise bad_request(f"logprobs {_ENGINES_OWN}", "logprobs", "unsupported")
+            raise bad_request(f"logprobs {_ENGINES_OWN}", "logprobs", UNSUPPORTED)
         if self.response_format is not None and self.response_format.get("type") != "text":
-            raise bad_request(f"response_format {_ENGINES_OWN}", "response_format", "unsupported")
+            raise bad_request(f"response_format {_ENGINES_OWN}", "response_format", UNSUPPORTED)
         if has_tools and self.tool_choice != "none":
-            raise bad_request(f"A tool call {_ENGINES_OWN}", "tools", "unsupported")
-        if self.suffix:
-            raise bad_request(f"suffix {_ENGINES_OWN}", "suffix", "unsupported")
+            raise bad_request(f"A tool call {_ENGINES_OWN}", "tools", UNSUPPORTED)
+        for name in _OWN_FIELDS:
+            if getattr(self, name):
+                raise bad_request(f"{name} {_ENGINES_OWN}", name, UNSUPPORTED)
         if self.best_of is not None and self.best_of > 1:
-            raise bad_request(f"best_of {_ENGINES_OWN}", "best_of", "unsupported")
+            raise bad_request(f"best_of {_ENGINES_OWN}", "best_of", UNSUPPORTED)
         if len(self.stops) > STOPS_MAX:
             raise bad_request(f"At most {STOPS_MAX} stop strings", "stop", "invalid_value")
         _check_range("temperature", self.temperature, 0.0, 2.0)
@@ -66,8 +82,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
 
-    def sampling(self, max_tokens: int) -> Sampling:
-        """Raises ApiError."""
+    def sampling(self, max_tokens: int, index: int = 0) -> Sampling:
+        """Of the prompt's choice with this index, each with a seed of its own. Raises ApiError."""
         try:
             bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         except ValueError as error:
@@ -81,14 +97,19 @@ class SamplingFields(msgspec.Struct, kw_only=True):
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
-            seed=self.seed,
+            seed=None if self.seed is None else self.seed + index,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=bias or None,
+            stop=self.stops,
             stop_token_ids=self.stop_token_ids or [],
             ignore_eos=self.ignore_eos,
         )
+
+
+_FIELDS: Final = SamplingFields.__struct_fields__
+_OWN_FIELDS: Final = _FIELDS[_FIELDS.index("suffix") :]
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:

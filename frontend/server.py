@@ -8,12 +8,15 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import structlog
 
 from frontend.app import make_app, make_exchanges
+from frontend.completions import CompletionEngines
+from frontend.errors import overloaded
 from frontend.exchange import Exchange
 from frontend.gate import Gate
-from frontend.generate import Generation, RequestPlaneEngines
+from frontend.generate import ByAddress, Generation, RequestPlaneEngines
 from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
 from frontend.routed import RoutedFleet
@@ -23,36 +26,81 @@ from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 from router.app import create_app
 from router.assembly import Assembly, running
+from router.dashboard import FleetPage
 from router.metrics import RouterMetrics
 from router.service import RouterService
 from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
+from runtime.kernels import WHY
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import ServerTls, WebServer
+from runtime.web.starting import RETRY_AFTER_S, Starting
 
 PROGRAM: Final = "kvbm-frontend"
 
 _log = structlog.get_logger("kvbm.frontend")
 
 
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """Both servers, and what they answer with."""
+
+    clients: WebServer
+    operators: WebServer
+    clients_page: Starting
+    operators_page: Starting
+
+
+@contextlib.asynccontextmanager
+async def listening(settings: FrontendSettings) -> AsyncIterator[Doors]:
+    """Servers that say what is waited for, until `serving`. Raises ListenError."""
+    http, openai = settings.http, settings.openai
+    clients_page, operators_page = Starting(WHY, _not_yet), Starting(WHY)
+    operators = WebServer(
+        operators_page,
+        http.host,
+        http.port,
+        section="http",
+        concurrency_max=http.concurrency,
+    )
+    clients = WebServer(
+        clients_page,
+        openai.host,
+        openai.port,
+        section="openai",
+        concurrency_max=None,  # the gate counts, and says so as OpenAI does
+        stop_timeout_s=round(openai.drain),
+        tls=_tls(openai),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        for server in (operators, clients):
+            stack.push_async_callback(server.stop)
+            await server.start()
+        yield Doors(clients, operators, clients_page, operators_page)
+
+
 @contextlib.asynccontextmanager
 async def serving(
-    settings: FrontendSettings, environ: Mapping[str, str]
-) -> AsyncIterator[tuple[WebServer, WebServer]]:
-    """The servers for clients and for operators, for as long as the context lasts.
+    settings: FrontendSettings, environ: Mapping[str, str], doors: Doors
+) -> AsyncIterator[RoutedFleet]:
+    """Requests are answered for as long as the context lasts; on leaving it doors are closed.
 
-    Raises ListenError.
+    The router's kernels are compiled already.
     """
     metrics = RouterMetrics(program.version(), settings.name)
     async with running(settings, environ, metrics) as assembly:
         texts = Texts(settings.model_paths, settings.tokenizer_cache)
         await texts.read_named()
         watching = asyncio.create_task(texts.watch(lambda: _paths(assembly)), name="texts")
-        upstream = Upstream(settings.openai.silence)
+        key = settings.openai.engine_key
+        upstream = Upstream(
+            settings.openai.silence, None if key is None else key.get_secret_value()
+        )
         await upstream.open()
         parts = _parts(settings, assembly, texts, upstream)
         try:
-            async with _servers(settings, assembly, parts) as servers:
-                yield servers
+            async with _open(settings, assembly, parts, doors):
+                yield parts.fleet
         finally:
             await upstream.close()
             watching.cancel()
@@ -67,29 +115,15 @@ class _Parts:
 
 
 @contextlib.asynccontextmanager
-async def _servers(
-    settings: FrontendSettings, assembly: Assembly, parts: _Parts
-) -> AsyncIterator[tuple[WebServer, WebServer]]:
-    http, openai = settings.http, settings.openai
-    operators = WebServer(
-        create_app(RouterService(assembly)),
-        http.host,
-        http.port,
-        section="http",
-        concurrency_max=http.concurrency,
-    )
-    clients = WebServer(
-        make_app(parts.exchanges, parts.fleet, parts.gate, parts.meter),
-        openai.host,
-        openai.port,
-        section="openai",
-        concurrency_max=None,  # the gate counts, and says so as OpenAI does
-        stop_timeout_s=round(openai.drain),
-        tls=_tls(openai),
-    )
+async def _open(
+    settings: FrontendSettings, assembly: Assembly, parts: _Parts, doors: Doors
+) -> AsyncIterator[None]:
+    openai = settings.openai
+    dashboard = Dashboard(FleetPage(assembly))
     async with contextlib.AsyncExitStack() as stack:
-        await operators.start()
-        stack.push_async_callback(operators.stop)
+        doors.operators_page.app = create_app(RouterService(assembly), dashboard)
+        stack.push_async_callback(doors.operators.stop)
+        await stack.enter_async_context(dashboard.running())
         if settings.kserve is not None:
             completions = parts.exchanges["/v1/completions"]
             service = InferenceService(parts.fleet, completions, program.version())
@@ -101,9 +135,16 @@ async def _servers(
                 tls=_tls(openai),
             )
             stack.push_async_callback(kserve.stop, openai.drain)
-        await clients.start()
-        stack.push_async_callback(clients.stop)
-        yield clients, operators
+        doors.clients_page.app = make_app(parts.exchanges, parts.fleet, parts.gate, parts.meter)
+        stack.push_async_callback(doors.clients.stop)
+        yield
+
+
+def _not_yet(path: str, why: str) -> bytes:
+    """To clients, as their libraries read it."""
+    if path == "/health":
+        return msgspec.json.encode({"status": why, "engines": {}})
+    return overloaded(why, RETRY_AFTER_S).body
 
 
 def _parts(
@@ -114,7 +155,10 @@ def _parts(
     endpoint = f"{assembly.namespace}.{COMPONENT}.{ENDPOINT}"
     generation = Generation(
         fleet,
-        RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+        ByAddress(
+            RequestPlaneEngines(assembly.runtime.client, endpoint, openai.silence),
+            CompletionEngines(upstream),
+        ),
         migrations_max=openai.migrations,
         migration_tokens_max=openai.migration_tokens_max,
     )
@@ -137,9 +181,10 @@ def _tls(openai: OpenAiSettings) -> ServerTls | None:
     return ServerTls(openai.tls_cert, openai.tls_key, openai.tls_client_ca)
 
 
-def _paths(assembly: Assembly) -> dict[str, str]:
-    """What engines say of their models' folders."""
+def _paths(assembly: Assembly) -> set[tuple[str, str]]:
+    """What engines say of where their models are."""
     return {
-        name: next((e.card.path for e in model.engines.values() if e.card.path), "")
+        (name, engine.card.path)
         for name, model in assembly.models.items()
+        for engine in model.engines.values()
     }

@@ -43,6 +43,11 @@ class OpenAiSettings(Section):
         description="Requests under way at a time; more are answered with 503 and `Retry-After`.",
     )
     body_max: Size = Field(default=32 << 20, ge=1024, description="The largest body of a request.")
+    engine_key: Secret | None = Field(
+        default=None,
+        description="What engines' OpenAI servers ask for (`--api-key`), or `file:PATH`. Clients' "
+        "own keys are not passed on.",
+    )
     silence: Duration = Field(
         default=600.0,
         gt=0.0,
@@ -101,8 +106,9 @@ class FrontendSettings(RouterSettings):
     model_paths: dict[str, Path] = Field(
         default={},
         description="Folders with models' `tokenizer.json` and chat template, by the models' "
-        "names. Without one, requests of a model are routed by load, and those whose engines take "
-        "tokens are refused. Engines that name a folder which is there need no entry.",
+        "names. None is needed where engines' records name a folder that is there, or a model at "
+        "the hub. While neither can be read, requests of a model are routed by load, and those "
+        "whose engines take nothing but tokens are refused.",
     )
     tokenizer_cache: Size = Field(
         default=64 << 20,
@@ -112,7 +118,8 @@ class FrontendSettings(RouterSettings):
     tokens_for: list[str] = Field(
         default=[],
         description="Models whose answers are made here from tokens although their engines have "
-        "an OpenAI server: their streams go on when an engine is lost.",
+        "an OpenAI server: their streams go on when an engine is lost. What cannot be made here "
+        "is passed through.",
     )
 
 

@@ -15,13 +15,13 @@ from typing import Final
 
 from frontend import headers as names
 from frontend.answers import DONE, ChatForm, Choice, CompletionForm, Form, Usage
-from frontend.errors import bad_request
-from frontend.fleet import Fleet, Job
+from frontend.errors import UNSUPPORTED, bad_request
+from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
 from frontend.meter import Measured
-from frontend.prompt import PromptMaker
-from frontend.relay import read_pinned, read_session
+from frontend.prompt import PromptMaker, has_only_text
+from frontend.relay import read_pinned, read_session, say_where
 from frontend.request import (
     ChatRequest,
     CompletionRequest,
@@ -31,7 +31,7 @@ from frontend.request import (
 )
 from frontend.respond import Reply
 from frontend.sampling import CHOICES_MAX, SamplingFields, sampling_decoder
-from frontend.text_out import TextOut
+from frontend.text_out import CONTEXT_TOKENS, TextOut
 from frontend.tokenizer import Tokens
 from runtime.generation import Generated
 
@@ -50,6 +50,7 @@ class Asked:
     prompts: Sequence[Tokens]
     fields: SamplingFields
     form: Form
+    n: int
     max_tokens: int
     stream: bool
     include_usage: bool
@@ -78,6 +79,9 @@ class TokenRoutes:
         request, fields = decode(chat_decoder, body), decode(sampling_decoder, body)
         text = self._text(request.model)
         fields.check(has_tools=bool(request.tools))
+        if not has_only_text(request.messages):
+            said = "Messages that are more than text need a model that is passed through"
+            raise bad_request(said, "messages", UNSUPPORTED)
         prompt = text.of_chat(request)
         form = ChatForm(reply.request_id, request.model)
         asked = self._asked(request, fields, [prompt], form, request.output_tokens_max)
@@ -121,6 +125,7 @@ class TokenRoutes:
             [prompt for prompt in prompts for _ in range(n)],
             fields,
             form,
+            n,
             self._room(request.model, max(map(len, prompts)), limit),
             bool(request.stream),
             bool(options and options.include_usage),
@@ -164,6 +169,10 @@ class TokenRoutes:
             "traceparent": names.traceparent(scope["headers"]),
         }
 
+        def placed(assigned: Assigned) -> None:
+            if reply.status is None:
+                say_where(assigned, reply)
+
         def choice(index: int) -> AsyncGenerator[Piece]:
             job = Job(
                 reply.request_id if len(asked.prompts) == 1 else f"{reply.request_id}-{index}",
@@ -175,8 +184,8 @@ class TokenRoutes:
                 cache_salt=request.cache_salt,
                 pinned=pinned,
             )
-            sampling = asked.fields.sampling(asked.max_tokens)
-            made = self._generation.run(job, sampling, headers, measured)
+            sampling = asked.fields.sampling(asked.max_tokens, index % asked.n)
+            made = self._generation.run(job, sampling, headers, measured, placed)
             return _pieces(index, asked, text, made)
 
         pieces = (
@@ -245,6 +254,8 @@ async def _pieces(
     out = TextOut(
         text.tokenizer.fast,
         fields.stops,
+        prompt=asked.prompts[index][-CONTEXT_TOKENS:].tolist(),
+        min_tokens=fields.min_tokens or 0,
         skip_special_tokens=fields.skip_special_tokens,
         include_stop=fields.include_stop_str_in_output,
     )
@@ -252,12 +263,17 @@ async def _pieces(
         yield Piece(index, text.tokenizer.decode(asked.prompts[index].tolist()), 0)
     async with aclosing(generated) as items:
         async for item in items:
+            before, cached = out.tokens, item.cached_tokens
             said = out.feed(item.token_ids)
-            count, cached = len(item.token_ids), item.cached_tokens
+            if item.stop_token is not None and fields.include_stop_str_in_output:
+                said += out.feed([item.stop_token])
+            count = out.tokens - before
             if out.stopped is not None:  # leaving ends the engine's work
                 yield Piece(index, said, count, "stop", cached)
                 return
             if item.finish_reason is not None:
+                if item.stop_token is not None and not fields.include_stop_str_in_output:
+                    count += 1  # it was generated, though nobody sees it
                 yield Piece(index, said + out.end(), count, item.finish_reason, cached)
                 return
             yield Piece(index, said, count, None, cached)

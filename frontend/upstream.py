@@ -13,8 +13,13 @@ from typing import Final
 
 import aiohttp
 
+from frontend.fleet import Place
+
 CONNECT_TIMEOUT_S: Final = 5.0
 IDLE_CONNECTION_S: Final = 4.0  # below the 5 s after which uvicorn closes one, as it is being used
+
+Given = list[tuple[str, str]]
+"""Headers for an engine."""
 
 
 class EngineFault(Exception):
@@ -50,10 +55,14 @@ class Answer:
 
 
 class Upstream:
-    """Opened and closed in one event loop. `silence_s`: an engine that says nothing is gone."""
+    """Opened and closed in one event loop.
 
-    def __init__(self, silence_s: float) -> None:
+    `silence_s`: an engine that says nothing is gone. `key`: what engines ask for, if they do.
+    """
+
+    def __init__(self, silence_s: float, key: str | None = None) -> None:
         self._silence_s = silence_s
+        self._own = [] if key is None else [("authorization", f"Bearer {key}")]
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
@@ -83,7 +92,11 @@ class Upstream:
         assert self._session is not None, "open first"
         try:
             response = await self._session.request(
-                method, url, headers=headers, data=body or None, allow_redirects=False
+                method,
+                url,
+                headers=[*headers, *self._own],
+                data=body or None,
+                allow_redirects=False,
             )
         except aiohttp.ClientConnectorError as error:
             raise EngineFault(url, str(error), begun=False) from error
@@ -92,6 +105,13 @@ class Upstream:
         async with response:
             found = [(name.lower(), value) for name, value in response.raw_headers]
             yield Answer(response.status, found, response)
+
+
+def to_rank(place: Place, given: Given) -> Given:
+    """With what names one of the engine's data-parallel ranks, if it has several."""
+    if place.dp_size == 1:
+        return given
+    return [*given, ("x-data-parallel-rank", str(place.dp_rank))]
 
 
 @contextlib.contextmanager

@@ -60,12 +60,19 @@ class StandIn:
         self.client = SchedulerClient(str(socket), lambda: self._hello("scheduler"), [lease_chunks])
 
     def __enter__(self) -> Self:
-        self._worker.start()
-        self.client.start()
+        self.start()
         self.wait(lambda: self.client.ready, "the daemon is ready for this engine")
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Connect, in the background: until then nothing is found and nothing taken."""
+        self._worker.start()
+        self.client.start()
+
+    def close(self) -> None:
         self.client.close()
         self._worker.close()
 
@@ -127,6 +134,7 @@ class StandIn:
         """What `take` makes of each chunk's index and bytes, while it is claimed."""
         group = MatchGroup(TOKENS_PER_CHUNK, 0, b"".join(keys))
         asked_at = time.monotonic()
+        self.client.pump()  # the daemon may have come, or gone
         lookup = self.client.look_up([group], list(keys), request, pace)
         if lookup is None:
             return [None] * len(keys)

@@ -29,14 +29,22 @@ from storage_tiers.base import Chunk, Key, StoreItem
 QUEUED_MAX: Final = 4096
 LOADED_MAX: Final = 1 << 16
 STORED_AT_ONCE: Final = 64
+STORE_S: Final = 20.0  # for slots; a daemon that is away is not waited for
+SLOTS_EVERY_S: Final = 0.01
 
 T = TypeVar("T")
 
 
 class DaemonTiers:
-    """Takes the place of `NodeTiers`. Use as an async context manager."""
+    """Takes the place of `NodeTiers`. Use as an async context manager.
 
-    def __init__(self, socket: Path, chunk_bytes: int, *, node: int = 0) -> None:
+    Entering it waits for the daemon only if it `awaits` it. While the daemon is away nothing is
+    found there, and what is to be stored is dropped.
+    """
+
+    def __init__(
+        self, socket: Path, chunk_bytes: int, *, node: int = 0, awaits: bool = True
+    ) -> None:
         self.node = node
         self.timing = TierTiming()
         self.stored_total = 0
@@ -44,6 +52,7 @@ class DaemonTiers:
         self.dropped_total = 0
         self.failed_total = 0  # calls that the daemon did not answer in time
         self.wrong_total = 0  # chunks whose bytes are not what was stored
+        self._awaits = awaits
         self._chunk_bytes = chunk_bytes
         self._threads = ThreadPoolExecutor(1, "daemon-client")
         self._stand_in = StandIn(socket, chunk_bytes)
@@ -52,8 +61,8 @@ class DaemonTiers:
         self._storing: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises TimeoutError where no daemon answers."""
-        await self._call(self._stand_in.__enter__)
+        """Raises TimeoutError where it awaits a daemon and none answers."""
+        await self._call(self._stand_in.__enter__ if self._awaits else self._stand_in.start)
         self._storing = asyncio.create_task(self._store_queued(), name="storing")
         return self
 
@@ -62,7 +71,7 @@ class DaemonTiers:
             self._storing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._storing
-        await self._call(self._stand_in.__exit__)
+        await self._call(self._stand_in.close)
         self._threads.shutdown()
 
     async def fetch(self, hashes: Sequence[int]) -> int:
@@ -125,14 +134,24 @@ class DaemonTiers:
             items = [await self._queue.get()]
             while len(items) < STORED_AT_ONCE and not self._queue.empty():
                 items.append(self._queue.get_nowait())
-            try:
-                await self._call(partial(self._stand_in.store, items))
-                self.stored_total += len(items)
-            except TimeoutError:
-                self.failed_total += 1
-            finally:
-                for _ in items:
-                    self._queue.task_done()
+            stored = await self._store(items)
+            self.stored_total += stored
+            self.dropped_total += len(items) - stored
+            for _ in items:
+                self._queue.task_done()
+
+    async def _store(self, items: Sequence[StoreItem]) -> int:
+        """How many of them the daemon took. Lookups have their turn while it has no room."""
+        loop, stored = asyncio.get_running_loop(), 0
+        end_s = loop.time() + STORE_S
+        while stored < len(items):
+            taken = await self._call(partial(self._stand_in.offer, items[stored:]))
+            if not taken and (not self._stand_in.client.ready or loop.time() > end_s):
+                break
+            stored += taken
+            if not taken:
+                await asyncio.sleep(SLOTS_EVERY_S)
+        return stored
 
     def _checked(self, keys: Sequence[Key]) -> int:
         for index, data in enumerate(self._stand_in.fetch(keys)):

@@ -192,7 +192,7 @@ class MockEngine:
 
 @contextlib.asynccontextmanager
 async def serving(settings: MockSettings) -> AsyncIterator[list[MockEngine]]:
-    """A node of engines that answer. Raises OSError, or TimeoutError where the daemon is absent."""
+    """A node of engines that answer, whoever else is there already. Raises OSError."""
     fleet = settings.fleet()
     plane = create_event_plane(settings.events, f"mocker {settings.node}")
     discovery = create_discovery(settings.discovery, os.environ)
@@ -214,7 +214,7 @@ async def serving(settings: MockSettings) -> AsyncIterator[list[MockEngine]]:
         for number in range(settings.engines):
             daemon: DaemonTiers | None = None
             if settings.daemon is not None:
-                daemon = DaemonTiers(settings.daemon, settings.chunk_bytes)
+                daemon = DaemonTiers(settings.daemon, settings.chunk_bytes, awaits=False)
                 await stack.enter_async_context(daemon)
             gauges = Gauges(settings.model)
             engine = RealtimeEngine(
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str]) -> None:
     telemetry.configure("auto", "info", sys.stderr, os.environ)
     try:
         asyncio.run(_serve(loaded.value))
-    except (OSError, TimeoutError) as error:
+    except OSError as error:
         sys.stderr.write(f"cannot serve: {error}\n")
         raise SystemExit(1) from None
 

@@ -13,9 +13,13 @@ from typing import Annotated
 import structlog
 import typer
 
+from router.index import KERNELS
 from router.settings import PROGRAM, RouterSettings
 from runtime import program
+from runtime.kernels import WHY, compiled
+from runtime.systemd import Notifier
 from runtime.web.server import ListenError, WebServer
+from runtime.web.starting import Starting
 
 _log = structlog.get_logger("router")
 
@@ -42,6 +46,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
 
 
 program.add_common_commands(app, RouterSettings.load)
+program.add_print_unit(app, PROGRAM)
 
 
 def main() -> None:
@@ -49,34 +54,53 @@ def main() -> None:
 
 
 async def _serve(settings: RouterSettings) -> None:
-    # What only serving needs takes a second to import.
-    from router.app import create_app
-    from router.assembly import running
-    from router.component import serve_component
-    from router.metrics import RouterMetrics
-    from router.service import RouterService
-
     stop = program.stop_signal()
-    metrics = RouterMetrics(program.version(), settings.name)
-    async with running(settings, os.environ, metrics) as assembly:
-        service = RouterService(assembly)
-        http = settings.http
-        server = WebServer(
-            create_app(service),
-            http.host,
-            http.port,
-            section="http",
-            concurrency_max=http.concurrency,
-        )
+    http, page = settings.http, Starting(WHY)
+    server = WebServer(page, http.host, http.port, section="http", concurrency_max=http.concurrency)
+    async with program.beside_systemd() as notifier:
         await server.start()
         try:
-            await serve_component(service)
-            _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
-            await stop.wait()
-            _log.info("stopping", requests=len(assembly.reservations))
+            notifier.status(WHY)
+            # What only serving needs takes a second to import.
+            if await program.unless_stopped(stop, compiled(("router.app", *KERNELS))):
+                page.why = "starting"
+                await _route(settings, server, page, notifier, stop)
         finally:
             await server.stop()
     _log.info("stopped")
+
+
+async def _route(
+    settings: RouterSettings,
+    server: WebServer,
+    page: Starting,
+    notifier: Notifier,
+    stop: asyncio.Event,
+) -> None:
+    from router.app import create_app
+    from router.assembly import running
+    from router.component import serve_component
+    from router.dashboard import FleetPage
+    from router.metrics import RouterMetrics
+    from router.service import RouterService
+    from runtime.web.dashboard import Dashboard
+
+    metrics = RouterMetrics(program.version(), settings.name)
+    async with running(settings, os.environ, metrics) as assembly:
+        service = RouterService(assembly)
+        dashboard = Dashboard(FleetPage(assembly))
+        page.app = create_app(service, dashboard)
+        await serve_component(service)
+        _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
+        said = f"listening on {server.url}"
+        notifier.ready(said)
+        async with dashboard.running():
+            await program.unless_stopped(
+                stop, program.tell_what_is_missing(notifier, said, assembly.readiness)
+            )
+        notifier.stopping()
+        _log.info("stopping", requests=len(assembly.reservations))
+        await server.stop()
 
 
 if __name__ == "__main__":

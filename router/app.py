@@ -22,6 +22,7 @@ from router.service import Kind, NotRouted, RouterService
 from router.settings import PROGRAM
 from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import operators, readers
+from runtime.web.dashboard import Dashboard
 from runtime.web.problems import described, handle_problems, problem
 
 TOKEN_SETTING: Final = "http.token"  # noqa: S105 (a name)
@@ -43,7 +44,7 @@ class TooLarge(Exception):
     """A body over the limit."""
 
 
-def create_app(service: RouterService) -> FastAPI:
+def create_app(service: RouterService, dashboard: Dashboard | None = None) -> FastAPI:
     """The API over one router; call it once for each.
 
     With a token in the settings, every request below /v1 must give it.
@@ -64,6 +65,8 @@ def create_app(service: RouterService) -> FastAPI:
     app.include_router(_reports(service), prefix="/v1", dependencies=reading, responses=errors)
     app.include_router(_requests(service), prefix="/v1", dependencies=acting, responses=errors)
     app.include_router(_thresholds(service), prefix="/v1", dependencies=acting, responses=errors)
+    if dashboard is not None:
+        dashboard.add_to(app, reading)
     return app
 
 

@@ -26,6 +26,7 @@ from router.load import ActiveSequences
 from router.metrics import RouterMetrics
 from router.model import Engine, ModelRouter
 from router.pool import PoolName, Surroundings
+from router.recent import Recent
 from router.replica import ReplicatedLoad
 from router.reservations import SWEEP_S, Reservations
 from router.router import Load
@@ -73,6 +74,7 @@ class Assembly:
         self.runtime = runtime
         self.plane = plane
         self.metrics = metrics
+        self.recent = Recent(metrics)
         self.models: dict[str, ModelRouter] = {}
         self.index = Index(settings.index.capacity, LANES * settings.index.workers_max)
         self.reservations = Reservations(settings.reservations.limit, clock)
@@ -135,8 +137,10 @@ class Assembly:
         workers = sum(len(model) for model in self.models.values())
         self._had_workers |= workers >= self.settings.min_workers
         least = self.settings.min_workers
+        away = self.runtime.discovery.status().error
+        unlisted = "engines were not listed yet" + (f": {away}" if away else "")
         return {
-            "discovery": None if self.fleet.is_synced else "engines were not listed yet",
+            "discovery": None if self.fleet.is_synced else unlisted,
             "events": None if plane.kind == "none" or plane.connected else str(plane.error),
             "index": None if self._is_warm() else "nodes have not told yet what they hold",
             "workers": None if self._had_workers else f"{workers} of {least} workers were found",
@@ -223,7 +227,7 @@ class Assembly:
             block_tokens,
             self._around,
             measured=self.speeds,
-            meter=self.metrics,
+            meter=self.recent,
             on_lost=self.reservations.lost,
         )
         self.models[name] = model

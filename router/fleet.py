@@ -16,6 +16,7 @@ from router.model import Engine
 from runtime.discovery import Discovery
 from runtime.engine_card import COMPONENT, ENDPOINT, CardRefused, EngineCard
 from runtime.instances import InstanceRecord, Instances
+from runtime.lifecycle import State
 from runtime.names import EndpointName, InstanceName
 
 DP_SIZE_MAX: Final = 1024
@@ -120,5 +121,6 @@ def _engine(name: InstanceName, record: InstanceRecord) -> Engine:
         card,
         record.transport,
         record.is_serving,
+        record.state is State.HEALTHY,
         frozenset(taint.strip() for taint in taints if taint.strip()),
     )

@@ -95,6 +95,13 @@ class Matches:
     reach: NDArray[np.int32]
 
 
+KERNELS: Final = (
+    *("router.index_apply", "router.index_build", "router.index_removal", "router.index_search"),
+    *("router.index_store", "router.index_upkeep", "runtime.xxh3"),
+)
+"""Modules whose import compiles what an index needs (`runtime.kernels`)."""
+
+
 class Index:
     """At most `capacity` distinct blocks, held by at most `workers_max` workers."""
 

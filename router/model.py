@@ -9,13 +9,15 @@ What callers tell of their requests teaches how fast workers are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import median
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 from router.index import WorkerId
-from router.pace import Paces
+from router.pace import Paces, with_step
 from router.pool import POOLS, Pool, PoolName, Surroundings, create_pool
 from router.router import Query, Rejected, Routed
 from router.selector import Chosen, Wishes
@@ -25,6 +27,11 @@ from runtime.engine_card import EngineCard
 STEP_REQUESTS: Final = 64  # assumed: so many requests in a step double what an empty one takes
 STEP_CACHES: Final = 2  # assumed: and reading so many times its whole KV cache
 
+FOLLOW_S: Final = 1.0  # so often workers that were not measured follow those that were
+Source = Literal["node", "learnt", "others", "assumed"]
+"""Of a speed: its node measured it; requests taught it; the median of the model's other workers,
+of which one of those is true; a constant."""
+
 Ending = Literal["done", "failed", "cancelled", "expired", "worker-gone"]
 
 
@@ -32,11 +39,15 @@ class Measured(Protocol):
     """What nodes measured of their workers."""
 
     def of(self, worker: WorkerId, assumed: Speed) -> Speed: ...
+    def has_prefill(self, worker: WorkerId) -> bool: ...
 
 
 class NothingMeasured:
     def of(self, worker: WorkerId, assumed: Speed) -> Speed:
         return assumed
+
+    def has_prefill(self, worker: WorkerId) -> bool:
+        return False
 
 
 class Meter(Protocol):
@@ -63,6 +74,7 @@ class Engine:
     card: EngineCard
     transport: str = ""
     serving: bool = True
+    healthy: bool = True
     taints: frozenset[str] = frozenset()
 
     @property
@@ -200,6 +212,11 @@ class ModelRouter:
         self._output_tokens = around.settings.seconds.expected_output_tokens
         self._on_lost = on_lost
         self._running: dict[str, Placed] = {}
+        self._own_sources: dict[WorkerId, tuple[Source | None, Source | None]] = {}
+        # Of workers whose speed is known: seconds per prompt token, and its quadratic part; a step.
+        self._others_at = -math.inf
+        self._others_prefill: tuple[float, float] | None = None
+        self._others_step_s: float | None = None
 
     def __len__(self) -> int:
         """Workers."""
@@ -221,7 +238,9 @@ class ModelRouter:
         for worker in engine.workers:
             if before is None:
                 self.paces.add(worker, assumed(engine.card))
+                self._own_sources[worker] = None, None
                 router.add_worker(self._worker(engine, worker))
+                self._follow_others(worker)
             else:
                 router.change_worker(self._worker(engine, worker))
 
@@ -236,12 +255,22 @@ class ModelRouter:
                     if self._on_lost is not None:
                         self._on_lost(placed)
             self.paces.forget(worker)
+            self._own_sources.pop(worker)
 
     def refresh(self, worker: WorkerId) -> None:
         """More is known of its speed than before."""
         engine = self.engines.get(worker.instance)
         if engine is not None and worker.dp_rank < engine.card.dp_size:
             self.pools[engine.pool].router.change_worker(self._worker(engine, worker))
+            self._follow_others(worker)
+
+    def sources(self, worker: WorkerId) -> tuple[Source, Source]:
+        """Where what is known of its prefill, and of its decode steps, comes from."""
+        prefill, step = self._own_sources[worker]
+        return (
+            prefill or ("assumed" if self._others_prefill is None else "others"),
+            step or ("assumed" if self._others_step_s is None else "others"),
+        )
 
     def pool_of(self, worker: WorkerId) -> Pool | None:
         return next((pool for pool in self.pools.values() if worker in pool.workers), None)
@@ -295,11 +324,66 @@ class ModelRouter:
         card = engine.card
         return Worker(
             worker,
-            self._measured.of(worker, self.paces.of(worker)),
+            self._speed(worker),
             Capacity(card.kv_blocks or None, card.batch_tokens or None),
             engine.taints,
             engine.serving,
+            engine.healthy,
         )
+
+    def _speed(self, worker: WorkerId) -> Speed:
+        speed = self._measured.of(worker, self.paces.of(worker))
+        prefill, step = self._sources_of(worker)
+        if prefill is None and self._others_prefill is not None:
+            a, q = self._others_prefill
+            speed = replace(speed, prefill_s_per_token=a, prefill_s_per_token2=q)
+        if step is None and self._others_step_s is not None:
+            speed = with_step(speed, self._others_step_s)
+        return speed
+
+    def _sources_of(self, worker: WorkerId) -> tuple[Source | None, Source | None]:
+        """None where nothing was measured of it."""
+        prefill, step = self.paces.learnt(worker)
+        from_node = self._measured.has_prefill(worker)
+        return (
+            "node" if from_node else "learnt" if prefill else None,
+            "learnt" if step else None,
+        )
+
+    def _follow_others(self, changed: WorkerId) -> None:
+        """Workers that nothing was measured of are taken to be as the model's others.
+
+        At once where something of `changed` was measured for the first time, else now and then.
+        """
+        own = self._sources_of(changed)
+        is_news = own != self._own_sources[changed]
+        self._own_sources[changed] = own
+        now = self.now()
+        if not is_news and now - self._others_at < FOLLOW_S:
+            return
+        self._others_at = now
+        known = [
+            self._at(worker).speed for worker, (prefill, _) in self._own_sources.items() if prefill
+        ]
+        steps = [
+            self._at(worker).speed.step_s for worker, (_, step) in self._own_sources.items() if step
+        ]
+        before = self._others_prefill, self._others_step_s
+        if known:
+            a = median(speed.prefill_s_per_token for speed in known)
+            self._others_prefill = a, median(speed.prefill_s_per_token2 for speed in known)
+        if steps:
+            self._others_step_s = median(steps)
+        if (self._others_prefill, self._others_step_s) != before:
+            for worker, sources in self._own_sources.items():
+                if None in sources:
+                    engine = self.engines[worker.instance]
+                    self.pools[engine.pool].router.change_worker(self._worker(engine, worker))
+
+    def _at(self, worker: WorkerId) -> Worker:
+        found = self.pools[self.engines[worker.instance].pool].workers.get(worker)
+        assert found is not None, "it is an engine's"
+        return found
 
     def _completed(self, query: Query) -> Query:
         if query.expected_output_tokens:

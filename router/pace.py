@@ -172,6 +172,17 @@ class Paces:
         return _has_changed(known)
 
 
+def with_step(speed: Speed, step_s: float) -> Speed:
+    """What a request or a block adds was assumed as a part of a step, and stays that part."""
+    scale = step_s / speed.step_s
+    return replace(
+        speed,
+        step_s=step_s,
+        step_s_per_request=speed.step_s_per_request * scale,
+        step_s_per_block=speed.step_s_per_block * scale,
+    )
+
+
 def _likely(seconds: float, expected: float) -> float:
     return min(max(seconds, expected / CLIP), expected * CLIP)
 
@@ -179,14 +190,7 @@ def _likely(seconds: float, expected: float) -> float:
 def _has_changed(known: _Known) -> bool:
     before, speed = known.current, known.assumed
     if (step := known.step.step_s()) is not None:
-        # What a request or a block adds was assumed as a part of a step, and stays that part.
-        scale = step / speed.step_s
-        speed = replace(
-            speed,
-            step_s=step,
-            step_s_per_request=speed.step_s_per_request * scale,
-            step_s_per_block=speed.step_s_per_block * scale,
-        )
+        speed = with_step(speed, step)
     if (per_token := known.prefill.per_token_s()) is not None:
         speed = replace(speed, prefill_s_per_token=per_token)
     if _is_near(speed.prefill_s_per_token, before.prefill_s_per_token) and _is_near(

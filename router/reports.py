@@ -47,14 +47,13 @@ def speed_of(assembly: Assembly, model: ModelRouter, worker: WorkerId) -> dict[s
     found = None if pool is None else pool.workers.get(worker)
     if found is None:
         return {}
-    prefill, step = model.paces.learnt(worker)
-    node = assembly.speeds.of(worker, _NOTHING).prefill_s_per_token > 0
+    prefill, step = model.sources(worker)
     loads = any(assembly.speeds.of(worker, _NOTHING).load_s_per_block)
     return {
         "prefill_s_per_token": found.speed.prefill_s_per_token,
-        "prefill_from": "node" if node else "learnt" if prefill else "assumed",
+        "prefill_from": prefill,
         "step_s": found.speed.step_s,
-        "step_from": "learnt" if step else "assumed",
+        "step_from": step,
         "load_s_per_block": dict(zip(_LOWER, found.speed.load_s_per_block, strict=True)),
         "load_from": "node" if loads else "assumed",
     }
@@ -194,6 +193,7 @@ def _worker_report(
         "role": engine.card.role,
         "pool": pool.name,
         "state": "serving" if known.accepting else "draining",
+        "healthy": known.healthy,
         "busy": pool.selector.limits.why_busy(pool.workers, pool.workers.row(worker)),
         "url": engine.card.url,
         "taints": sorted(known.taints),

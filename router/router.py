@@ -216,7 +216,9 @@ class Router:
             case NoWorker(why):
                 told = {"worker": None, "reason": why}
         for one in told.setdefault("candidates", []):
-            one["load"] = self.load_of(parse_worker(one["worker"]))
+            worker = parse_worker(one["worker"])
+            one["load"] = self.load_of(worker)
+            one["healthy"] = self._workers.at(self._workers.row(worker)).healthy
         told["excluded"] = [
             {"worker": str(worker), "why": why, "load": self.load_of(worker)}
             for worker, why in sorted(self._selector.why_not(query.wishes).items())

@@ -1,8 +1,8 @@
 """One decision: of the workers that may serve a request, which one.
 
-In the order of the filters: those the request names, required taints, busy limits. Then a pinned
-worker, a session's, or the policy's choice. The decision keeps what it was made from, and makes
-sentences of it only when asked.
+In the order of the filters: those the request names, required taints, the healthy ones if any is,
+busy limits. Then a pinned worker, a session's, or the policy's choice. The decision keeps what it
+was made from, and makes sentences of it only when asked.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ class Selector:
     def why_not(self, wishes: Wishes) -> dict[WorkerId, str]:
         """Those that may not serve the request, each with what keeps it from it."""
         found: dict[WorkerId, str] = {}
+        able = self.able(wishes)
         for worker in self._workers:
             row = self._workers.row(worker.id)
             if not worker.accepting:
@@ -180,12 +181,17 @@ class Selector:
             elif not wishes.taints <= worker.taints:
                 missing = wishes.taints - worker.taints
                 found[worker.id] = f"lacks {', '.join(sorted(missing))}"
+            elif not isinstance(able, NoWorker) and not able[row]:
+                found[worker.id] = "its health check has not passed, and others' have"
             elif (busy := self.limits.why_busy(self._workers, row)) is not None:
                 found[worker.id] = busy
         return found
 
     def able(self, wishes: Wishes) -> Bools | NoWorker:
-        """Rows that may serve the request, however busy they are; at least one."""
+        """Rows that may serve the request, however busy they are; at least one.
+
+        Workers whose health check has not passed are among them only if there are no others.
+        """
         able = self._workers.mask(wishes.among)
         if not able.any():
             if wishes.among is not None:
@@ -206,7 +212,7 @@ class Selector:
                 able[row] = wishes.taints <= self._workers.at(row).taints
             if not able.any():
                 return NoWorker(f"no worker has {', '.join(sorted(wishes.taints))}")
-        return able
+        return self._workers.well(able)
 
     def _choose(self, costs: Costs | None, eligible: Bools, wishes: Wishes) -> tuple[int, Reason]:
         if wishes.pinned is not None:

@@ -71,6 +71,11 @@ class Speeds:
         found = self._measured.get(worker)
         return assumed if found is None else measured(found, assumed)
 
+    def has_prefill(self, worker: WorkerId) -> bool:
+        """Whether its node measured how long prompts take."""
+        found = self._measured.get(worker)
+        return found is not None and found.prefill_s_per_token > 0.0
+
     def forget(self, node: str) -> None:
         """It has left: its workers, if they come again, are not known."""
         said = self._nodes.pop(node, None)

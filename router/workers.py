@@ -57,6 +57,7 @@ class Worker:
     capacity: Capacity = field(default_factory=Capacity)
     taints: frozenset[str] = frozenset()
     accepting: bool = True  # no: it finishes what it has and is sent nothing more
+    healthy: bool = True  # no: it serves, but its health check has not passed
 
 
 def parse_worker(text: str) -> WorkerId:
@@ -80,6 +81,7 @@ class Workers:
         self._free: list[int] = []
         self._workers: list[Worker | None] = []
         self._generation = 0
+        self._unwell = 0
         self._allocate(ROWS_MIN)
 
     def __len__(self) -> int:
@@ -126,7 +128,8 @@ class Workers:
         row = self.row(worker)
         del self._rows[worker]
         self._workers[row] = None
-        self.present[row] = self.accepting[row] = False
+        self._unwell -= not self.healthy[row]
+        self.present[row] = self.accepting[row] = self.healthy[row] = False
         self._free.append(row)
         self._generation += 1
         return row
@@ -157,6 +160,13 @@ class Workers:
                 mask[row] = self.accepting[row]
         return mask
 
+    def well(self, rows: Bools) -> Bools:
+        """Those of these rows that are healthy; all, if none is."""
+        if not self._unwell:
+            return rows
+        healthy = rows & self.healthy[: self.rows]
+        return healthy if healthy.any() else rows
+
     def waits_s(self) -> Floats:
         """Seconds until all prompts are computed that were assigned: by the row, as of now.
 
@@ -177,12 +187,16 @@ class Workers:
         for worker, row in self._rows.items():
             assert self.at(row).id == worker
             assert self.accepting[row] == self.at(row).accepting
+            assert self.healthy[row] == self.at(row).healthy
+        assert self._unwell == np.count_nonzero(self.present & ~self.healthy)
 
     def _put(self, row: int, worker: Worker) -> None:
         speed, capacity = worker.speed, worker.capacity
         self._workers[row] = worker
+        self._unwell += (not worker.healthy) - bool(self.present[row] and not self.healthy[row])
         self.present[row] = True
         self.accepting[row] = worker.accepting
+        self.healthy[row] = worker.healthy
         self.prefill_a[row] = speed.prefill_s_per_token
         self.prefill_q[row] = speed.prefill_s_per_token2
         self.step[:, row] = speed.step_s, speed.step_s_per_request, speed.step_s_per_block
@@ -194,6 +208,7 @@ class Workers:
     def _allocate(self, rows: int) -> None:
         self.present: Bools = np.zeros(rows, dtype=np.bool_)
         self.accepting: Bools = np.zeros(rows, dtype=np.bool_)
+        self.healthy: Bools = np.zeros(rows, dtype=np.bool_)
         self.prefill_a: Floats = np.zeros(rows)
         self.prefill_q: Floats = np.zeros(rows)
         self.step: Floats = np.zeros((3, rows))

@@ -28,6 +28,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    stop: list[str] = []  # an engine that makes text may end there; who asks looks for them too
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
 

@@ -7,11 +7,14 @@ outlives the call. Importing this module imports numba, so it is imported only b
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import mmap
+import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +30,9 @@ from numpy.typing import NDArray
 
 HUGE_BYTES: Final = 2 << 20
 """From this size on memory is mapped by itself: it goes back at once, and may use huge pages."""
+
+COMPILING_S: Final = 60.0  # no kernel takes another program longer, unless that hangs
+LOCK_POLL_S: Final = 0.02
 
 READ_U32: Final = types.Array(types.uint32, 1, "C", readonly=True)
 READ_U64: Final = types.Array(types.uint64, 1, "C", readonly=True)
@@ -44,7 +50,8 @@ def kernel(signature: Any, *, keep: bool = True) -> Callable[[Any], Any]:
         dispatcher = _kept(function) if keep else None
         if dispatcher is None:
             dispatcher = njit(nogil=True)(function)
-        dispatcher.compile(signature)
+        with _one_at_a_time(dispatcher):
+            dispatcher.compile(signature)
         dispatcher.disable_compile()
         return dispatcher
 
@@ -68,6 +75,33 @@ def _kept(function: Any) -> Any:
     except AttributeError:  # another numba, that keeps its stamp elsewhere
         return None
     return dispatcher
+
+
+@contextmanager
+def _one_at_a_time(dispatcher: Any) -> Iterator[None]:
+    """Of several programs that start on a machine at once one compiles, the others read it."""
+    try:
+        folder = os.open(dispatcher._cache.cache_path, os.O_RDONLY | os.O_DIRECTORY)  # noqa: SLF001
+    except (AttributeError, TypeError, OSError):  # nothing is kept, or not in a folder
+        yield
+        return
+    end_s = time.monotonic() + COMPILING_S
+    try:
+        while not _locked(folder) and time.monotonic() < end_s:
+            time.sleep(LOCK_POLL_S)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _locked(folder: int) -> bool:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
 
 
 def _sources(function: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -20,9 +20,12 @@ import typer
 
 from runtime import telemetry
 from runtime.settings import Loaded, Settings, SettingsError, parse_assignments
+from runtime.systemd import Notifier
 from runtime.telemetry import LogSettings
+from runtime.unit import Program, unit_text
 
 DISTRIBUTION: Final = "kvbm-daemon"
+MISSING_EVERY_S: Final = 1.0
 
 Assignments = Annotated[
     list[str] | None,
@@ -82,6 +85,57 @@ def stop_signal() -> asyncio.Event:
     return stop
 
 
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Whether the work was done before the stop came, at which it is cancelled."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+        return working.done()
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.gather(working, stopping, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def beside_systemd() -> AsyncIterator[Notifier]:
+    """Feeds its watchdog as long as the event loop turns. When it is ready, the caller says."""
+    notifier = Notifier.from_environ(os.environ)
+    feeding = asyncio.create_task(notifier.feed_watchdog(), name="watchdog")
+    try:
+        yield notifier
+    finally:
+        feeding.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await feeding
+
+
+async def tell_what_is_missing(
+    notifier: Notifier, serving: str, checks: Callable[[], Mapping[str, str | None]]
+) -> None:
+    """In the log and to systemd, whenever that has changed; until cancelled.
+
+    `checks`: by name, why it does not pass. `serving`: what systemd is told besides.
+    """
+    told: dict[str, str] = {}
+    while True:
+        await asyncio.sleep(MISSING_EVERY_S)
+        missing = {name: why for name, why in checks().items() if why is not None}
+        if missing == told:
+            continue
+        told = missing
+        if missing:
+            _log.warning("waits_for", **missing)
+            waits = "; ".join(f"{name}: {why}" for name, why in missing.items())
+            notifier.status(f"{serving}; waits for {waits}")
+        else:
+            _log.info("waits_for_nothing")
+            notifier.status(serving)
+
+
 def add_common_commands(app: typer.Typer, load: Load[S]) -> None:
     """`check-config` and `version`."""
 
@@ -103,3 +157,30 @@ def add_common_commands(app: typer.Typer, load: Load[S]) -> None:
     def print_version() -> None:
         """Print the version."""
         typer.echo(version())
+
+
+def add_print_unit(app: typer.Typer, name: str, *, notifies: bool = True) -> None:
+    """`print-unit`, for a program whose unit is `runtime/program.service`."""
+    settings = Path(f"/etc/kvbm/{name.removeprefix('kvbm-')}.yaml")
+
+    @app.command("print-unit")
+    def print_unit(
+        config: Annotated[
+            Path, typer.Option("--config", "-c", help="The settings that it is to use.")
+        ] = settings,
+        binary: Annotated[
+            Path | None, typer.Option("--program", help="What to run; by default this program.")
+        ] = None,
+        user: Annotated[str, typer.Option(help="The user to run as.")] = "kvbm",
+        group: Annotated[str | None, typer.Option(help="By default named like the user.")] = None,
+    ) -> None:
+        """Print the systemd unit for this installation, for /etc/systemd/system."""
+        where = Program(
+            name=name,
+            path=(binary or Path(sys.executable).parent / name).absolute(),
+            config=config.absolute(),
+            user=user,
+            group=group or user,
+            notifies=notifies,
+        )
+        typer.echo(unit_text(where), nl=False)

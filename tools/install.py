@@ -24,6 +24,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".installed"
 CONSTRAINTS = ROOT / "tools" / "constraints.txt"
+PROGRAMS = ROOT / "tools" / "programs.py"
 
 UV = "uv==0.13.8"
 VLLM_VERSION = "0.32.0"
@@ -77,6 +78,7 @@ def _install(engine: str) -> None:
         _uv("install", *_targets(engine), "--constraint", CONSTRAINTS, *_where(engine, scratch))
     for name, requirements in WITHOUT_DEPENDENCIES.items():
         _uv_optional(name, *requirements)
+    subprocess.run([PYTHON, PROGRAMS, PYTHON.parent], check=True)
     STAMP.write_text(_digest(engine))
     print(f"install: done in {time.monotonic() - start_s:.0f} s")
 
@@ -161,7 +163,7 @@ def _seen_engine() -> str:
 
 def _digest(engine: str) -> str:
     state = hashlib.sha256(engine.encode() + sys.version.encode())
-    for path in (ROOT / "pyproject.toml", CONSTRAINTS, Path(__file__)):
+    for path in (ROOT / "pyproject.toml", CONSTRAINTS, PROGRAMS, Path(__file__)):
         state.update(path.read_bytes() if path.exists() else b"")
     return state.hexdigest()
 

@@ -75,6 +75,7 @@ def launch_of(given: Sequence[str], node: Node) -> Launch:
             batch_tokens=arguments.count("max-num-batched-tokens", 0),
             context_tokens=arguments.count("max-model-len", 0),
             dp_size=max(arguments.count("data-parallel-size", 1), 1),
+            folder=Path.cwd(),
         ),
         local_url=f"{scheme}://{_authority(local, port)}",
         api_key=_api_key(arguments, node),

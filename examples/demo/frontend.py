@@ -29,7 +29,8 @@ class FrontendConfig:
     records: Path
     events: Mapping[str, Any]
     discovery: Mapping[str, Any]
-    model: str  # a folder with tokenizer and template, or a hub's id: then it routes by load
+    name: str = "kvbm-frontend"
+    tokens_for: Sequence[str] = ()  # models whose answers it makes itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +54,18 @@ class Frontend:
 
     def __init__(self, config: FrontendConfig) -> None:
         self._config = config
-        self._settings = config.folder / "frontend.yaml"
+        self._settings = config.folder / f"{config.name}.yaml"
         ports = free_port(), free_port()
         self.url, self.operators = (f"http://127.0.0.1:{port}" for port in ports)
         self._ports = ports
         self.process = Process(
-            "kvbm-frontend",
+            config.name,
             [sys.executable, "-m", "frontend", "serve", "--config", str(self._settings)],
-            log=config.logs / "kvbm-frontend.log",
-            record=config.records / "kvbm-frontend.pid",
+            log=config.logs / f"{config.name}.log",
+            record=config.records / f"{config.name}.pid",
         )
-        self.client = Client("kvbm-frontend", self.url, self.process.check)
-        self._router = Client("kvbm-frontend", self.operators, self.process.check)
+        self.client = Client(config.name, self.url, self.process.check)
+        self._router = Client(config.name, self.operators, self.process.check)
 
     def start(self) -> None:
         self._write_settings()
@@ -73,8 +74,8 @@ class Frontend:
         self.process.start()
 
     def wait_live(self, timeout_s: float = START_TIMEOUT_S) -> float:
-        """Seconds until it answered; engines may come later."""
-        return self.process.wait_until(lambda: self.client.answers("/live"), timeout_s)
+        """Seconds until it was more than starting; engines may come later."""
+        return self.process.wait_until(lambda: self.client.answers("/metrics"), timeout_s)
 
     def stop(self) -> None:
         self.client.close()
@@ -91,6 +92,10 @@ class Frontend:
         except httpx2.TransportError:
             return 0
         return int(said["engines"].get(SERVED_NAME, 0))
+
+    def knows_tokens(self) -> bool:
+        """Whether it has the model's tokenizer, which engines tell it the place of."""
+        return not self.client.get("/health").json()["routed_by_load"]
 
     def is_exact(self) -> bool:
         """Whether it is ready and knows all that the nodes have told so far."""
@@ -130,7 +135,6 @@ class Frontend:
 
     def _write_settings(self) -> None:
         config = self._config
-        folder = Path(config.model).absolute()
         client_port, operators_port = self._ports
         settings = {
             "openai": {"host": "127.0.0.1", "port": client_port},
@@ -140,7 +144,7 @@ class Frontend:
             # So that the reason that is told is the whole reason: the first token, and no guess
             # at who decodes quicker, which on one machine is whoever was less disturbed.
             "seconds": {"decode_weight": 0},
-            "model_paths": {SERVED_NAME: str(folder)} if folder.is_dir() else {},
+            "tokens_for": list(config.tokens_for),
         }
         # Holds the credentials of the demo's servers.
         descriptor = os.open(self._settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)

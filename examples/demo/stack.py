@@ -10,10 +10,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.engine import Engine, EngineConfig
@@ -37,8 +37,20 @@ class Stack:
     frontend: Frontend
     engines: tuple[Engine, Engine]
 
-    def __init__(self, build: Path, model: str, say: Say, *, block_tokens: int = 32) -> None:
+    def __init__(
+        self,
+        build: Path,
+        model: str,
+        say: Say,
+        *,
+        block_tokens: int = 32,
+        arguments: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`arguments` and `environment`: more of vLLM's for the engines."""
         self.model = model
+        self._arguments = tuple(arguments)
+        self._environment = tuple((environment or {}).items())
         self.block_tokens = block_tokens
         self.records = build / "run"
         self._build = build
@@ -122,14 +134,18 @@ class Stack:
         servers.callback(self.daemon.process.stop)
         self._say("starting kvbm-daemon")
         self.daemon.start()
-        self.frontend = Frontend(self._frontend_config())
+        self.frontend = self.make_frontend()
         servers.callback(self.frontend.stop)
         self.frontend.start()
         self._start_engines()
 
     def _start_engines(self) -> None:
         config = EngineConfig(
-            self.model, node_settings=self.daemon.settings, block_tokens=self.block_tokens
+            self.model,
+            node_settings=self.daemon.settings,
+            block_tokens=self.block_tokens,
+            arguments=self._arguments,
+            environment=self._environment,
         )
         first, second = (
             Engine(name, config, logs=self._logs, records=self.records) for name in ENGINE_NAMES
@@ -164,6 +180,7 @@ class Stack:
         return (
             self.daemon.engines() == wanted
             and self.frontend.engines() == wanted
+            and self.frontend.knows_tokens()
             and self.frontend.is_exact()
         )
 
@@ -181,14 +198,17 @@ class Stack:
             discovery=self._discovery(),
         )
 
-    def _frontend_config(self) -> FrontendConfig:
-        return FrontendConfig(
-            folder=self._folder,
-            logs=self._logs,
-            records=self.records,
-            events=self._events(),
-            discovery=self._discovery(),
-            model=self.model,
+    def make_frontend(self, **more: Any) -> Frontend:
+        """One that is not started yet; `more` of FrontendConfig's fields."""
+        return Frontend(
+            FrontendConfig(
+                folder=self._folder,
+                logs=self._logs,
+                records=self.records,
+                events=self._events(),
+                discovery=self._discovery(),
+                **more,
+            )
         )
 
     def _events(self) -> Mapping[str, str]:

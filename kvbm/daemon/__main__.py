@@ -15,16 +15,18 @@ import typer
 
 from kvbm.daemon.holder import Holder
 from kvbm.daemon.ipc import SocketError
-from kvbm.daemon.node import PROGRAM, Node
+from kvbm.daemon.node import PROGRAM, Node, kernels_of
 from kvbm.daemon.server import Server
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import CACHE, Installation, unit_text
 from kvbm.peers.owner import PeerSocketError
 from runtime import program, telemetry
 from runtime.allocator import map_large_blocks
+from runtime.kernels import WHY, compiled
 from runtime.server_process import ServerError
-from runtime.web.server import ListenError
+from runtime.systemd import Notifier, take_inherited
+from runtime.web.server import ListenError, WebServer
+from runtime.web.starting import Starting
 from storage_tiers.arena import ArenaError
 from storage_tiers.base import TierError
 
@@ -105,8 +107,19 @@ def main() -> None:
 async def _serve(settings: DaemonSettings) -> None:
     stop = program.stop_signal()
     notifier = Notifier.from_environ(os.environ)
-    node = Node(settings, program.version(), notifier, take_inherited(os.environ))
-    await Server(node, notifier).run(stop)
+    inherited, page, admin = take_inherited(os.environ), Starting(WHY), settings.admin
+    web = WebServer(page, admin.host, admin.port, section="admin")
+    await web.start()
+    try:
+        if kernels := kernels_of(settings):
+            notifier.status(WHY)
+            if not await program.unless_stopped(stop, compiled(kernels)):
+                return
+        page.why = "starting"
+        node = Node(settings, program.version(), notifier, inherited)
+        await Server(node, notifier, web, page).run(stop)
+    finally:
+        await web.stop()
 
 
 def _ssd_path(config: Path) -> Path | None:

@@ -43,6 +43,7 @@ from kvbm.daemon.reports import (
 from kvbm.daemon.view import DrainStatus, NodeActions, NodeView, NoScrubError
 from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import readers
+from runtime.web.dashboard import Dashboard
 from runtime.web.problems import described, handle_problems, problem
 from storage_tiers.base import KEY_BYTES, Key, TierName
 
@@ -58,7 +59,11 @@ KeyHex = Annotated[
 
 
 def create_app(
-    view: NodeView, actions: NodeActions, metrics: Metrics, token: str | None = None
+    view: NodeView,
+    actions: NodeActions,
+    metrics: Metrics,
+    token: str | None = None,
+    dashboard: Dashboard | None = None,
 ) -> FastAPI:
     """The API over one node; attaches `view` to `metrics`, so call it once for each.
 
@@ -80,6 +85,8 @@ def create_app(
     routers = (_tiers(view, metrics), _node(view, metrics), receipts_router(view))
     for router in (*routers, actions_router(actions, token)):
         app.include_router(router, prefix="/v1", **options)
+    if dashboard is not None:
+        dashboard.add_to(app, options["dependencies"])
     return app
 
 

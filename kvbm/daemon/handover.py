@@ -25,10 +25,10 @@ import structlog
 
 from kvbm.daemon.settings import DramSettings
 from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
-from kvbm.daemon.systemd import Notifier
 from kvbm.daemon.view import HandoverStatus
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import Meter
+from runtime.systemd import Notifier
 from runtime.units import format_size
 from storage_tiers.arena import PAGE, Arena, ArenaError, Slot
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName

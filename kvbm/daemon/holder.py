@@ -23,7 +23,7 @@ from typing import Final, NoReturn
 
 import structlog
 
-from kvbm.daemon.systemd import FIRST_FD
+from runtime.systemd import FIRST_FD
 
 STORE_MAX: Final = 8
 UNUSABLE: Final = 2  # the exit status of a program whose settings starting again does not mend

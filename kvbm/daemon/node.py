@@ -15,7 +15,6 @@ from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings, SsdSettings
-from kvbm.daemon.systemd import Notifier
 from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
     ChunkStatus,
@@ -48,6 +47,7 @@ from runtime.discovery import create_discovery
 from runtime.events import EventPlane, create_event_plane
 from runtime.events.blocks import BlockPublisher
 from runtime.requests import create_request_plane
+from runtime.systemd import Notifier
 from storage_tiers.arena import Arena
 from storage_tiers.base import Key, RecoveryReport, SupportsScrub, Tier, TierName, TierUsage
 from storage_tiers.dram import DramTier
@@ -60,6 +60,12 @@ AFTER_ANSWERS_S = 0.01
 """An engine that asks for several requests in a row gets its answers first."""
 DRAIN_S = 1.0
 _DRAINING = "draining: engines are lent no slots to store into, until `kvbm resume` or a restart"
+
+
+def kernels_of(settings: DaemonSettings) -> tuple[str, ...]:
+    """Modules whose import compiles what a node with these settings needs."""
+    notes = settings.events.plane != "none" or settings.s3 is not None
+    return ("runtime.ledger_kernels", "runtime.xxh3") if notes else ()
 
 
 class Node:

@@ -16,12 +16,16 @@ from urllib.parse import urlsplit
 import structlog
 
 from kvbm.daemon.admin import create_app
+from kvbm.daemon.dashboard import NodePage
 from kvbm.daemon.ipc import ControlSocket
 from kvbm.daemon.node import Node
 from kvbm.daemon.settings import DaemonSettings
-from kvbm.daemon.systemd import Notifier
+from runtime import program
 from runtime.embedded import EmbeddedNats
+from runtime.systemd import Notifier
+from runtime.web.dashboard import Dashboard
 from runtime.web.server import WebServer
+from runtime.web.starting import Starting
 from storage_tiers.arena import Slot
 from storage_tiers.base import SupportsScrub, Tier, TierError, TierName
 from storage_tiers.prefault import Prefault
@@ -38,17 +42,20 @@ _log = structlog.get_logger("kvbm.daemon")
 class Server:
     """Runs a `Node` once."""
 
-    def __init__(self, node: Node, notifier: Notifier) -> None:
+    def __init__(self, node: Node, notifier: Notifier, web: WebServer, page: Starting) -> None:
+        """`web` serves `page`, and is stopped by the caller at the latest."""
         self._node = node
+        self._web = web
+        self._page = page
         self._notifier = notifier
         self._socket = ControlSocket(node.settings.socket, node.members, node.arena, node.metrics)
+        self._dashboard = Dashboard(NodePage(node, node.metrics))
         self._remote_tried = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then end cleanly.
 
-        Raises TierError, SocketError, PeerSocketError, ListenError or ServerError if it cannot
-        start.
+        Raises TierError, SocketError, PeerSocketError or ServerError if it cannot start.
         """
         async with contextlib.AsyncExitStack() as cleanup:
             node = self._node
@@ -62,10 +69,10 @@ class Server:
                 if tier.name is not TierName.S3:
                     await self._open(tier)
             admin = node.settings.admin
-            app = create_app(node, node.operations, node.metrics, admin.token_text)
-            server = WebServer(app, admin.host, admin.port, section="admin")
-            await server.start()
-            cleanup.push_async_callback(server.stop)
+            self._page.app = create_app(
+                node, node.operations, node.metrics, admin.token_text, self._dashboard
+            )
+            cleanup.push_async_callback(self._web.stop)
             if node.peers is not None:
                 await node.peers.open()
             self._socket.bind()
@@ -75,9 +82,12 @@ class Server:
                     await asyncio.wait_for(self._remote_tried.wait(), REMOTE_WAIT_S)
                 node.problems.pop("socket", None)
                 kept = ", ".join(f"{r.tier.value}: {r.chunks} chunks" for r in node.recovery())
-                self._notifier.ready(f"listening on {node.settings.socket}; {kept}")
-                _log.info("ready", socket=str(node.settings.socket), admin=server.url, kept=kept)
-                await stop.wait()
+                said = f"listening on {node.settings.socket}; {kept}"
+                self._notifier.ready(said)
+                _log.info("ready", socket=str(node.settings.socket), admin=self._web.url, kept=kept)
+                await program.unless_stopped(
+                    stop, program.tell_what_is_missing(self._notifier, said, self._missing)
+                )
                 self._notifier.stopping()
                 _log.info("stopping")
             await node.handover.leave(unfenced)
@@ -100,6 +110,7 @@ class Server:
                     *((f"patrol-{p.tier.value}", p.run()) for p in self._node.patrols),
                     ("watchdog", self._notifier.feed_watchdog()),
                     ("rates", self._node.speeds.run()),
+                    ("dashboard", self._dashboard.run()),
                     ("open-remote", self._open_remote()),
                     ("adopt", self._adopt()),
                 )
@@ -144,6 +155,7 @@ class Server:
 
     async def _open(self, tier: Tier) -> None:
         name = tier.name.value
+        self._page.why = f"opening {name}"
         report = await tier.open()
         self._node.problems.pop(name, None)
         self._node.reports[tier.name] = report
@@ -159,6 +171,12 @@ class Server:
             quarantined=len(aside),
             seconds=round(report.seconds, 3),
         )
+
+    def _missing(self) -> dict[str, str | None]:
+        """Also what the node does without for a while, and is ready all the same."""
+        plane = self._node.plane.status()
+        events = None if plane.kind == "none" or plane.connected else str(plane.error)
+        return {**self._node.readiness(), "events": events}
 
     async def _close_events(self) -> None:
         if self._node.announcer is not None:

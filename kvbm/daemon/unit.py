@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
+from runtime.unit import escaped, filled, is_hidden
+
 CACHE: Final = Path("/var/cache/kvbm")  # the unit's CacheDirectory
-_HOMES: Final = (Path("/home"), Path("/root"), Path("/run/user"))  # what ProtectHome hides
-_QUOTED: Final = " \t'\""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,29 +28,17 @@ class Installation:
 
 def unit_text(where: Installation) -> str:
     """The unit for this installation."""
-    hidden = any(
-        path.is_relative_to(home)
-        for path in (where.program, where.config, *([where.ssd] if where.ssd else []))
-        for home in _HOMES
-    )
+    paths = (where.program, where.config, *([where.ssd] if where.ssd else []))
     outside = where.ssd is not None and not where.ssd.is_relative_to(CACHE)
     values = {
         "@PROGRAM@": escaped(where.program),
         "@CONFIG@": escaped(where.config),
         "@USER@": where.user,
         "@GROUP@": where.group,
-        "@PROTECT_HOME@": "read-only" if hidden else "yes",
+        "@PROTECT_HOME@": "read-only" if is_hidden(*paths) else "yes",
         "@READ_WRITE_PATHS@": f"ReadWritePaths={escaped(where.ssd)}"
         if outside and where.ssd is not None
         else "#ReadWritePaths=/mnt/nvme0/kvbm",
     }
     text = resources.files(__package__).joinpath("kvbm-daemon.service").read_text("utf-8")
-    for mark, value in values.items():
-        text = text.replace(mark, value)
-    return text
-
-
-def escaped(path: Path) -> str:
-    """As systemd reads it: specifiers begin with a percent sign, words end at a space."""
-    text = str(path).replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"' if any(mark in text for mark in _QUOTED) else text
+    return filled(text, values)

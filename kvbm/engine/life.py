@@ -13,6 +13,7 @@ import contextlib
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import structlog
@@ -41,6 +42,7 @@ class Said:
     batch_tokens: int = 0
     context_tokens: int = 0
     dp_size: int = 1
+    folder: Path | None = None  # that it was started in
 
 
 class Life:
@@ -213,7 +215,13 @@ class Life:
             context_tokens=served.context_tokens or said.context_tokens,
             dp_size=figures.ranks or said.dp_size,
             role=self._settings.role,
+            path=self._located(served.root),
         )
+
+    def _located(self, root: str) -> str:
+        """A folder as others find it, wherever they were started."""
+        start = self._said.folder
+        return str(start / root) if root and start and (start / root).is_dir() else root
 
     async def _move(
         self, state: State, *, card: EngineCard | None = None, why: str | None = None

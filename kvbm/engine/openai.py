@@ -46,6 +46,7 @@ class Well:
 class Served:
     model: str
     context_tokens: int  # 0: not told
+    root: str = ""  # the model's folder or its name at a hub, as the server was given it
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Figures:
 class _Model(msgspec.Struct):
     id: str
     max_model_len: int | None = None
+    root: str | None = None
 
 
 class _Models(msgspec.Struct):
@@ -100,7 +102,8 @@ class OpenAiServer:
             return Bad(f"/v1/models is no list of models: {error}")
         if not models:
             return Bad("/v1/models lists no model")
-        return Served(models[0].id, max(models[0].max_model_len or 0, 0))
+        first = models[0]
+        return Served(first.id, max(first.max_model_len or 0, 0), first.root or "")
 
     async def figures(self) -> Figures | Bad:
         answer = await self._ask("GET", "/metrics")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from kvbm.daemon.unit import escaped
+from runtime.unit import escaped, filled
 
 
 def unit_text(program: Path, config: Path, user: str, group: str) -> str:
@@ -17,6 +17,4 @@ def unit_text(program: Path, config: Path, user: str, group: str) -> str:
         "@GROUP@": group,
     }
     text = resources.files(__package__).joinpath("kvbm-engine@.service").read_text("utf-8")
-    for mark, value in values.items():
-        text = text.replace(mark, value)
-    return text
+    return filled(text, values)

@@ -226,8 +226,14 @@ class _NatsListener:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, accept: Accept) -> str:
-        connection = await self._listen(accept)
-        self._task = asyncio.create_task(self._keep(connection, accept), name="request-listener")
+        """The address is its own from now on; NATS may come later."""
+        tried = asyncio.Event()
+        self._task = asyncio.create_task(self._keep(accept, tried), name="request-listener")
+        waiting = asyncio.create_task(tried.wait())
+        await asyncio.wait({waiting, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self._task.done():
+            self._task.result()  # which is no fault of NATS's
         return SCHEME + self._subject
 
     async def close(self) -> None:
@@ -240,6 +246,7 @@ class _NatsListener:
             await self._connection.close()
 
     async def _listen(self, accept: Accept) -> _Connection:
+        """Raises OSError where NATS cannot be reached."""
         connection = _Connection(self._settings, self._name)
         await connection.open()
         self._connection = connection
@@ -254,22 +261,34 @@ class _NatsListener:
                 link.session = accept(link)
                 await link.heard(Msg(connection, data=message.data))
 
-        await connection.subscribe(self._subject, greeted)
+        try:
+            await connection.subscribe(self._subject, greeted)
+        except OSError:
+            await connection.close()
+            raise
         return connection
 
-    async def _keep(self, connection: _Connection, accept: Accept) -> None:
-        """Connect again whenever the connection is gone."""
+    async def _keep(self, accept: Accept, tried: asyncio.Event) -> None:
+        """Connect, and again whenever the connection is gone."""
+        url, retry_s, said = self._settings.nats_url, RETRY_S, ""
         while True:
-            await connection.broken.wait()
-            await connection.close()
-            _log.warning("request_plane_disconnected", url=self._settings.nats_url)
-            retry_s = RETRY_S
-            while connection.broken.is_set():
+            try:
+                connection = await self._listen(accept)
+            except OSError as error:
+                if str(error) != said:
+                    said = str(error)
+                    _log.warning("request_plane_waits", url=url, reason=said)
+                tried.set()
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
-                with contextlib.suppress(OSError):
-                    connection = await self._listen(accept)
-            _log.info("request_plane_connected", url=self._settings.nats_url)
+                continue
+            _log.info("request_plane_connected", url=url)
+            tried.set()
+            retry_s, said = RETRY_S, ""
+            await connection.broken.wait()
+            await connection.close()
+            _log.warning("request_plane_disconnected", url=url)
+            await asyncio.sleep(retry_s)
 
 
 class _NatsConnector:

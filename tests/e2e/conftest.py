@@ -22,6 +22,9 @@ from tests.models import tiny_hybrid, tiny_llama
 
 E2E = Path(__file__).parent
 BUCKET = "e2e"
+# With one thread for each core, as vLLM has it, engines side by side wait for each other's threads:
+# a request that takes half a second took thirteen on two busy cores.
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 class StartEngines(Protocol):
@@ -69,7 +72,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartEngines]:
         def start(**configs: dict[str, Any]) -> list[Engine]:
             started: list[Engine] = []
             for name, config in configs.items():
-                settings = {"context_tokens": 4096, **config, "model": str(config["model"])}
+                settings = {
+                    "context_tokens": 4096,
+                    "environment": tuple(ONE_THREAD.items()),
+                    **config,
+                    "model": str(config["model"]),
+                }
                 engine = Engine(name, EngineConfig(**settings), logs=logs)
                 running.callback(engine.stop)
                 engine.start()

@@ -1,29 +1,37 @@
-"""The demo's stack loses one of its programs after another, by kill -9, under load.
+"""The frontend before real engines: OpenAI's own client, then the loss of every program by kill -9.
 
-Greedy answers through the frontend are compared token by token with what an engine computed alone.
-What was in flight on the killed program may fail, and says so; nothing else does, and no answer is
-wrong. Everything is started again while the load goes on.
+What OpenAI's client gets through the frontend is compared with what the same engine answers it
+itself. Then the demo's stack loses one of its programs after another under load. Greedy answers are
+compared token by token with what an engine computed alone. What was in flight on the killed program
+may fail, and says so; nothing else does, and no answer is wrong. Everything is started again while
+the load goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Self
 
+import openai
 import pytest
 
-from examples.demo.client import Answer, Client, EngineError
+from examples.demo.client import SERVED_NAME, Answer, Client, EngineError
 from examples.demo.engine import START_TIMEOUT_S, Engine
+from examples.demo.frontend import Frontend
 from examples.demo.routed import Routed
 from examples.demo.stack import Stack
+from tests.e2e import openai_requests
+from tests.e2e.conftest import ONE_THREAD
 from tests.e2e.texts import prompt, reusable
 from tests.waiting import wait_until
 
@@ -31,6 +39,9 @@ PROMPTS = [prompt(f"frontend {number}", 600) for number in range(6)]
 USERS = 3
 LONG_TOKENS = 1200  # seconds of decoding: surely under way when the engine is killed
 BACK_TIMEOUT_S = 120.0
+# An engine that is late puts several tokens into one chunk: streams are asked for until one is cut
+# as another one was.
+TRIES = 8
 
 
 @dataclass
@@ -107,10 +118,123 @@ class Load:
 
 @pytest.fixture(scope="module")
 def site(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with Stack(tmp_path_factory.mktemp("stack"), str(llama), print) as stack:
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    folder = tmp_path_factory.mktemp("stack")
+    with Stack(folder, str(llama), print, arguments=tools, environment=ONE_THREAD) as stack:
         cold = {text: stack.engines[0].complete(text).tokens for text in PROMPTS}
         assert len(set(cold.values())) == len(PROMPTS), "prompts must not share their answer"
         yield Site(stack, cold)
+
+
+@pytest.fixture(scope="module")
+def tokens(site: Site) -> Iterator[Frontend]:
+    """One more frontend, which makes the answers itself."""
+    frontend = site.stack.make_frontend(name="kvbm-frontend-tokens", tokens_for=[SERVED_NAME])
+    try:
+        frontend.start()
+        frontend.wait_live()
+        wait_until(
+            lambda: frontend.engines() == 2 and frontend.knows_tokens(), 60.0, "it has the engines"
+        )
+        yield frontend
+    finally:
+        frontend.stop()
+
+
+class Asking:
+    """OpenAI's client, one that blocks or one that does not, of two servers that are to agree."""
+
+    def __init__(self, is_async: bool, engine: Engine, frontend: Frontend) -> None:
+        kind = openai.AsyncOpenAI if is_async else openai.OpenAI
+        pinned = {"x-worker-instance-id": f"{engine.instance:x}"}
+        common: dict[str, Any] = {"api_key": "none", "max_retries": 0, "default_headers": pinned}
+        self._loop = asyncio.Runner() if is_async else None
+        self._engine = kind(base_url=f"{engine.url}/v1", **common)
+        self._frontend = kind(base_url=f"{frontend.url}/v1", **common)
+
+    def close(self) -> None:
+        for client in (self._engine, self._frontend):
+            if self._loop is None:
+                client.close()
+            else:
+                self._loop.run(client.close())
+        if self._loop is not None:
+            self._loop.close()
+
+    def agree(self, name: str, call: openai_requests.Call, view: Callable[[Any], Any]) -> None:
+        """The engine's own answer and the frontend's are the same, as far as `view` shows them."""
+        own, got = [], []
+        for _ in range(TRIES):
+            own.append(view(self._answer(self._engine, call)))
+            got.append(view(self._answer(self._frontend, call)))
+            if any(one in own for one in got):
+                return
+        assert got[-1] == own[-1], name
+
+    def refuse_alike(self, name: str, call: openai_requests.Call) -> None:
+        told = []
+        for client in (self._engine, self._frontend):
+            with pytest.raises(openai.APIStatusError) as refused:
+                self._answer(client, call)
+            told.append(openai_requests.refusal(refused.value))
+        assert told[0] == told[1], name
+        assert 400 <= told[0][0] < 500
+
+    def _answer(self, client: Any, call: openai_requests.Call) -> Any:
+        made = call(client)
+        if self._loop is not None:
+            return self._loop.run(openai_requests.collected(made))
+        return list(made) if isinstance(made, openai.Stream) else made
+
+
+@pytest.fixture(params=["blocking", "async"])
+def asking(site: Site, request: pytest.FixtureRequest) -> Iterator[Asking]:
+    made = Asking(request.param == "async", site.stack.engines[0], site.stack.frontend)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_gets_what_the_engine_itself_answers(asking: Asking, stream: bool) -> None:
+    for name, call in openai_requests.calls(stream=stream).items():
+        asking.agree(name, call, openai_requests.taken)
+
+
+def test_openais_client_is_refused_as_by_the_engine_itself(asking: Asking) -> None:
+    for name, call in openai_requests.REFUSED.items():
+        asking.refuse_alike(name, call)
+
+
+def test_models_and_tokens_are_the_engines_own(site: Site) -> None:
+    frontend, engine = site.stack.frontend, site.stack.engines[0]
+    with openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none") as client:
+        [listed] = client.models.list().data
+        assert client.models.retrieve(SERVED_NAME) == listed
+    with openai.OpenAI(base_url=f"{engine.url}/v1", api_key="none") as client:
+        [own] = client.models.list().data
+    told, own_told = listed.model_dump(), own.model_dump()
+    for name in ("id", "object", "max_model_len"):
+        assert told[name] == own_told[name]
+    with Client("engine", engine.url) as direct:
+        for path, body in {
+            "/tokenize": {"prompt": PROMPTS[0], "return_token_strs": True},
+            "/detokenize": {"tokens": [84, 70, 66, 90]},
+        }.items():
+            asked = {"model": SERVED_NAME, **body}
+            assert frontend.client.post(path, asked).json() == direct.post(path, asked).json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_made_from_tokens_are_the_engines_own(
+    site: Site, tokens: Frontend, stream: bool
+) -> None:
+    """What the frontend cannot make of tokens, such as tool calls, is passed through."""
+    asking = Asking(False, site.stack.engines[0], tokens)
+    calls = openai_requests.calls(stream=stream)
+    del calls["response"]
+    for name, call in calls.items():
+        asking.agree(name, call, openai_requests.said)
+    asking.close()
 
 
 def test_requests_go_where_their_kv_is(site: Site) -> None:
@@ -171,25 +295,31 @@ def test_killing_nats_costs_no_request_and_what_it_missed_is_made_up_for(site: S
     site.check_routed(engine, text)
 
 
-def test_killing_an_engine_costs_what_was_in_flight_there(site: Site) -> None:
-    """Runs last: it ends with the engine started again, as another instance."""
+def test_killing_an_engine_costs_what_was_in_flight_there(site: Site, tokens: Frontend) -> None:
+    """And where answers are made from tokens, not even that: they go on at the other engine.
+
+    Runs last: it ends with the engine started again, as another instance.
+    """
     stack, load = site.stack, Load(site)
     kept, killed = stack.engines
     text = prompt("long", 300)
-    alone = kept.complete(text, max_tokens=LONG_TOKENS).tokens
+    undisturbed = kept.complete(text, max_tokens=LONG_TOKENS)
+    alone, whole = undisturbed.tokens, undisturbed.text
     gone = f"{killed.instance:x}.0"
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, Migrating(tokens, text) as migrating:
         there = pool.submit(site.ask, killed, text, max_tokens=LONG_TOKENS)
         elsewhere = pool.submit(site.ask, kept, text, max_tokens=LONG_TOKENS)
         wait_until(lambda: _is_busy(killed), 30.0, "the long answer is under way")
         with load.running():
             assert not there.done(), "it ended before the engine was killed"
+            migrating.begin_at(gone)
             killed.kill()
             killed_s = time.monotonic()
             load.wait_for_more()
             with pytest.raises(EngineError, match="engine_lost"):
                 there.result(BACK_TIMEOUT_S)
             assert elsewhere.result(BACK_TIMEOUT_S).tokens == alone
+            assert migrating.rest() == whole
             wait_until(lambda: stack.frontend.engines() == 1, 60.0, "its record is gone")
     assert not load.wrong
     assert all("engine_lost" in failure for _, failure in load.failures), load.failures
@@ -199,6 +329,56 @@ def test_killing_an_engine_costs_what_was_in_flight_there(site: Site) -> None:
     stack.wait_connected()
     assert f"{killed.instance:x}.0" != gone
     test_requests_go_where_their_kv_is(site)
+
+
+class Migrating:
+    """A long answer that is made from tokens at an engine which is lost meanwhile."""
+
+    def __init__(self, frontend: Frontend, text: str) -> None:
+        self._frontend = frontend
+        self._client = openai.OpenAI(
+            base_url=f"{frontend.url}/v1", api_key="none", max_retries=0, timeout=BACK_TIMEOUT_S
+        )
+        self._asked: dict[str, Any] = {
+            "model": SERVED_NAME,
+            "prompt": text,
+            "max_tokens": LONG_TOKENS,
+            "temperature": 0,
+            "extra_body": {"ignore_eos": True},
+        }
+        self._others: list[Any] = []
+        self._text = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def begin_at(self, worker: str) -> None:
+        """Some of the answer has come from there. Others keep the other engine busy."""
+        while True:
+            assert len(self._others) < TRIES, "no request goes there"
+            reply = self._client.completions.with_raw_response.create(stream=True, **self._asked)
+            stream = iter(reply.parse())
+            if reply.headers["x-kvbm-worker"] == worker:
+                break
+            self._others.append(stream)
+        self._stream = stream
+        while len(self._text) < 10:
+            self._text += next(stream).choices[0].text
+
+    def rest(self) -> str:
+        """All of the text, when it has come."""
+        for chunk in self._stream:
+            self._text += chunk.choices[0].text
+        assert self._migrations() == 1
+        return self._text
+
+    def _migrations(self) -> float:
+        lines = self._frontend.client.get("/metrics").text.splitlines()
+        name = "kvbm_frontend_migrations_total{"
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 def _is_busy(engine: Engine) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -187,12 +187,18 @@ class InTurn:
     def models(self) -> Sequence[ModelInfo]:
         return [ModelInfo(MODEL, 1, len(self.engines), 4096)] if self.engines else []
 
+    def waits_for(self) -> Mapping[str, str]:
+        return {} if self.engines else {"discovery": "nobody was found"}
+
     def text(self, model: str) -> PromptMaker | None:
         if model != MODEL:
             raise model_not_found(model, [MODEL])
         return self._text
 
     def takes_tokens(self, model: str) -> bool:
+        return False
+
+    def has_servers(self, model: str) -> bool:
         return False
 
     async def assign(self, job: Job) -> Assigned:
@@ -236,12 +242,13 @@ async def frontend(
     text: PromptMaker | None = None,
     migrations_max: int = 1,
     silence_s: float = 30.0,
+    engine_key: str | None = None,
 ) -> AsyncIterator[Running]:
     """With one engine for each script."""
     engines = [Engine(number, script) for number, script in enumerate(scripts, 1)]
     for engine in engines:
         await engine.start()
-    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s)
+    fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s, engine_key)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
     exchanges = make_exchanges(fleet, gate, meter, upstream, migrations_max=migrations_max)

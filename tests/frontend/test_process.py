@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import ipaddress
+import json
 import signal
 import ssl
 import subprocess
@@ -167,7 +168,11 @@ async def test_requests_of_one_beginning_go_to_one_engine(tmp_path: Path) -> Non
         assert await site.end() == 0
 
 
-async def test_what_is_under_way_is_finished_at_the_end(tmp_path: Path) -> None:
+async def test_what_is_under_way_is_finished_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whose tokens are not known here: it is passed through all the same.
+    monkeypatch.setenv("KVBM_FRONTEND_TOKENS_FOR", json.dumps([MODEL]))
     async with a_site(tmp_path) as site:
         await site.add_engine(1, slow_stream)
         site.start(index__source="routes")

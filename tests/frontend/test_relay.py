@@ -220,6 +220,14 @@ async def test_chat_needs_messages() -> None:
         assert (reply.status, reply.error["param"]) == (400, "messages")
 
 
+async def test_engines_that_ask_for_a_key_get_theirs_and_not_the_clients() -> None:
+    async with frontend(answer, engine_key="the-engines") as running:
+        await post(running, headers={"authorization": "Bearer the-clients", "x-api-key": "same"})
+        [asked] = running.fleet.engines[0].asked
+        assert asked.headers["authorization"] == "Bearer the-engines"
+        assert "x-api-key" not in asked.headers
+
+
 async def test_keys() -> None:
     async with frontend(answer, gate=Gate(("one", "two"), 8, 1 << 20)) as running:
         assert (await post(running)).status == 401
@@ -230,7 +238,8 @@ async def test_keys() -> None:
             ({"authorization": "Basic one"}, 401),
         ]:
             assert (await post(running, headers=headers)).status == status
-        assert "authorization" not in running.fleet.engines[0].asked[0].headers
+        for asked in running.fleet.engines[0].asked:
+            assert not asked.headers.keys() & {"authorization", "x-api-key"}
         async with aiohttp.ClientSession() as session:
             async with session.get(running.url + "/v1/models") as response:
                 assert response.status == 401

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from frontend.request import ChatRequest
 from frontend.template import ChatTemplate, TemplateError
 
 CHATML = (
@@ -107,3 +109,16 @@ def test_a_models_folder(tmp_path: Path) -> None:
 def test_a_template_that_is_no_jinja_is_named() -> None:
     with pytest.raises(TemplateError, match="no Jinja"):
         ChatTemplate("{% for x %}", {})
+
+
+def test_what_the_template_is_told_besides_the_messages() -> None:
+    given = {
+        "messages": [],
+        "reasoning_effort": "none",
+        "documents": [{"title": "t"}],
+        "chat_template_kwargs": {"more": 1},
+    }
+    told = {"documents": [{"title": "t"}], "reasoning_effort": "none", "enable_thinking": False}
+    assert msgspec.convert(given, ChatRequest).template_kwargs == {**told, "more": 1}
+    given["chat_template_kwargs"] = {"enable_thinking": True}
+    assert msgspec.convert(given, ChatRequest).template_kwargs == {**told, "enable_thinking": True}

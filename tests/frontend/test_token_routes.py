@@ -188,6 +188,13 @@ async def test_an_engine_lost_after_its_last_token_lost_nothing() -> None:
         assert found["usage"]["completion_tokens"] == 4
 
 
+async def test_each_choice_has_a_seed_of_its_own_as_at_one_engine() -> None:
+    engine = TokenEngine(1, ANSWER)
+    async with token_frontend(engine) as asking:
+        await ask(asking, {**COMPLETION, "prompt": ["one", "another"], "n": 2, "seed": 7})
+        assert sorted(asked.sampling.seed or 0 for asked in engine.asked) == [7, 7, 8, 8]
+
+
 async def test_what_governs_sampling_reaches_the_engine() -> None:
     engine = TokenEngine(1, ANSWER)
     async with token_frontend(engine) as asking:
@@ -199,6 +206,7 @@ async def test_what_governs_sampling_reaches_the_engine() -> None:
             "presence_penalty": 0.1,
             "frequency_penalty": 0.2,
             "logit_bias": {"5": -100},
+            "stop": "never",
             "stop_token_ids": [3],
             "min_tokens": 2,
             "ignore_eos": True,
@@ -211,7 +219,8 @@ async def test_what_governs_sampling_reaches_the_engine() -> None:
         for name in ("temperature", "top_p", "top_k", "seed", "presence_penalty"):
             assert getattr(sampling, name) == given[name]
         assert sampling.logit_bias == {5: -100.0}
-        assert (sampling.stop_token_ids, sampling.min_tokens) == ([3], 2)
+        assert (sampling.stop, sampling.stop_token_ids) == (["never"], [3])
+        assert sampling.min_tokens == 2
         assert (asked.cache_salt, asked.priority, sampling.ignore_eos) == ("t1", 2, True)
 
 
@@ -228,6 +237,8 @@ async def test_what_governs_sampling_reaches_the_engine() -> None:
         ({"prompt": []}, "empty", "prompt"),
         ({"prompt": ""}, "empty", "prompt"),
         ({"suffix": "x"}, "unsupported", "suffix"),
+        ({"structured_outputs": {"choice": ["a"]}}, "unsupported", "structured_outputs"),
+        ({"bad_words": ["a"]}, "unsupported", "bad_words"),
         ({"best_of": 3}, "unsupported", "best_of"),
         ({"stop": ["a"] * 17}, "invalid_value", "stop"),
         ({"model": "other"}, "model_not_found", "model"),
@@ -253,3 +264,7 @@ async def test_a_chat_that_its_template_refuses_or_with_tools() -> None:
         assert (await ask(asking, none, path))["choices"][0]["message"]["content"] == ANSWER
         error = (await ask(asking, {**CHAT, "messages": []}, path, status=400))["error"]
         assert error["param"] == "messages"
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+        messages = [{"role": "user", "content": [{"type": "text", "text": "see"}, picture]}]
+        error = (await ask(asking, {**CHAT, "messages": messages}, path, status=400))["error"]
+        assert (error["code"], error["param"]) == ("unsupported", "messages")

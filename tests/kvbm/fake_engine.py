@@ -51,7 +51,10 @@ class Handler(BaseHTTPRequestHandler):
                 told = {**STATE, "tokens": STATE["tokens"] or time.monotonic_ns()}
                 self._answer(200, METRICS.format(model=model(), **told))
             case "/v1/models":
-                listed = [{"id": model(), "max_model_len": 4096}, {"id": "an-adapter"}]
+                listed = [
+                    {"id": model(), "root": model(), "max_model_len": 4096},
+                    {"id": "an-adapter"},
+                ]
                 self._answer(200 if self._may() else 401, {"data": listed})
             case "/control":
                 worker_id = os.environ.get("KVBM_WORKER_ID")

@@ -14,12 +14,12 @@ import pytest
 from kvbm.daemon.handover import ARENA, INDEX, Handover, inherit
 from kvbm.daemon.settings import DramSettings
 from kvbm.daemon.snapshot import Snapshot, SnapshotError, read_snapshot, write_snapshot
-from kvbm.daemon.systemd import Notifier
 from kvbm.manager import BlockManager, Catalogue
 from kvbm.meter import CountingMeter
 from kvbm.note import Note
 from kvbm.note_dict import NoteDict
 from kvbm.offload import LaneSettings
+from runtime.systemd import Notifier
 from storage_tiers.arena import Arena, Slot
 from storage_tiers.base import Chunk, StoreItem, TierName
 from storage_tiers.codec import checksum

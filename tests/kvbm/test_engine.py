@@ -23,7 +23,7 @@ from runtime.engine_card import EngineCard
 from runtime.names import NameRefused, parse_instance_id
 from tests.kvbm import fake_engine
 from tests.kvbm.conftest import Kvbm
-from tests.kvbm.engine_programs import WAIT_S, Place, launcher, settings
+from tests.kvbm.engine_programs import ROOT, WAIT_S, Place, launcher, settings
 from tests.waiting import wait_until
 
 
@@ -49,6 +49,7 @@ def test_an_engine_becomes_an_instance_that_says_what_it_serves(place: Place) ->
             context_tokens=4096,
             dp_size=2,
             role="decode",
+            path="a-model",
         )
         told = engine.told()
         assert told["worker_id"] == "0xabc"
@@ -66,6 +67,13 @@ def test_an_engine_becomes_an_instance_that_says_what_it_serves(place: Place) ->
     assert states == ["running", "healthy", "stopping"]
     assert "/health" not in program.err.read_text(), "what goes well is not worth a line each"
     assert not engine.is_there
+
+
+def test_a_models_folder_is_told_as_others_find_it(place: Place) -> None:
+    program, _ = launcher(place, "tests/kvbm")  # relative to where the engine was started
+    with program:
+        [record] = place.wait_for("healthy")
+        assert EngineCard.of_labels(record.labels).path == str(ROOT / "tests" / "kvbm")
 
 
 def test_what_waits_for_its_health_check_is_seen_and_not_sent_to(place: Place) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from kvbm.daemon.systemd import Notifier, take_inherited
 from kvbm.daemon.unit import Installation, unit_text
 from kvbm.engine.settings import EngineSettings
 from kvbm.engine.unit import unit_text as engine_unit_text
+from runtime.systemd import Notifier, take_inherited
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,7 +95,7 @@ async def test_descriptors_are_left_by_name_and_systemd_has_dealt_with_them(
 async def test_a_systemd_that_does_not_answer_is_not_waited_for(
     systemd: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvbm.daemon.systemd.BARRIER_S", 0.05)
+    monkeypatch.setattr("runtime.systemd.BARRIER_S", 0.05)
     notifier = Notifier(systemd.getsockname(), None)
     assert not await notifier.store({"one": systemd.fileno()})
     assert not await Notifier(None, None).store({"one": systemd.fileno()})
@@ -127,7 +127,7 @@ def test_descriptors_of_another_process_are_not_ours(environ: dict[str, str]) ->
 def test_inherited_descriptors_are_taken_by_name() -> None:
     """In a process of its own, whose descriptors from 3 on are known."""
     program = (
-        "import os; from kvbm.daemon.systemd import take_inherited;"
+        "import os; from runtime.systemd import take_inherited;"
         "os.environ['LISTEN_PID'] = str(os.getpid());"
         "fds = [os.dup(2) for _ in range(5)];"  # 3 to 7, two of them not announced
         "found = take_inherited(os.environ);"

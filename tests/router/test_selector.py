@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -80,6 +81,32 @@ def test_only_workers_that_are_named_and_have_the_taints_are_asked() -> None:
     assert chosen(selector, workers, Wishes(taints=frozenset("ab"))).worker == WorkerId(2)
     nobody = selector.select(request(workers), Wishes(taints=frozenset("c")))
     assert nobody == NoWorker("no worker has c")
+
+
+def test_workers_whose_health_check_has_not_passed_are_taken_only_if_there_are_no_others() -> None:
+    workers = table(3)
+    selector = Selector(workers, limits=BusyLimits(prefill_tokens=100))
+    covered = [[9, 9, 0]] * 4  # the two that are not healthy have the prompt
+    for instance in (1, 2):
+        workers.change(replace(workers.at(workers.row(WorkerId(instance))), healthy=False))
+    workers.check_integrity()
+    assert chosen(selector, workers, covered=covered).worker == WorkerId(3)
+    unwell = "its health check has not passed, and others' have"
+    assert selector.why_not(Wishes()) == {WorkerId(1): unwell, WorkerId(2): unwell}
+    # Those that a request names are all there is.
+    assert chosen(selector, workers, Wishes(pinned=WorkerId(1))).worker == WorkerId(1)
+    named = Wishes(among=frozenset([WorkerId(1), WorkerId(2)]))
+    assert chosen(selector, workers, named, covered=covered).worker in {WorkerId(1), WorkerId(2)}
+    assert chosen(selector, workers, Wishes(session="s")).worker == WorkerId(3)
+    # One that is healthy and busy is waited for.
+    workers.prefill_tokens[workers.row(WorkerId(3))] = 200.0
+    assert isinstance(selector.select(request(workers), Wishes()), AllBusy)
+    workers.remove(WorkerId(3))
+    workers.check_integrity()
+    assert chosen(selector, workers).worker in {WorkerId(1), WorkerId(2)}
+    assert selector.why_not(Wishes()) == {}
+    workers.add(worker(3))
+    assert chosen(selector, workers).worker == WorkerId(3)
 
 
 def test_a_preferred_taint_makes_a_worker_cheaper() -> None:

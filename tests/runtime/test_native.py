@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tests.waiting import wait_until
 
 PARTS = """
 from runtime.native import inlined
@@ -56,3 +62,36 @@ def test_a_kernel_is_compiled_anew_when_a_module_that_it_takes_parts_of_has_chan
     assert run(tmp_path) == [101, 1]
     (tmp_path / "parts.py").write_text(PARTS.format(step=2))
     assert run(tmp_path) == [202, 0]
+
+
+def test_of_two_programs_one_compiles_and_the_other_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text(KERNEL)
+    (tmp_path / "parts.py").write_text(PARTS.format(step=1))
+    kept = tmp_path / "__pycache__"
+    kept.mkdir()
+    with ThreadPoolExecutor(2) as pool, as_if_compiling(kept) as ended:
+        programs = [pool.submit(run, tmp_path) for _ in range(2)]
+        wait_until(lambda: waiting_for(kept) == 2, 120.0, "both wait")
+        assert not any(program.done() for program in programs)
+        ended()
+        assert sorted(program.result() for program in programs) == [[101, 0], [101, 1]]
+
+
+@contextmanager
+def as_if_compiling(kept: Path) -> Iterator[Callable[[], None]]:
+    folder = os.open(kept, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        yield lambda: fcntl.flock(folder, fcntl.LOCK_UN)
+    finally:
+        os.close(folder)
+
+
+def waiting_for(folder: Path) -> int:
+    """Other processes that have it open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it ended meanwhile, or is another's
+            if os.readlink(link) == str(folder):
+                found.add(link.parts[2])
+    return len(found - {str(os.getpid())})

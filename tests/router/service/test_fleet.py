@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from runtime.engine_card import EngineCard
 from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle
@@ -45,6 +47,61 @@ async def test_a_draining_worker_finishes_what_it_has_and_gets_no_more(world: Wo
     assert refused.status_code == 503
     assert (await router.client.post("/v1/requests/a/end")).status_code == 200
     assert (await router.load("1.0"))["requests"] == 0
+
+
+async def test_healthy_engines_come_before_those_that_merely_run(world: World) -> None:
+    router = await world.router(index__source="routes")
+    for instance in (1, 2):
+        await world.engines.add(instance)
+    await router.see("1.0", "2.0")
+    told = await router.explain(PROMPT)
+    assert [one["healthy"] for one in told["candidates"]] == [False, False]
+    await router.route(PROMPT, worker="1.0", request="a")  # which knows the prompt now
+    await router.client.post("/v1/requests/a/end")
+    assert (await router.route(PROMPT, request="b"))["worker"] == "1.0"
+    await router.client.post("/v1/requests/b/end")
+    await world.engines.well(2)
+    await router.until(lambda told: [one["worker"] for one in told["candidates"]] == ["2.0"])
+    told = await router.explain(PROMPT)
+    assert told["candidates"][0]["healthy"]
+    assert [(one["worker"], one["why"]) for one in told["excluded"]] == [
+        ("1.0", "its health check has not passed, and others' have")
+    ]
+    assert {(await router.route(PROMPT))["worker"] for _ in range(5)} == {"2.0"}
+    report = (await router.client.get("/v1/workers")).json()["models"][0]["workers"]
+    assert [one["healthy"] for one in report] == [False, True]
+    assert (await router.route(PROMPT, worker="1.0"))["worker"] == "1.0"
+    await world.engines.well(2, is_well=False)
+    await router.until(lambda told: len(told["candidates"]) == 2)
+
+
+async def test_an_engine_that_was_never_measured_is_as_the_models_others(world: World) -> None:
+    router = await world.router()
+    for instance in (1, 2, 3):
+        await world.engines.add(instance)
+    await world.engines.add(4, model="other")
+    await router.see("1.0", "2.0", "3.0", "4.0")
+    speeds = await router.speeds(PROMPT)
+    assert {one["prefill_from"] for one in speeds.values()} == {"assumed"}
+    assert {one["prefill_s_per_token"] for one in speeds.values()} == {1e-4}
+    for name, seconds in (("1.0", 0.02), ("2.0", 0.06)):
+        await router.route(PROMPT, model="m", worker=name, request=name)
+        await asyncio.sleep(seconds)
+        for path in ("first_token", "output?tokens=5", "end"):
+            await router.client.post(f"/v1/requests/{name}/{path}")
+    speeds = await router.speeds(PROMPT)
+    first, second, third = (speeds[name] for name in ("1.0", "2.0", "3.0"))
+    for what, figure in (("prefill", "prefill_s_per_token"), ("step", "step_s")):
+        assert first[f"{what}_from"] == second[f"{what}_from"] == "learnt"
+        assert third[f"{what}_from"] == "others"
+        assert third[figure] == pytest.approx((first[figure] + second[figure]) / 2)
+    assert (await router.speeds(PROMPT, model="other"))["4.0"]["prefill_from"] == "assumed"
+    # One that joins later begins so, whatever was learnt of it when it was here before.
+    await world.engines.add(5)
+    await router.see("1.0", "2.0", "3.0", "4.0", "5.0")
+    joined = (await router.speeds(PROMPT))["5.0"]
+    assert joined["prefill_from"] == joined["step_from"] == "others"
+    assert joined["prefill_s_per_token"] == third["prefill_s_per_token"]
 
 
 async def test_records_that_cannot_be_used_are_counted_and_harm_nobody(world: World) -> None:

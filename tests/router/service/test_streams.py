@@ -69,7 +69,9 @@ async def test_what_a_node_says_decides_where_a_request_goes(world: World, nats:
                 await asyncio.sleep(0.05)
         assert speeds["1.0"]["prefill_s_per_token"] == 0.5
         assert speeds["1.0"]["load_s_per_block"] == {"g2": 2.0, "g3": 0.001, "g4": 0.002}
-        assert speeds["2.0"]["prefill_from"] == "assumed"
+        for other in ("2.0", "3.0"):
+            assert speeds[other]["prefill_from"] == "others"
+            assert speeds[other]["prefill_s_per_token"] == 0.5
         assert (await router.route(PROMPT))["worker"] == "2.0"
         # A router that comes later asks for all, and an engine that comes again is told of anew.
         later = await world.router(**events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Self
 
@@ -62,6 +62,10 @@ class Engines:
         await record.register()
         await record.move(State.RUNNING)
 
+    async def well(self, instance: int, *, is_well: bool = True) -> None:
+        """Its health check has passed, or does no more."""
+        await self.records[instance].move(State.HEALTHY if is_well else State.RUNNING)
+
     async def drain(self, instance: int) -> None:
         await self.records[instance].move(State.STOPPING)
 
@@ -105,6 +109,23 @@ class Routing:
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return found
+
+    async def explain(self, tokens: list[int], **more: Any) -> dict[str, Any]:
+        """Where the prompt would be decoded."""
+        answer = await self.post("/v1/route/explain", tokens=tokens, **more)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json()["decode"])
+
+    async def until(self, true: Callable[[dict[str, Any]], bool]) -> None:
+        """Of what is explained of any prompt."""
+        async with asyncio.timeout(15):
+            while not true(await self.explain([1])):
+                await asyncio.sleep(0.02)
+
+    async def speeds(self, tokens: list[int], model: str = MODEL) -> dict[str, dict[str, Any]]:
+        """By worker."""
+        told = await self.explain(tokens, model=model)
+        return {one["worker"]: one["speed"] for one in told["candidates"]}
 
     async def load(self, worker: str) -> dict[str, float]:
         models = (await self.client.get("/v1/workers")).json()["models"]

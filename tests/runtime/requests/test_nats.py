@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nats as nats_library
 import pytest
+from pydantic import SecretStr
 
 from runtime.embedded import EmbeddedNats
 from runtime.requests import RequestClient, RequestPlaneSettings, create_request_plane
@@ -128,16 +129,24 @@ async def test_a_message_that_is_missing_ends_the_session(broker: EmbeddedNats) 
     await server.close()
 
 
-async def test_without_nats_start_and_requests_say_so(tmp_path: Path) -> None:
+async def test_a_server_may_start_before_nats_and_requests_say_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    broker = EmbeddedNats(tmp_path, port=free_ports(1)[0])
     settings = RequestPlaneSettings(
         plane="nats",
-        nats_url=f"nats://127.0.0.1:{free_ports(1)[0]}",
+        nats_url=f"nats://127.0.0.1:{broker.port}",
         **QUICK,  # type: ignore[arg-type]
+        nats_user=broker.user,
+        nats_password=SecretStr(broker.password),
     )
-    plane = create_request_plane(settings, "test")
-    with pytest.raises(OSError, match="NATS at"):
-        await plane.server().start()
-    client = plane.client()
+    plane, handlers = create_request_plane(settings, "test"), Handlers()
+    server, client = plane.server(), plane.client()
+    handlers.serve(server)
+    address = await server.start()
     with pytest.raises(ConnectionLost, match="NATS at"):
-        await anext(client.stream("nats://some.subject", "test.echo.once", b""))
-    await client.close()
+        await anext(client.stream(address, "test.echo.once", b""))
+    with broker:
+        await comes_back(client, address)
+        await client.close()
+        await server.close()

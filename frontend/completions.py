@@ -1,0 +1,157 @@
+"""Engines that take tokens through their OpenAI server, as vLLM's does: `/v1/completions`.
+
+A prompt may be tokens there, and `return_token_ids` gives back those that come, in a stream. vLLM
+has an endpoint of its own for this, `/inference/v1/generate`. It is not used: a server offers it
+only when started with `--enable-scale-out`, and it leaves out what the model's
+`generation_config.json` says of sampling, so that requests which say nothing of it would be
+answered differently than by the engine itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, Final
+
+import msgspec
+
+from frontend.errors import ApiError
+from frontend.fleet import Place
+from frontend.upstream import EngineFault, Upstream, to_rank
+from runtime.generation import Finish, Generate, Generated
+
+PATH: Final = "/v1/completions"
+EVENT_BYTES_MAX: Final = 64 << 20  # the first one repeats the prompt
+_DATA: Final = b"data: "
+_DONE: Final = b"[DONE]"
+_FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length"}
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None  # a text, if that was what ended it
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens_details: _Details | None = None
+
+
+class _Error(msgspec.Struct):
+    message: str = ""
+    param: str | None = None
+    code: int | str | None = None
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+class CompletionEngines:
+    """See `frontend.generate.TokenEngines`."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def generate(
+        self, place: Place, request: Generate, headers: Mapping[str, str]
+    ) -> AsyncGenerator[Generated]:
+        given = to_rank(place, [*headers.items(), ("content-type", "application/json")])
+        sending = self._upstream.send("POST", place.url + PATH, given, _body(request))
+        last: Generated | None = None
+        async with sending as answer:
+            if not answer.is_stream:
+                raise _refusal(place, answer.status, await answer.read())
+            async with aclosing(_events(place, answer.chunks())) as events:
+                async for event in events:
+                    if event.error is not None:
+                        raise _failure(place, event.error)
+                    if event.usage is not None and last is not None:
+                        last = msgspec.structs.replace(last, cached_tokens=_cached(event.usage))
+                    for choice in event.choices:
+                        item = _generated(place, choice)
+                        if item.finish_reason is not None:
+                            last = item  # what it had cached is said behind it
+                        elif item.token_ids:
+                            yield item
+        if last is not None:
+            yield last
+
+
+def _body(request: Generate) -> bytes:
+    asked: dict[str, Any] = msgspec.to_builtins(request)
+    sampling = asked.pop("sampling")
+    asked.pop("dp_rank", None)
+    more = {
+        "prompt": asked.pop("token_ids"),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    return msgspec.json.encode({**asked, **sampling, **more})
+
+
+async def _events(place: Place, chunks: AsyncIterator[bytes]) -> AsyncGenerator[_Event]:
+    """Until the one that says that it was all. Raises EngineFault."""
+    rest = b""
+    async for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n\n")
+        for event in whole:
+            if not event.startswith(_DATA):  # a comment
+                continue
+            data = event[len(_DATA) :]
+            if data == _DONE:
+                return
+            try:
+                yield _decoder.decode(data)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise EngineFault(place.url, f"no event of ours: {error}", begun=True) from error
+        if len(rest) > EVENT_BYTES_MAX:
+            raise EngineFault(place.url, "an event without an end", begun=True)
+
+
+def _generated(place: Place, choice: _Choice) -> Generated:
+    """Raises EngineFault if the engine gave up, as one does that is told to stop."""
+    ids = choice.token_ids
+    if ids is None:
+        raise EngineFault(place.url, "it does not say its tokens, as vLLM does", begun=True)
+    if choice.finish_reason is None:
+        return Generated(token_ids=ids)
+    finish = _FINISHES.get(choice.finish_reason)
+    if finish is None:
+        why = f"it ended the answer with {choice.finish_reason!r}"
+        raise EngineFault(place.url, why, begun=True)
+    if finish == "stop" and ids and not isinstance(choice.stop_reason, str):
+        return Generated(token_ids=ids[:-1], finish_reason=finish, stop_token=ids[-1])
+    return Generated(token_ids=ids, finish_reason=finish)
+
+
+def _cached(usage: _Usage) -> int | None:
+    details = usage.prompt_tokens_details
+    return None if details is None else details.cached_tokens
+
+
+def _refusal(place: Place, status: int, body: bytes) -> ApiError | EngineFault:
+    try:
+        error = _decoder.decode(body).error
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        error = None
+    told = error or _Error(body[:200].decode(errors="replace"))
+    return _failure(place, _Error(told.message, told.param, status))
+
+
+def _failure(place: Place, error: _Error) -> ApiError | EngineFault:
+    """What the request is to blame for is its answer; all else is for another engine to try."""
+    status = error.code if isinstance(error.code, int) else 500
+    if 400 <= status < 500:
+        return ApiError(status, error.message, "refused_by_engine", error.param)
+    return EngineFault(place.url, f"{status}: {error.message}", begun=True)
+
+
+_decoder = msgspec.json.Decoder(_Event)
