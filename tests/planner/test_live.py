@@ -21,7 +21,7 @@ from planner.metrics import SPECS, planner_metrics_page
 from planner.settings import PlannerSettings, config_page
 from runtime.settings import SettingsError
 from runtime.web.server import WebServer
-from tests.frontend.engines import Asked, Wire, frontend
+from tests.frontend.engines import MODEL, Asked, Wire, frontend
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -112,8 +112,10 @@ async def test_real_engines_are_started_read_drained_and_ended(tmp_path: Path) -
             step = loop.latest
             assert step is not None
             assert not step.plan.observation.problems
+            body = {"model": MODEL, "prompt": "x"}
             for _ in range(10):
-                await client.post(f"{front.url}/v1/completions", json={"model": "m", "prompt": "x"})
+                answer = await client.post(f"{front.url}/v1/completions", json=body)
+                assert answer.status_code == 200
             await ticks(2)
             step = loop.latest
             assert step is not None
@@ -127,7 +129,7 @@ async def test_real_engines_are_started_read_drained_and_ended(tmp_path: Path) -
             await ticks_until(
                 1, lambda: phases(loop, "serving") == 1, "one engine is on its way out"
             )
-            assert [await answer for answer in answers] == [300, 300]
+            assert [await one for one in answers] == [300, 300]
             pids = [e.process for e in loop.actuator._engines]  # type: ignore[attr-defined]
             await ticks_until(1, lambda: sum(p.poll() is None for p in pids) == 1, "it has ended")
             assert loop.actuator.deaths_total == 0  # type: ignore[attr-defined]
