@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from planner.loop import Loop, Step
+from planner.observe import Observation
 from runtime.metrics import Labels, Samples
 
 _P = "kvbm_planner_"
@@ -13,81 +15,46 @@ _P = "kvbm_planner_"
 
 def step_report(step: Step) -> dict[str, Any]:
     plan = step.plan
-    seen, decision = plan.observation, plan.decision
-    traffic, forecast = seen.traffic, plan.forecast
+    decision, forecast, work = plan.decision, plan.forecast, plan.work
+    expected = {
+        role: {
+            "engines": one.engines,
+            "bound": one.bound,
+            "utilisation": _finite(one.expected.utilisation),
+            "ttft_s": _finite(one.expected.ttft_s),
+            "in_time": one.expected.in_time,
+            "itl_s": _finite(one.expected.itl_s),
+        }
+        for role, one in decision.needed.items()
+    }
     return {
         "number": step.number,
         "at": step.wall_s,
         "took_s": round(step.took_s, 6),
         "targets": dict(decision.targets),
         "current": dict(decision.current),
-        "applied": {"accepted": step.applied.accepted, "text": step.applied.text},
-        "reasons": [
-            {"role": r.role, "kind": r.kind, "engines": r.engines, "text": r.text}
-            for r in decision.reasons
-        ],
-        "observation": {
-            "engines": [
-                {
-                    "name": e.name,
-                    "role": e.role,
-                    "phase": e.phase,
-                    "running": e.running,
-                    "waiting": e.waiting,
-                    "kv_used": e.kv_used,
-                }
-                for e in seen.engines
-            ],
-            "desired": dict(seen.desired),
-            "problems": list(seen.problems),
-            "traffic": None
-            if traffic is None
-            else {
-                "requests_per_s": traffic.requests_per_s,
-                "prompt_tokens": traffic.prompt_tokens,
-                "output_tokens": traffic.output_tokens,
-                "hits": dict(traffic.hits),
-                "ttft_s": traffic.ttft_s,
-                "itl_s": traffic.itl_s,
-            },
-        },
-        "forecast": None
-        if forecast is None
-        else {
-            "requests_per_s": forecast.requests_per_s,
-            "low": forecast.low,
-            "high": forecast.high,
-            "ahead_s": forecast.ahead_s,
-            "by": forecast.by,
-        },
-        "work": {
-            "prompt_tokens": plan.work.prompt_tokens,
-            "output_tokens": plan.work.output_tokens,
-            "computed_tokens": plan.work.computed_tokens,
-            "hits": dict(plan.work.hits),
-        },
-        "speeds": {
-            role: {
-                "step_s": s.step_s,
-                "sequence_s": s.sequence_s,
-                "kv_token_s": s.kv_token_s,
-                "token_s": s.token_s,
-                "pair_s": s.pair_s,
-            }
-            for role, s in plan.speeds.items()
-        },
-        "expected": {
-            role: {
-                "engines": one.engines,
-                "bound": one.bound,
-                "utilisation": _finite(one.expected.utilisation),
-                "ttft_s": _finite(one.expected.ttft_s),
-                "in_time": one.expected.in_time,
-                "itl_s": _finite(one.expected.itl_s),
-            }
-            for role, one in decision.needed.items()
-        },
+        "applied": asdict(step.applied),
+        "reasons": [asdict(reason) for reason in decision.reasons],
+        "observation": _observation(plan.observation),
+        "forecast": None if forecast is None else asdict(forecast),
+        "work": {**asdict(work), "computed_tokens": work.computed_tokens},
+        "speeds": {role: asdict(speed) for role, speed in plan.speeds.items()},
+        "expected": expected,
         "start_delay_s": plan.start_delay_s,
+    }
+
+
+def _observation(seen: Observation) -> dict[str, Any]:
+    traffic = seen.traffic
+    told = None
+    if traffic is not None:
+        told = {**asdict(traffic), "requests_per_s": traffic.requests_per_s}
+    shown = ("name", "role", "phase", "running", "waiting", "kv_used")
+    return {
+        "engines": [{name: getattr(e, name) for name in shown} for e in seen.engines],
+        "desired": dict(seen.desired),
+        "problems": list(seen.problems),
+        "traffic": told,
     }
 
 
