@@ -56,7 +56,7 @@ class Loop:
         self.ticks_total = 0
         self.changes_total: Counter[tuple[Role, Literal["up", "down"]]] = Counter()
         self.faults_total: Counter[Fault] = Counter()
-        self.gpu_s: Counter[Role] = Counter()
+        self.engine_s: Counter[Role] = Counter()
         self.skipped_total = 0
         self._fleet = fleet
         self._planner = planner
@@ -114,7 +114,7 @@ class Loop:
         self.ticks_total += 1
         if self._looked_s is not None:
             for engine in plan.observation.engines:
-                self.gpu_s[engine.role] += begun_s - self._looked_s  # type: ignore[assignment]
+                self.engine_s[engine.role] += begun_s - self._looked_s  # type: ignore[assignment]
         self._looked_s = begun_s
         took_s = self._clock() - begun_s
         step = Step(self.ticks_total, time.time(), plan, applied, took_s)

@@ -67,7 +67,7 @@ def samples(loop: Loop) -> Samples:
         "ticks_skipped_total": {(): loop.skipped_total},
         "scalings_total": {(role, way): n for (role, way), n in loop.changes_total.items()},
         "faults_total": {(kind,): loop.faults_total[kind] for kind in ("desired", "apply", "bug")},
-        "engine_seconds_total": {(role,): float(s) for role, s in loop.gpu_s.items()},
+        "engine_seconds_total": {(role,): float(s) for role, s in loop.engine_s.items()},
         "ready": {(check,): float(why is None) for check, why in loop.readiness().items()},
     }
     if loop.latest is not None:

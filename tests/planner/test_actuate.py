@@ -124,7 +124,7 @@ class Cluster:
         found: int = self.server.objects[SPACE, f"{self.kind}s", "engine/scale"]["spec"]["replicas"]
         return found
 
-    def set(self, replicas: int) -> None:
+    def put(self, replicas: int) -> None:
         key = (SPACE, f"{self.kind}s", "engine/scale")
         item: dict[str, Any] = {"metadata": {"name": "engine"}, "spec": {"replicas": replicas}}
         self.server._store("MODIFIED", key, item)
@@ -143,7 +143,7 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
         await made.server.start()
         for pod in ("engine-0", "engine-1", "engine-2"):
             made.pod(pod)
-        made.set(3)
+        made.put(3)
         yield made
         await made.actuator.close()
         await made.server.stop()
@@ -227,7 +227,7 @@ async def test_a_drain_goes_on_after_the_planner_was_started_anew(cluster: Clust
 async def test_what_others_set_is_seen(cluster: Cluster) -> None:
     members = [member(n, pod) for n, pod in enumerate(PODS, 1)]
     await cluster.actuator.apply(decision(3, 3), members)
-    cluster.set(7)
+    cluster.put(7)
     assert await cluster.actuator.desired() == {"aggregated": 7}
 
 

@@ -63,6 +63,7 @@ def test_the_band_is_as_wide_as_forecasts_were_off() -> None:
     steady = fed("ewma", [3.0] * 20)
     jumpy = Forecaster("ewma", 60.0, points_max=60)
     steady_found = steady.forecast(60)
+    found = None
     for number in range(1, 41):
         jumpy.add(60.0 * number, 60 * (2.0 + 2 * (number % 2)), 60.0)
         found = jumpy.forecast(60)

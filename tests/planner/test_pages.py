@@ -174,7 +174,8 @@ async def test_a_prometheus_server_is_asked_once_for_everybody() -> None:
             for sample in samples(VLLM)
         ]
         answers.vector = {"status": "success", "data": {"resultType": "vector", "result": made}}
-        settings = PrometheusSettings(url=answers.url, selector='job="vllm"', token="s3cret-ish")
+        fields = {"url": answers.url, "selector": 'job="vllm"', "token": "s3cret-ish"}
+        settings = PrometheusSettings.model_validate(fields)
         source = Prometheus(settings)
         urls = ["http://10.0.0.7:8000", "http://10.0.0.8:8000"]
         found = await source.read(urls)
