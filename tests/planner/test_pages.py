@@ -168,7 +168,7 @@ async def test_a_prometheus_server_is_asked_once_for_everybody() -> None:
     async with answering() as answers:
         made = [
             {
-                "metric": {"__name__": sample.name, "instance": "10.0.0.7:8000", **sample.labels},
+                "metric": dict(sample.labels, __name__=sample.name, instance="10.0.0.7:8000"),
                 "value": [1763750000.123, str(sample.value)],
             }
             for sample in samples(VLLM)
