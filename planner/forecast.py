@@ -136,6 +136,8 @@ Fit = Callable[[list[float], int, int], Sequence[float]]
 
 def _fitted(fit: Fit, points: list[float], steps: int, season: int) -> Sequence[float] | None:
     """None where the model cannot be fitted to these points."""
+    import statsmodels.tools.sm_exceptions  # noqa: F401 (which has all its warnings shown)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence: the path is checked instead
         try:

@@ -41,7 +41,7 @@ class GoalSettings(Section):
 
 class ForecastSettings(Section):
     load_predictor: Predictor = Field(
-        default="arima",
+        default="kalman",
         description="`constant` and `ewma` are arithmetic; `holt-winters`, `arima` and `kalman` "
         "are statsmodels' (extra `planner`).",
     )
