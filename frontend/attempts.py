@@ -1,7 +1,8 @@
 """How often one request may be tried, and where it has failed already.
 
 An engine that was never reached can be replaced as long as there are others. One that may have
-begun only `migrations_max` times: a request that kills engines must not kill all of them.
+begun only `migrations_max` times: a request that kills engines must not kill all of them. A global
+router that had begun lost an engine of a pool: it is asked again, and finds another.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ class Attempts:
         """Raises ApiError if it was the last; `begun` where the caller knows that it had."""
         instance = assigned.place.instance
         _log.warning("engine_failed", instance=f"{instance:x}", why=str(fault))
-        assigned.failed()
-        self._failed.append(instance)
-        self._begun += begun or fault.begun
+        begun = begun or fault.begun
+        if not (begun and assigned.place.relays):
+            assigned.failed()
+            self._failed.append(instance)
+        self._begun += begun
         if self._begun > self._migrations_max or len(self._failed) >= ENGINES_TRIED_MAX:
             raise engine_lost("The engine at work on the request was lost") from fault

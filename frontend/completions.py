@@ -9,13 +9,12 @@ answered differently than by the engine itself.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Final
 
 import msgspec
 
-from frontend.errors import ApiError
+from frontend.errors import ApiError, refused_by_engine
 from frontend.fleet import Place
 from frontend.upstream import EngineFault, Upstream, to_rank
 from runtime.generation import Finish, Generate, Generated
@@ -23,7 +22,7 @@ from runtime.generation import Finish, Generate, Generated
 PATH: Final = "/v1/completions"
 EVENT_BYTES_MAX: Final = 64 << 20  # the first one repeats the prompt
 _DATA: Final = b"data: "
-_DONE: Final = b"[DONE]"
+_DONE: Final = b"data: [DONE]"
 _FINISHES: Final[dict[str, Finish]] = {"stop": "stop", "length": "length"}
 
 
@@ -64,24 +63,60 @@ class CompletionEngines:
     ) -> AsyncGenerator[Generated]:
         given = to_rank(place, [*headers.items(), ("content-type", "application/json")])
         sending = self._upstream.send("POST", place.url + PATH, given, _body(request))
-        last: Generated | None = None
-        async with sending as answer:
-            if not answer.is_stream:
-                raise _refusal(place, answer.status, await answer.read())
-            async with aclosing(_events(place, answer.chunks())) as events:
-                async for event in events:
-                    if event.error is not None:
-                        raise _failure(place, event.error)
-                    if event.usage is not None and last is not None:
-                        last = msgspec.structs.replace(last, cached_tokens=_cached(event.usage))
-                    for choice in event.choices:
-                        item = _generated(place, choice)
-                        if item.finish_reason is not None:
-                            last = item  # what it had cached is said behind it
-                        elif item.token_ids:
-                            yield item
-        if last is not None:
-            yield last
+        stream = _Stream(place)
+        try:
+            async with sending as answer:
+                if not answer.is_stream:
+                    raise _refusal(place, answer.status, await answer.read())
+                async for part in answer.chunks():
+                    for item in stream.take(part):
+                        yield item
+                    if stream.error is not None:
+                        raise stream.error
+        except EngineFault:
+            if stream.last is None:  # or else nothing is missing
+                raise
+        if stream.last is not None:
+            yield stream.last
+
+
+class _Stream:
+    """What has come of one answer."""
+
+    def __init__(self, place: Place) -> None:
+        self.last: Generated | None = None  # kept back: what it had cached is said behind it
+        self.error: ApiError | EngineFault | None = None
+        self._place = place
+        self._rest = b""
+
+    def take(self, part: bytes) -> list[Generated]:
+        """What is new, up to where `error` befell it."""
+        *events, self._rest = (self._rest + part).split(b"\n\n")
+        items: list[Generated] = []
+        try:
+            for event in events:
+                if event.startswith(_DATA) and event != _DONE:  # or else it is a comment
+                    items += self._items(event[len(_DATA) :])
+            if len(self._rest) > EVENT_BYTES_MAX:
+                raise EngineFault(self._place.url, "an event without an end", begun=True)
+        except (ApiError, EngineFault) as error:
+            self.error = error
+        return items
+
+    def _items(self, data: bytes) -> list[Generated]:
+        """Raises ApiError or EngineFault."""
+        try:
+            event = _decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EngineFault(self._place.url, f"no event of ours: {error}", begun=True) from error
+        if event.error is not None:
+            raise _failure(self._place, event.error)
+        if event.usage is not None and self.last is not None:
+            self.last = msgspec.structs.replace(self.last, cached_tokens=_cached(event.usage))
+        items = [_generated(self._place, choice) for choice in event.choices]
+        if items and items[-1].finish_reason is not None:
+            self.last = items.pop()
+        return [item for item in items if item.token_ids]
 
 
 def _body(request: Generate) -> bytes:
@@ -95,25 +130,6 @@ def _body(request: Generate) -> bytes:
         "return_token_ids": True,
     }
     return msgspec.json.encode({**asked, **sampling, **more})
-
-
-async def _events(place: Place, chunks: AsyncIterator[bytes]) -> AsyncGenerator[_Event]:
-    """Until the one that says that it was all. Raises EngineFault."""
-    rest = b""
-    async for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n\n")
-        for event in whole:
-            if not event.startswith(_DATA):  # a comment
-                continue
-            data = event[len(_DATA) :]
-            if data == _DONE:
-                return
-            try:
-                yield _decoder.decode(data)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise EngineFault(place.url, f"no event of ours: {error}", begun=True) from error
-        if len(rest) > EVENT_BYTES_MAX:
-            raise EngineFault(place.url, "an event without an end", begun=True)
 
 
 def _generated(place: Place, choice: _Choice) -> Generated:
@@ -150,7 +166,7 @@ def _failure(place: Place, error: _Error) -> ApiError | EngineFault:
     """What the request is to blame for is its answer; all else is for another engine to try."""
     status = error.code if isinstance(error.code, int) else 500
     if 400 <= status < 500:
-        return ApiError(status, error.message, "refused_by_engine", error.param)
+        return refused_by_engine(status, error.message, error.param)
     return EngineFault(place.url, f"{status}: {error.message}", begun=True)
 
 

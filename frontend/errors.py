@@ -1,4 +1,7 @@
-"""OpenAI's error objects: what clients' libraries turn into their exceptions."""
+"""OpenAI's error objects: what clients' libraries turn into their exceptions.
+
+Below `/v1/messages` they are Anthropic's, which has OpenAI's in it.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,22 @@ from typing import Final
 
 import msgspec
 
+INVALID_JSON: Final = "invalid_json"
+"""The code of what every wrong way to send a body comes to."""
+
 _TYPES: Final = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     409: "conflict_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
 }
-_SERVER: Final = "server_error"
+_CLIENTS: Final = "invalid_request_error"
+_SERVERS: Final = "server_error"
+_ANTHROPIC: Final = "/v1/messages"
+_NAMED_EVENTS: Final = (_ANTHROPIC, "/v1/responses")
+"""Routes whose streams name their events: Anthropic's client passes over one without a name."""
 UNSUPPORTED: Final = "unsupported"
 """The code of what only an engine's own server can make."""
 
@@ -31,35 +39,29 @@ class ApiError(Exception):
     code: str | None = None
     param: str | None = None
     retry_after_s: int | None = None
+    extra: tuple[tuple[bytes, bytes], ...] = ()  # headers
 
     def __str__(self) -> str:
         return self.message
 
     @property
     def type(self) -> str:
-        return _TYPES.get(self.status, _SERVER)
+        return _TYPES.get(self.status, _CLIENTS if self.status < 500 else _SERVERS)
 
-    @property
-    def body(self) -> bytes:
-        return msgspec.json.encode(
-            {
-                "error": {
-                    "message": self.message,
-                    "type": self.type,
-                    "param": self.param,
-                    "code": self.code,
-                }
-            }
-        )
+    def body(self, route: str = "") -> bytes:
+        """As the clients of a route expect it."""
+        told = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        wrapped = {"type": "error"} if route.startswith(_ANTHROPIC) else {}
+        return msgspec.json.encode({**wrapped, "error": told})
 
-    @property
-    def event(self) -> bytes:
+    def event(self, route: str = "") -> bytes:
         """As the last event of a stream that had begun."""
-        return b"data: " + self.body + b"\n\n"
+        name = b"event: error\n" if route.startswith(_NAMED_EVENTS) else b""
+        return b"%bdata: %b\n\n" % (name, self.body(route))
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        found = [(b"content-type", b"application/json")]
+        found = [(b"content-type", b"application/json"), *self.extra]
         if self.retry_after_s is not None:
             found.append((b"retry-after", str(self.retry_after_s).encode()))
         return found
@@ -73,6 +75,11 @@ def model_not_found(model: str, known: list[str]) -> ApiError:
     listed = ", ".join(sorted(known)) or "none at the moment"
     message = f"The model {model!r} does not exist here; served are: {listed}"
     return ApiError(404, message, "model_not_found", "model")
+
+
+def refused_by_engine(status: int, message: str, param: str | None = None) -> ApiError:
+    """What an engine said of a request, where its answer cannot be passed on as it is."""
+    return ApiError(status, message, "refused_by_engine", param)
 
 
 def overloaded(message: str, retry_after_s: int, status: int = 503) -> ApiError:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import structlog
 
 from frontend import headers as names
-from frontend.errors import ApiError
+from frontend.errors import INVALID_JSON, ApiError
 from frontend.gate import ClientGone, Gate, Receive, Scope, Send
 from frontend.meter import Measured, Meter
 from frontend.respond import Reply
@@ -42,7 +42,7 @@ class Exchange:
             self._gate.enter()
         except ApiError as error:
             self._meter.refused(self._route, error)
-            await reply.error(error)
+            await reply.error(error, self._route)
             return
         try:
             await self._admitted(scope, receive, reply)
@@ -57,15 +57,32 @@ class Exchange:
         except ClientGone:
             measured.outcome = "cancelled"
         except ApiError as error:
-            measured.failed(error)
-            await reply.error(error)
+            told = _explained(error, scope["headers"])
+            measured.failed(told)
+            await reply.error(told, self._route)
         except Exception:  # noqa: BLE001 (a fault of ours is one request's, and is logged)
             _log.exception("request_failed", route=self._route, request=reply.request_id)
             fault = ApiError(500, "The frontend failed; its log says why", "internal")
             measured.failed(fault)
-            await reply.error(fault)
+            await reply.error(fault, self._route)
         finally:
             measured.end()
+
+
+def _explained(error: ApiError, headers: names.Headers) -> ApiError:
+    """What is no JSON is often none because of how it was sent."""
+    if error.code != INVALID_JSON:
+        return error
+    encoding = names.first(headers, b"content-encoding") or b"identity"
+    if encoding.lower() != b"identity":
+        said = f"Bodies are not unpacked here, and this is {encoding.decode('latin-1')}"
+        as_it_is = ((b"accept-encoding", b"identity"),)
+        return ApiError(415, said, "unsupported_encoding", extra=as_it_is)
+    kind = names.first(headers, b"content-type") or b"application/json"
+    if b"json" not in kind.lower():
+        said = f"The body is {kind.decode('latin-1')}: send application/json"
+        return ApiError(415, said, "unsupported_media_type")
+    return error
 
 
 async def _until_client_leaves(receive: Receive, work: Coroutine[Any, Any, None]) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from frontend.prompt import PromptMaker
 from frontend.tokenizer import Tokens
+from runtime.generation import Hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Job:
     session: str | None = None
     cache_salt: str | None = None
     pinned: int | None = None  # an instance, and no other
+    hints: Hints | None = None  # of the pool that it should go to
     excluded: Collection[int] = field(default=())  # instances that have failed it already
 
     def without(self, instances: Collection[int]) -> Job:
@@ -57,6 +59,11 @@ class Place(Protocol):
     @property
     def transport(self) -> str:
         """Where it is on the request plane, if it takes tokens there."""
+        ...
+
+    @property
+    def relays(self) -> bool:
+        """Whether it hands requests on: that one was lost behind it is no fault of its own."""
         ...
 
 
@@ -118,6 +125,10 @@ class Fleet(Protocol):
 
     def takes_tokens(self, model: str) -> bool:
         """Whether its engines are given tokens; false also if there is no such model."""
+        ...
+
+    def places(self) -> Sequence[Place]:
+        """Engines with an OpenAI server, each once, whether they take new requests or not."""
         ...
 
     def has_servers(self, model: str) -> bool:

@@ -21,9 +21,20 @@ class ClientGone(Exception):
 class Gate:
     """`api_keys`: none means that everybody may ask."""
 
-    def __init__(self, api_keys: Collection[str], requests_max: int, body_bytes_max: int) -> None:
+    def __init__(
+        self,
+        api_keys: Collection[str],
+        requests_max: int,
+        body_bytes_max: int,
+        *,
+        admin_keys: Collection[str] = (),
+        clients_are_admins: bool = False,
+    ) -> None:
         # Digests: what the time of a look-up tells of them, it does not tell of keys.
-        self._keys = frozenset(_digest(key.encode()) for key in api_keys)
+        self._admins = frozenset(_digest(key.encode()) for key in admin_keys)
+        clients = frozenset(_digest(key.encode()) for key in api_keys)
+        self._keys = clients | self._admins if clients else clients
+        self._clients_are_admins = clients_are_admins
         self._requests_max = requests_max
         self._body_bytes_max = body_bytes_max
         self.requests = 0
@@ -31,15 +42,17 @@ class Gate:
 
     def check_key(self, headers: Headers) -> None:
         """Raises ApiError (401)."""
-        if not self._keys:
+        if self._keys and _digest(_key(headers)) not in self._keys:
+            raise _wrong_key(headers)
+
+    def check_admin(self, headers: Headers) -> None:
+        """Who may change what the frontend does. Raises ApiError (401 or 403)."""
+        if self._admins and _digest(_key(headers)) in self._admins:
             return
-        given = first(headers, b"authorization") or b""
-        scheme, _, key = given.partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = first(headers, b"x-api-key") or b""
-        if _digest(key.strip()) not in self._keys:
-            said = "Incorrect API key" if key else "No API key was given: send it as a bearer token"
-            raise ApiError(401, said, "invalid_api_key")
+        self.check_key(headers)
+        if not self._clients_are_admins:
+            said = "This takes one of openai.admin_keys, unless openai.admin is `clients`"
+            raise ApiError(403, said, "admin_only")
 
     def enter(self) -> None:
         """Count a request in; `leave` afterwards. Raises ApiError (503) if there are too many."""
@@ -74,6 +87,21 @@ class Gate:
         return ApiError(
             413, f"The body is larger than {self._body_bytes_max} bytes", "body_too_large"
         )
+
+
+def _key(headers: Headers) -> bytes:
+    given = first(headers, b"authorization") or b""
+    scheme, _, key = given.partition(b" ")
+    if scheme.lower() != b"bearer":
+        key = first(headers, b"x-api-key") or b""
+    return key.strip()
+
+
+def _wrong_key(headers: Headers) -> ApiError:
+    said = "No API key was given: send it as a bearer token"
+    if _key(headers):
+        said = "Incorrect API key"
+    return ApiError(401, said, "invalid_api_key", extra=((b"www-authenticate", b"Bearer"),))
 
 
 def _digest(key: bytes) -> bytes:

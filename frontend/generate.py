@@ -184,6 +184,7 @@ def _request(job: Job, given: list[int], sampling: Sampling, place: Place) -> Ge
         dp_rank=place.dp_rank,
         priority=job.priority,
         cache_salt=job.cache_salt,
+        hints=job.hints,
     )
 
 

@@ -11,6 +11,8 @@ REQUEST_ID: Final = b"x-request-id"
 TRACEPARENT: Final = b"traceparent"
 SESSION: Final = b"x-session-id"
 INSTANCE: Final = b"x-worker-instance-id"
+TTFT_TARGET: Final = b"x-ttft-target-ms"
+ITL_TARGET: Final = b"x-itl-target-ms"
 
 # Of one connection, not of the message (RFC 9110, section 7.6.1), or made anew on the way.
 _OWN_HOP: Final = frozenset(

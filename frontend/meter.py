@@ -73,6 +73,22 @@ SPECS: Final = (
         "Requests sent again because an engine failed.",
         ("model",),
     ),
+    Spec(
+        f"{_P}responses_remembered",
+        "gauge",
+        "Responses (`/v1/responses`) whose engine is known.",
+    ),
+    Spec(
+        f"{_P}responses_forgotten_total",
+        "counter",
+        "Of those, forgotten because there are newer ones; engines are asked for them.",
+    ),
+    Spec(
+        f"{_P}response_searches_total",
+        "counter",
+        "Searches of all engines for a response that is not known: `found` or `not_found`.",
+        ("outcome",),
+    ),
 )
 
 
@@ -90,6 +106,9 @@ class Meter:
         self.cached_tokens = made["cached_tokens_total"]
         self.output_events = made["output_events_total"]
         self.migrations = made["migrations_total"]
+        self.responses_remembered = made["responses_remembered"]
+        self.responses_forgotten = made["responses_forgotten_total"]
+        self.response_searches = made["response_searches_total"]
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
 
     def _made(self, spec: Spec) -> Any:
@@ -124,6 +143,7 @@ class Measured:
         self.model = ""
         self.outcome = ""
         self.status = 200
+        self.placed = False  # an engine was chosen
         self._meter = meter
         self._route = route
         self._began = self._latest = time.perf_counter()
@@ -138,6 +158,7 @@ class Measured:
 
     def sent(self, assigned: Assigned, *, migrated: bool) -> None:
         self._stage("route")
+        self.placed = True
         if migrated:
             self._meter.child(self._meter.migrations, self.model).inc()
         elif assigned.cached_tokens:

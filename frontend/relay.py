@@ -9,24 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import msgspec
 import structlog
 
 from frontend import headers as names
 from frontend.attempts import Attempts
-from frontend.errors import bad_request, engine_lost
+from frontend.errors import UNSUPPORTED, ApiError, bad_request, engine_lost, refused_by_engine
 from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.gate import Scope
+from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
 from frontend.upstream import Answer, EngineFault, Given, Upstream, to_rank
 
-_WORKER: Final = b"x-kvbm-worker"
+RESPONSES: Final = "/v1/responses"
+GENERATE: Final = "/inference/v1/generate"
+WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
 _EVENT_END: Final = b"\n\n"
-_FIRST_TOKEN_ONLY: Final = {"stream": False, "max_tokens": 1, "n": 1}
+_SAID_BYTES_MAX: Final = 1000
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -37,6 +41,7 @@ class Read:
 
     model: str
     job: Callable[[str], Job]  # of the request's id; may take long, and raise ApiError
+    stream: bool = False  # whether it asks for one
 
 
 class Relay:
@@ -49,21 +54,30 @@ class Relay:
         upstream: Upstream,
         *,
         migrations_max: int,
+        keep_alive: KeepAlive = NEVER,
     ) -> None:
         self._read = read
         self._fleet = fleet
         self._upstream = upstream
         self._migrations_max = migrations_max
+        self._keep_alive = keep_alive
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         read = self._read(body, scope)
         measured.model = read.model
         job = read.job(reply.request_id)
         measured.prepared(len(job.tokens))
-        await self._serve(scope, body, job, reply, measured)
+        keep_alive = self._keep_alive if read.stream else NEVER
+        await self._serve(scope, body, job, reply, measured, keep_alive)
 
     async def _serve(
-        self, scope: Scope, body: bytes, job: Job, reply: Reply, measured: Measured
+        self,
+        scope: Scope,
+        body: bytes,
+        job: Job,
+        reply: Reply,
+        measured: Measured,
+        keep_alive: KeepAlive,
     ) -> None:
         given = [
             *names.onward(scope["headers"]),
@@ -72,13 +86,16 @@ class Relay:
         ]
         attempts = Attempts(self._fleet, self._migrations_max, measured)
         while True:
-            with await attempts.assign(job) as assigned:
+            with (
+                await attempts.assign(job) as assigned,
+                keep_alive.watching(reply, partial(_opening, assigned, reply)),
+            ):
                 try:
                     if assigned.prefill is not None:
                         await self._prefill(assigned, assigned.prefill, scope["path"], given, body)
                     return await self._ask(assigned, scope, given, body, reply, measured)
                 except EngineFault as fault:
-                    if reply.status is not None:
+                    if reply.latest is not None:
                         assigned.failed()
                         raise engine_lost("The engine broke off before its answer's end") from fault
                     attempts.failed(assigned, fault)
@@ -90,11 +107,11 @@ class Relay:
 
         If that fails the engine computes it itself.
         """
-        asked = {**msgspec.json.decode(body), **_FIRST_TOKEN_ONLY}
-        asked.pop("stream_options", None)
-        if "max_completion_tokens" in asked:
-            asked["max_completion_tokens"] = 1
-        data = msgspec.json.encode(asked)
+        asked = msgspec.json.decode(body)
+        if asked.get("previous_response_id"):
+            assigned.prefilled()  # only the engine that has that one knows the prompt
+            return
+        data = msgspec.json.encode(_first_token_of(path, asked))
         try:
             async with self._upstream.send(
                 "POST", place.url + path, to_rank(place, given), data
@@ -114,6 +131,9 @@ class Relay:
         measured: Measured,
     ) -> None:
         place = assigned.place
+        if not place.url:
+            said = f"{scope['path']} is not for this model: its engines take tokens only"
+            raise bad_request(said, "model", UNSUPPORTED)
         query = scope.get("query_string") or b""
         url = place.url + scope["path"] + ("?" + query.decode("latin-1") if query else "")
         async with self._upstream.send(scope["method"], url, to_rank(place, given), body) as answer:
@@ -125,7 +145,9 @@ class Relay:
             measured.first_token()
             measured.status = answer.status
             say_where(assigned, reply)
-            await reply.whole(answer.status, _back(answer), data)
+            if reply.status is not None:  # a comment has begun it: its status is told already
+                raise _late(answer.status, data)
+            await reply.whole(answer.status, back(answer), data)
 
     async def _stream(
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
@@ -138,7 +160,8 @@ class Relay:
                 measured.first_token()
                 measured.status = answer.status
                 say_where(assigned, reply)
-                await reply.begin(answer.status, _back(answer))
+                if reply.status is None:
+                    await reply.begin(answer.status, back(answer))
             events = chunk.count(_EVENT_END)
             assigned.output(events)
             measured.output(events)
@@ -148,16 +171,47 @@ class Relay:
         await reply.end()
 
 
+def _first_token_of(path: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The same request, for one token and no more, of which nothing is kept."""
+    only: dict[str, Any] = {"stream": False, "max_tokens": 1, "n": 1}
+    if "max_completion_tokens" in asked:
+        only["max_completion_tokens"] = 1
+    if path == RESPONSES:
+        only = {"stream": False, "store": False, "background": False, "max_output_tokens": 1}
+    elif path == GENERATE:
+        sampling = {**(asked.get("sampling_params") or {}), "max_tokens": 1, "n": 1}
+        only = {"stream": False, "sampling_params": sampling}
+    kept = {name: value for name, value in asked.items() if name != "stream_options"}
+    return {**kept, **only}
+
+
+def _opening(assigned: Assigned, reply: Reply) -> Head:
+    say_where(assigned, reply)
+    return EVENT_STREAM
+
+
 def say_where(assigned: Assigned, reply: Reply) -> None:
     """Who answers; in place of whom was said before, if another one did not get to it."""
     worker = f"{assigned.place.instance:x}.{assigned.place.dp_rank}"
     reply.extra[1:] = [
-        (_WORKER, worker.encode()),
+        (WORKER, worker.encode()),
         (_CACHED, str(assigned.cached_tokens).encode()),
     ]
 
 
-def _back(answer: Answer) -> list[tuple[bytes, bytes]]:
+def _late(status: int, body: bytes) -> ApiError:
+    """What an engine said instead of a stream, for the end of one."""
+    if status < 400:
+        return engine_lost("The engine gave no stream")
+    try:
+        said = str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        said = body[:_SAID_BYTES_MAX].decode(errors="replace")
+    return refused_by_engine(status, said)
+
+
+def back(answer: Answer) -> list[tuple[bytes, bytes]]:
+    """An engine's headers, as far as they are the client's."""
     return [(name, value) for name, value in answer.headers if name not in _NOT_BACK]
 
 

@@ -8,17 +8,33 @@ of value is answered with which field it was and what it has to be.
 from __future__ import annotations
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from frontend.errors import ApiError, bad_request
+from frontend.errors import INVALID_JSON, ApiError, bad_request
 
 Content = str | list[dict[str, Any]] | None
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
+
+
+class RouterHints(msgspec.Struct, frozen=True):
+    ttft_target: Annotated[float, msgspec.Meta(ge=0.0)] | None = None  # milliseconds
+    itl_target: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+
+
+class AgentHints(msgspec.Struct, frozen=True):
+    priority: int | None = None
+
+
+class Extension(msgspec.Struct, frozen=True):
+    """What is read of `nvext`, NVIDIA's extension of OpenAI's API."""
+
+    router: RouterHints | None = None
+    agent_hints: AgentHints | None = None
 
 
 class Sampled(msgspec.Struct, kw_only=True):
@@ -28,10 +44,11 @@ class Sampled(msgspec.Struct, kw_only=True):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = 1
-    priority: int | None = 0
+    priority: int | None = None
     cache_salt: str | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    nvext: Extension | None = None
 
     @property
     def output_tokens_max(self) -> int | None:
@@ -122,6 +139,18 @@ class MessagesRequest(Sampled, kw_only=True):
         return ChatRequest(model=self.model, messages=messages)
 
 
+class GenerateRequest(Sampled, kw_only=True):
+    """vLLM's: tokens in, tokens out, for clients that have template and tokenizer themselves."""
+
+    token_ids: list[int]
+    sampling_params: dict[str, Any] | None = None
+
+    @property
+    def output_tokens_max(self) -> int | None:
+        given = (self.sampling_params or {}).get("max_tokens")
+        return given if isinstance(given, int) else None
+
+
 class ModelRequest(msgspec.Struct, kw_only=True):
     """Of whatever else names a model: embeddings, scores, tokens of a text."""
 
@@ -141,7 +170,7 @@ def decode(decoder: msgspec.json.Decoder[R], body: bytes) -> R:
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise bad_request(f"The body is no JSON: {error}", code="invalid_json") from error
+        raise bad_request(f"The body is no JSON: {error}", code=INVALID_JSON) from error
 
 
 def _refusal(said: str) -> ApiError:
@@ -151,11 +180,12 @@ def _refusal(said: str) -> ApiError:
     missing = re.fullmatch(r"Object missing required field `(.+)`", what)
     param = where or (missing and missing[1]) or None
     at = f" in {where!r}" if where else ""
-    return bad_request(f"{what}{at}", param, "invalid_value")
+    return bad_request(f"{what}{at}", param, "missing" if missing else "invalid_value")
 
 
 chat_decoder = msgspec.json.Decoder(ChatRequest)
 completion_decoder = msgspec.json.Decoder(CompletionRequest)
 responses_decoder = msgspec.json.Decoder(ResponsesRequest)
 messages_decoder = msgspec.json.Decoder(MessagesRequest)
+generate_decoder = msgspec.json.Decoder(GenerateRequest)
 model_decoder = msgspec.json.Decoder(ModelRequest)

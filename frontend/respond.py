@@ -18,6 +18,7 @@ class Reply:
         # The request's id, and behind it where it is answered.
         self.extra: list[tuple[bytes, bytes]] = [(REQUEST_ID, request_id.encode())]
         self.status: int | None = None  # once it has begun
+        self.latest: bytes | None = None  # of a stream, what was sent last; comments do not count
 
     async def whole(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
         length = (b"content-length", str(len(body)).encode())
@@ -36,15 +37,19 @@ class Reply:
         )
 
     async def part(self, data: bytes) -> None:
+        self.latest = data
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def comment(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         await self._send({"type": "http.response.body", "body": b""})
 
-    async def error(self, error: ApiError) -> None:
+    async def error(self, error: ApiError, route: str) -> None:
         """As the answer, or as the last event of the stream that has begun."""
         if self.status is None:
-            await self.whole(error.status, error.headers, error.body)
+            await self.whole(error.status, error.headers, error.body(route))
         else:
-            await self.part(error.event)
+            await self.part(error.event(route))
             await self.end()

@@ -70,6 +70,14 @@ class RoutedFleet:
         found = self._assembly.models.get(model)
         return found is not None and all(e.card.url for e in found.engines.values())
 
+    def places(self) -> Sequence[Place]:
+        return [
+            _place(engine, WorkerId(instance))
+            for model in self._assembly.models.values()
+            for instance, engine in model.engines.items()
+            if engine.card.url
+        ]
+
     async def assign(self, job: Job) -> Assigned:
         model = self._router(job.model)
         local = block_hashes(job.tokens, model.block_tokens, seed=seed_for(None, job.cache_salt))
@@ -143,6 +151,7 @@ class _Place:
     dp_size: int
     url: str
     transport: str
+    relays: bool
 
 
 class _Assigned:
@@ -193,4 +202,6 @@ class _Assigned:
 
 def _place(engine: Engine, worker: WorkerId) -> Place:
     card = engine.card
-    return _Place(worker.instance, worker.dp_rank, card.dp_size, card.url, engine.transport)
+    return _Place(
+        worker.instance, worker.dp_rank, card.dp_size, card.url, engine.transport, card.relays
+    )

@@ -15,16 +15,18 @@ from frontend.errors import ApiError, bad_request
 from frontend.fleet import Fleet, Job
 from frontend.gate import Scope
 from frontend.prompt import NO_TOKENS, PromptMaker, of_ids
-from frontend.relay import Read, read_pinned, read_session
+from frontend.relay import GENERATE, RESPONSES, Read, read_pinned, read_session
 from frontend.request import (
     ChatRequest,
     CompletionRequest,
+    GenerateRequest,
     MessagesRequest,
     ResponsesRequest,
     Sampled,
     chat_decoder,
     completion_decoder,
     decode,
+    generate_decoder,
     messages_decoder,
     model_decoder,
     responses_decoder,
@@ -35,8 +37,9 @@ Reader = Callable[[bytes, Scope], Read]
 R = TypeVar("R", bound=Sampled)
 
 _BY_LOAD: Final = (
-    *("/v1/embeddings", "/v1/score", "/v1/rerank", "/rerank", "/score", "/classify", "/pooling"),
-    *("/tokenize", "/detokenize", "/v1/messages/count_tokens"),
+    *("/v1/embeddings", "/v2/embed", "/v1/score", "/score", "/v1/rerank", "/v2/rerank", "/rerank"),
+    *("/classify", "/pooling", "/tokenize", "/detokenize", "/v1/messages/count_tokens"),
+    *("/v1/chat/completions/render", "/v1/completions/render"),
 )
 """Nothing is generated, and little or nothing is reused."""
 
@@ -46,8 +49,9 @@ def readers(fleet: Fleet) -> dict[str, Reader]:
     return {
         "/v1/chat/completions": _generating(fleet, chat_decoder, _chat_tokens),
         "/v1/completions": _generating(fleet, completion_decoder, _prompt_tokens),
-        "/v1/responses": _generating(fleet, responses_decoder, _response_tokens),
+        RESPONSES: _generating(fleet, responses_decoder, _response_tokens),
         "/v1/messages": _generating(fleet, messages_decoder, _message_tokens),
+        GENERATE: _generating(fleet, generate_decoder, _given_tokens),
         **dict.fromkeys(_BY_LOAD, _by_load(fleet)),
     }
 
@@ -74,7 +78,7 @@ def _generating(
                 pinned=pinned,
             )
 
-        return Read(request.model, job)
+        return Read(request.model, job, bool(request.stream))
 
     return read
 
@@ -119,6 +123,10 @@ def _prompt_tokens(text: PromptMaker | None, request: CompletionRequest) -> Toke
 
 def _response_tokens(text: PromptMaker | None, request: ResponsesRequest) -> Tokens:
     return _chat_tokens(text, request.as_chat)
+
+
+def _given_tokens(_: PromptMaker | None, request: GenerateRequest) -> Tokens:
+    return of_ids(request.token_ids)
 
 
 def _message_tokens(text: PromptMaker | None, request: MessagesRequest) -> Tokens:

@@ -11,14 +11,16 @@ from typing import Final
 import msgspec
 import structlog
 
-from frontend.app import make_app, make_exchanges
+from frontend.app import make_app
 from frontend.completions import CompletionEngines
 from frontend.errors import overloaded
-from frontend.exchange import Exchange
+from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
 from frontend.generate import ByAddress, Generation, RequestPlaneEngines
+from frontend.keep_alive import KeepAlive
 from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
+from frontend.pages import Pages
 from frontend.routed import RoutedFleet
 from frontend.settings import FrontendSettings, OpenAiSettings
 from frontend.texts import Texts
@@ -111,7 +113,7 @@ class _Parts:
     fleet: RoutedFleet
     gate: Gate
     meter: Meter
-    exchanges: Mapping[str, Exchange]
+    exchanges: Exchanges
 
 
 @contextlib.asynccontextmanager
@@ -119,23 +121,25 @@ async def _open(
     settings: FrontendSettings, assembly: Assembly, parts: _Parts, doors: Doors
 ) -> AsyncIterator[None]:
     openai = settings.openai
+    service = RouterService(assembly)
+    pages = Pages(parts.fleet, parts.gate, parts.meter, service)
     dashboard = Dashboard(FleetPage(assembly))
     async with contextlib.AsyncExitStack() as stack:
-        doors.operators_page.app = create_app(RouterService(assembly), dashboard)
+        doors.operators_page.app = create_app(service, dashboard)
         stack.push_async_callback(doors.operators.stop)
         await stack.enter_async_context(dashboard.running())
         if settings.kserve is not None:
-            completions = parts.exchanges["/v1/completions"]
-            service = InferenceService(parts.fleet, completions, program.version())
+            completions = parts.exchanges.posted["/v1/completions"]
+            inference = InferenceService(parts.fleet, completions, program.version())
             kserve = await start_server(
-                service,
+                inference,
                 settings.kserve.host,
                 settings.kserve.port,
                 bytes_max=openai.body_max,
                 tls=_tls(openai),
             )
             stack.push_async_callback(kserve.stop, openai.drain)
-        doors.clients_page.app = make_app(parts.exchanges, parts.fleet, parts.gate, parts.meter)
+        doors.clients_page.app = make_app(parts.exchanges, pages, openai.cors_origins)
         stack.push_async_callback(doors.clients.stop)
         yield
 
@@ -144,7 +148,7 @@ def _not_yet(path: str, why: str) -> bytes:
     """To clients, as their libraries read it."""
     if path == "/health":
         return msgspec.json.encode({"status": why, "engines": {}})
-    return overloaded(why, RETRY_AFTER_S).body
+    return overloaded(why, RETRY_AFTER_S).body(path)
 
 
 def _parts(
@@ -162,15 +166,24 @@ def _parts(
         migrations_max=openai.migrations,
         migration_tokens_max=openai.migration_tokens_max,
     )
-    keys = [key.get_secret_value() for key in openai.api_keys]
-    gate, meter = Gate(keys, openai.requests_max, openai.body_max), Meter()
+    meter = Meter()
+    gate = Gate(
+        [key.get_secret_value() for key in openai.api_keys],
+        openai.requests_max,
+        openai.body_max,
+        admin_keys=[key.get_secret_value() for key in openai.admin_keys],
+        clients_are_admins=openai.admin == "clients",
+    )
+    keep_alive = KeepAlive(openai.keep_alive)
     exchanges = make_exchanges(
         fleet,
         gate,
         meter,
         upstream,
-        TokenRoutes(fleet, generation),
+        TokenRoutes(fleet, generation, keep_alive),
         migrations_max=openai.migrations,
+        keep_alive=keep_alive,
+        responses_remembered=openai.responses_remembered,
     )
     return _Parts(fleet, gate, meter, exchanges)
 

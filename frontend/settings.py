@@ -8,18 +8,19 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from router.settings import RouterSettings
 from runtime.settings import Section
-from runtime.settings_docs import markdown
+from runtime.settings_docs import LAYERS, markdown
 from runtime.units import Duration, Secret, Size
 
 ENV_PREFIX: Final = "KVBM_FRONTEND_"
 _KEY = re.compile(r"[!-~]{8,}")
+_ORIGIN = re.compile(r"\*|https?://[^/\s]+")
 
 
 class OpenAiSettings(Section):
@@ -29,6 +30,18 @@ class OpenAiSettings(Section):
         default=[],
         description="Keys of clients, each at least 8 characters, or `file:PATH`; none: everybody "
         "may ask.",
+    )
+    admin_keys: list[Secret] = Field(
+        default=[],
+        description="Keys of those who may also use `/busy_threshold`, where limits are changed.",
+    )
+    admin: Literal["keys", "clients"] = Field(
+        default="keys",
+        description="Who may do that: who has one of `admin_keys`, or all clients.",
+    )
+    cors_origins: list[str] = Field(
+        default=[],
+        description="Web pages that browsers let ask, as `https://HOST`; `*`: all; none: none.",
     )
     tls_cert: Path | None = Field(
         default=None, description="Certificate chain (PEM); with `tls_key`, clients speak HTTPS."
@@ -53,11 +66,23 @@ class OpenAiSettings(Section):
         gt=0.0,
         description="An engine that says nothing about a request for this long is taken for gone.",
     )
+    keep_alive: Duration = Field(
+        default=15.0,
+        ge=0.0,
+        description="No stream is silent for longer: it gets a comment (`: keep-alive`), so that "
+        "nothing on the way to the client takes it for dead; 0: it may be silent.",
+    )
     drain: Duration = Field(
         default=30.0,
         ge=0.0,
         description="At its end the frontend takes nothing new, and finishes what it has for this "
         "long.",
+    )
+    responses_remembered: int = Field(
+        default=100_000,
+        ge=1,
+        description="Of so many responses (`/v1/responses`) it is remembered which engine has "
+        "them; for others the engines are asked.",
     )
     migrations: int = Field(
         default=1,
@@ -71,12 +96,19 @@ class OpenAiSettings(Section):
         description="A longer sequence is not computed again elsewhere; `null`: any is.",
     )
 
-    @field_validator("api_keys")
+    @field_validator("api_keys", "admin_keys")
     @classmethod
     def _usable(cls, keys: list[SecretStr]) -> list[SecretStr]:
         if not all(_KEY.fullmatch(key.get_secret_value()) for key in keys):
             raise ValueError("a key is at least 8 characters of ASCII without spaces")
         return keys
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: list[str]) -> list[str]:
+        if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+            raise ValueError("an origin is `https://HOST` or `https://HOST:PORT`, or `*` for all")
+        return origins
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -128,15 +160,17 @@ def config_page() -> str:
     return markdown(FrontendSettings, "Settings of kvbm-frontend", _INTRODUCTION)
 
 
-_INTRODUCTION: Final = """\
-Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
-the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
-[CONFIG.md](CONFIG.md) says how sizes, durations and secrets are written. The frontend has a router
-in its process: its settings are those of [ROUTER_CONFIG.md](ROUTER_CONFIG.md), and `http` is where
-that router's own API is served, for operators.
+_INTRODUCTION: Final = (
+    LAYERS
+    + """\
+[CONFIG.md](CONFIG.md) says how sizes, durations, secrets, lists and mappings are written. The
+frontend has a router in its process: its settings are those of
+[ROUTER_CONFIG.md](ROUTER_CONFIG.md), and `http` is where that router's own API is served, for
+operators.
 
 This page is generated: `python -m frontend.settings > docs/FRONTEND_CONFIG.md`.
 """
+)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from frontend import headers as names
@@ -19,6 +20,8 @@ from frontend.errors import UNSUPPORTED, bad_request
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
 from frontend.generate import Generation
+from frontend.hints import read_hints
+from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.prompt import PromptMaker, has_only_text
 from frontend.relay import read_pinned, read_session, say_where
@@ -36,11 +39,7 @@ from frontend.tokenizer import Tokens
 from runtime.generation import Generated
 
 OUTPUT_TOKENS: Final = 16  # of a completion that does not say, as OpenAI has it
-_STREAM: Final = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-]
-_JSON: Final = [(b"content-type", b"application/json")]
+_JSON: Final = ((b"content-type", b"application/json"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +70,10 @@ class Piece:
 class TokenRoutes:
     """`chat` and `completions` are handlers; see `frontend.exchange`."""
 
-    def __init__(self, fleet: Fleet, generation: Generation) -> None:
+    def __init__(self, fleet: Fleet, generation: Generation, keep_alive: KeepAlive = NEVER) -> None:
         self._fleet = fleet
         self._generation = generation
+        self._keep_alive = keep_alive
 
     async def chat(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         request, fields = decode(chat_decoder, body), decode(sampling_decoder, body)
@@ -164,6 +164,7 @@ class TokenRoutes:
         measured.prepared(sum(map(len, asked.prompts)))
         session = read_session(scope) or request.prompt_cache_key
         pinned = read_pinned(scope)
+        hints = read_hints(scope, request)
         headers = {
             "x-request-id": reply.request_id,
             "traceparent": names.traceparent(scope["headers"]),
@@ -183,6 +184,7 @@ class TokenRoutes:
                 session=session,
                 cache_salt=request.cache_salt,
                 pinned=pinned,
+                hints=hints,
             )
             sampling = asked.fields.sampling(asked.max_tokens, index % asked.n)
             made = self._generation.run(job, sampling, headers, measured, placed)
@@ -195,8 +197,11 @@ class TokenRoutes:
         )
         usage = Usage(sum(map(len, {id(prompt): prompt for prompt in asked.prompts}.values())))
         async with aclosing(pieces):
-            give = _stream if asked.stream else _whole
-            await give(asked, pieces, usage, reply, measured)
+            if not asked.stream:
+                await _whole(asked, pieces, usage, reply, measured)
+                return
+            with self._keep_alive.watching(reply, partial(_opening, measured)):
+                await _stream(asked, pieces, usage, reply, measured)
 
 
 async def _stream(
@@ -212,9 +217,10 @@ async def _stream(
         event = form.piece(piece.index, piece.text) if piece.text else b""
         if piece.finish_reason is not None:
             event += form.ending(piece.index, piece.finish_reason)
-        if reply.status is None:
+        if reply.latest is None:
             measured.first_token()
-            await reply.begin(200, _STREAM)
+            if reply.status is None:
+                await reply.begin(200, EVENT_STREAM)
             event = b"".join(map(form.opening, range(len(asked.prompts)))) + event
         if event:
             measured.output(piece.tokens)
@@ -239,6 +245,11 @@ async def _whole(
         choice.text.append(piece.text)
         choice.finish_reason = piece.finish_reason
     await reply.whole(200, _JSON, asked.form.whole(choices, usage))
+
+
+def _opening(measured: Measured) -> Head | None:
+    """While it waits for an engine it may still be refused with a status of its own."""
+    return EVENT_STREAM if measured.placed else None
 
 
 def _count(usage: Usage, piece: Piece) -> None:

@@ -72,6 +72,7 @@ class Upstream:
                 total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._silence_s
             ),
             auto_decompress=False,
+            skip_auto_headers=("Accept-Encoding",),  # what comes back is passed on as it is
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 

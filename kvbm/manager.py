@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm.curve import Curve
 from kvbm.governor import NOTHING, Governor, Mode, Verdict
 from kvbm.meter import Meter
 from kvbm.note import NoteBook
@@ -124,6 +125,7 @@ class BlockManager:
         onboard_bytes_max: int = BYTES_IN_FLIGHT,
         quarantine: Quarantine | None = None,
         governor_mode: Mode = "auto",
+        curve: Curve | None = None,
         later: Callable[[Callable[[], None]], None] = lambda work: work(),
     ) -> None:
         """`lower`: fastest first; without lane settings a tier is only read from.
@@ -149,9 +151,10 @@ class BlockManager:
             bytes_in_flight=onboard_bytes_max,
         )
         self.governor = Governor(self.tiers, self.onboarder, meter, governor_mode)
+        self.curve = curve
         self._waiting: dict[Key, list[Ticket]] = {}
         self._later = later
-        self._lent_bytes = 0  # leased to engines; what is being onboarded has its own bound
+        self.lent_bytes = 0  # leased to engines; what is being onboarded has its own bound
 
     # -- lookups -------------------------------------------------------------------------
 
@@ -190,10 +193,16 @@ class BlockManager:
             self.governor.probe(groups, ticket.places, verdict)
         return ticket
 
-    def note_use(self, ticket: Ticket) -> None:
-        """Tell the tiers what a request uses; once, after it was answered, for it takes a while."""
+    def note_use(self, ticket: Ticket, groups: Sequence[Wanted], pace: Pace = UNMEASURED) -> None:
+        """Tell the tiers and the curve what a request uses; `groups` and `pace` as matched.
+
+        Once, after it was answered, for it takes a while.
+        """
         used, ticket.used = ticket.used, []
+        places, ticket.places = ticket.places, []
         self._later(lambda: self._tell_uses(used))
+        if (curve := self.curve) is not None:
+            self._later(lambda: curve.asked(groups, places, pace))
 
     def _tell_uses(self, used: Sequence[Sequence[Key]]) -> None:
         for keys in used:
@@ -223,12 +232,12 @@ class BlockManager:
         """Up to `count` free slots for an engine to fill; fewer when room or the budget ends."""
         slots: list[Slot] = []
         taken = self.dram.slot_bytes(length)
-        while len(slots) < count and self._lent_bytes + taken <= self.lease_bytes_max:
+        while len(slots) < count and self.lent_bytes + taken <= self.lease_bytes_max:
             slot = self.dram.reserve(length)
             if slot is None:
                 self._meter.dropped("lease", "no_room", count - len(slots))
                 break
-            self._lent_bytes += taken
+            self.lent_bytes += taken
             slots.append(slot)
         return slots
 
@@ -236,7 +245,7 @@ class BlockManager:
         """Leased slots that nobody writes to any more."""
         for slot in slots:
             self.dram.release(slot)
-            self._lent_bytes -= self.dram.slot_bytes(slot.length)
+            self.lent_bytes -= self.dram.slot_bytes(slot.length)
 
     def commit(self, filled: Sequence[tuple[Slot, Chunk]]) -> None:
         """Leased slots that now hold chunks (checksum not known yet) become residencies."""
@@ -244,7 +253,7 @@ class BlockManager:
         added: list[Key] = []
         known: list[Key] = []
         for slot, chunk in filled:
-            self._lent_bytes -= self.dram.slot_bytes(slot.length)
+            self.lent_bytes -= self.dram.slot_bytes(slot.length)
             if (reason := self.dram.refusal(chunk)) is not None:
                 self.dram.release(slot)
                 self._meter.dropped("store", reason, 1)
@@ -261,6 +270,8 @@ class BlockManager:
         self._learn(kept)
         if added:
             self._events.stored(TierName.DRAM, added)
+        if (curve := self.curve) is not None:
+            self._later(lambda: curve.stored(kept))
 
     def loaded(self, size: int, failed: int) -> None:
         """An engine has loaded so many bytes out of slots; so many of its loads failed."""

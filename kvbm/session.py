@@ -291,8 +291,7 @@ class Session:
         receipt = self._receipts.open(request, self.engine, self.pace, groups, ticket)
         receipt.answered_s = answered_s
         self._tickets[number] = ticket, receipt
-        ticket.places.clear()  # the receipt has what is to be known of them
-        self._manager.note_use(ticket)
+        self._manager.note_use(ticket, groups, self.pace)
 
     def _close(self, number: int) -> None:
         if (found := self._tickets.pop(number, None)) is not None:

@@ -41,7 +41,7 @@ from mocker.tokens import generate
 from runtime import telemetry
 from runtime.component import Runtime, Serving
 from runtime.discovery import DiscoverySettings, create_discovery
-from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard
+from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard, Role
 from runtime.events import EventPlaneSettings, create_event_plane
 from runtime.events.node_stream import WorkerSpeed
 from runtime.generation import decode_generate
@@ -68,6 +68,7 @@ class MockSettings(Settings):
     speedup: float = Field(default=1.0, gt=0, description="Seconds of the engines' in one.")
     block_tokens: int = Field(default=16, ge=1, description="Tokens in a block.")
     context_tokens: int = Field(default=131072, ge=2, description="Prompt and answer at most.")
+    role: Role = Field(default="aggregated", description="What the engines say that they do.")
     kv_blocks: int = Field(default=0, ge=0, description="Of each engine; 0: the machine's.")
     g2_gb: float = Field(default=0.0, ge=0, description="Simulated host memory of the node.")
     g3_gb: float = Field(default=0.0, ge=0, description="Simulated SSD of the node.")
@@ -132,6 +133,7 @@ class MockEngine:
             kv_blocks=engine.num_blocks,
             batch_tokens=engine.max_num_batched_tokens,
             context_tokens=self._settings.context_tokens,
+            role=self._settings.role,
         )
         component = runtime.namespace(self._settings.namespace).component(COMPONENT)
         self._serving = await component.endpoint(ENDPOINT).serve(

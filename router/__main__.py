@@ -90,14 +90,17 @@ async def _route(
         service = RouterService(assembly)
         dashboard = Dashboard(FleetPage(assembly))
         page.app = create_app(service, dashboard)
-        await serve_component(service)
-        _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
         said = f"listening on {server.url}"
         notifier.ready(said)
-        async with dashboard.running():
-            await program.unless_stopped(
-                stop, program.tell_what_is_missing(notifier, said, assembly.readiness)
+        async with dashboard.running(), asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(
+                program.tell_what_is_missing(notifier, said, assembly.readiness)
             )
+            # Takes a while where discovery is away.
+            if await program.unless_stopped(stop, serve_component(service)):
+                _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
+                await stop.wait()
+            telling.cancel()
         notifier.stopping()
         _log.info("stopping", requests=len(assembly.reservations))
         await server.stop()

@@ -77,7 +77,7 @@ def _requests(service: RouterService) -> APIRouter:
     @router.post("/route", openapi_extra=_asks("RouteAsk"), response_class=Response)
     async def route(request: Request) -> Response:
         """The worker for a prompt. It counts there until its end is told, or its lease is over."""
-        answer = await service.route(await _body(request, most))
+        answer = await service.route(await read_body(request, most))
         if answer["waited_s"] and await request.is_disconnected():
             service.happened(Happened(request=answer["request"], kind="end", ending="cancelled"))
         return _json(answer)
@@ -85,12 +85,17 @@ def _requests(service: RouterService) -> APIRouter:
     @router.post("/route/explain", openapi_extra=_asks("RouteAsk"), response_class=Response)
     async def explain(request: Request) -> Response:
         """Where it would go now and why: all candidates, and what keeps the others from it."""
-        return _json(service.explain(await _body(request, most)))
+        return _json(service.explain(await read_body(request, most)))
+
+    @router.post("/route/forecast", openapi_extra=_asks("RouteAsk"), response_class=Response)
+    async def forecast(request: Request) -> Response:
+        """What it may expect where it would go now, in seconds; `why`: nobody would take it."""
+        return _json(service.forecast(await read_body(request, most)))
 
     @router.post("/requests/events", openapi_extra=_asks("EventsAsk"), response_class=Response)
     async def events(request: Request) -> Response:
         """What happened to requests, in order; those that are not known are named."""
-        return _json(service.events(await _body(request, most)))
+        return _json(service.events(await read_body(request, most)))
 
     @router.post("/requests/{request_id}/prefilled")
     async def prefilled(request_id: RequestId) -> dict[str, str]:
@@ -135,7 +140,7 @@ def _thresholds(service: RouterService) -> APIRouter:
     @router.post("/busy_threshold", openapi_extra=_asks("BusyAsk"), response_class=Response)
     async def set_busy_threshold(request: Request) -> Response:
         """Change those that are named, for one model or all, until the router ends."""
-        body = await _body(request, service.assembly.settings.http.body_max)
+        body = await read_body(request, service.assembly.settings.http.body_max)
         return _json(service.set_busy_threshold(body))
 
     return router
@@ -224,7 +229,7 @@ def _handle_refusals(app: FastAPI, service: RouterService) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int) -> bytes:
     """Raises TooLarge, before more than the limit is held."""
     parts: list[bytes] = []
     held = 0

@@ -13,6 +13,7 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from router.index import WorkerId
+from router.model import Part
 from router.queue import Urgency
 from router.router import Prompt
 from router.selector import Wishes
@@ -48,6 +49,7 @@ class RouteAsk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     block_hashes: list[int] | None = None  # of each whole block's tokens
     prompt_tokens: Count | None = None  # with `block_hashes`
     model: Name | None = None  # may be left out where there is one
+    part: Part = "all"
     request: Name | None = None  # a name for it; else it is given one
     lora: Name | None = None
     cache_namespace: Name | None = None
@@ -126,7 +128,7 @@ def prompt_of(ask: RouteAsk, block_tokens: int) -> Prompt:
     if (ask.tokens is None) == (ask.block_hashes is None):
         raise AskRefused("give `tokens` or `block_hashes`, and not both - at `$`")
     if ask.tokens is not None:
-        tokens = _tokens(ask.tokens)
+        tokens = tokens_of(ask.tokens)
         if not len(tokens):
             raise AskRefused("a prompt has at least one token - at `$.tokens`")
         seed = seed_for(ask.lora, ask.cache_namespace)
@@ -185,7 +187,7 @@ def _decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
         raise AskRefused(str(error) or "no JSON") from error
 
 
-def _tokens(given: list[int] | bytes) -> NDArray[np.uint32]:
+def tokens_of(given: list[int] | bytes) -> NDArray[np.uint32]:
     if isinstance(given, bytes):
         if len(given) % 4:
             raise AskRefused(f"{len(given)} bytes are no 32-bit numbers - at `$.tokens`")

@@ -1,4 +1,4 @@
-"""The router on the request plane, for frontends elsewhere: `route`, `explain` and `events`.
+"""The router on the request plane, for callers elsewhere: `route`, `explain`, `forecast`, `events`.
 
 Payloads are those of the HTTP API. What is refused is an answer as well, with `rejected`. A request
 is known to the router that routed it: tell its events to the instance that the answer names.
@@ -6,6 +6,7 @@ is known to the router that routed it: tell its events to the instance that the 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -28,15 +29,18 @@ async def serve_component(service: RouterService) -> list[Serving]:
     answers: dict[str, Callable[[bytes], Awaitable[Any]]] = {
         "events": _at_once(service.events),
         "explain": _at_once(service.explain),
+        "forecast": _at_once(service.forecast),
         "route": service.route,
     }
     labels = {"router": service.assembly.settings.name}
-    serving: list[Serving] = []
-    for name, answer in answers.items():
-        one = await place.endpoint(name).serve(_handler(service, name, answer), labels=labels)
-        if name == "events":
-            service.events_instance = f"{one.name.id:x}"
-        serving.append(one)
+    # All at once: where discovery is away each waits for it a while.
+    serving = await asyncio.gather(
+        *(
+            place.endpoint(name).serve(_handler(service, name, answer), labels=labels)
+            for name, answer in answers.items()
+        )
+    )
+    service.events_instance = f"{serving[list(answers).index('events')].name.id:x}"
     return serving
 
 

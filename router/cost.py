@@ -110,6 +110,12 @@ class SecondsCost:
         terms |= {"compute": prefill - loading, "decode": decode}
         return Costs(wait + room + prefill + decode, terms, "s")
 
+    def step_s(self, request: Request, workers: Workers, row: int) -> float:
+        """From one token to the next at that worker, with this request in the batch."""
+        step, per_request, per_block = workers.step[:, row]
+        blocks = workers.blocks[row] + request.blocks
+        return float(step + per_request * (workers.requests[row] + 1) + per_block * blocks)
+
     def _decode(self, request: Request, workers: Workers) -> tuple[Floats, Floats]:
         """Seconds of decoding, and of waiting for room."""
         rows = slice(workers.rows)

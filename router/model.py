@@ -16,16 +16,23 @@ from statistics import median
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
+import msgspec
+
+from router.forecast import Forecast, split_between
 from router.index import WorkerId
 from router.pace import Paces, with_step
 from router.pool import POOLS, Pool, PoolName, Surroundings, create_pool
-from router.router import Query, Rejected, Routed
+from router.router import Query, Rejected, Routed, Router
 from router.selector import Chosen, Wishes
-from router.workers import Capacity, Speed, Worker
+from router.workers import Capacity, Speed, Worker, parse_worker
 from runtime.engine_card import EngineCard
 
 STEP_REQUESTS: Final = 64  # assumed: so many requests in a step double what an empty one takes
 STEP_CACHES: Final = 2  # assumed: and reading so many times its whole KV cache
+
+Part = Literal["all", "prefill", "decode"]
+"""Of a request: what is asked of these workers. `prefill`: its prompt is computed, and decoded
+elsewhere; `decode`: its prompt was computed elsewhere."""
 
 FOLLOW_S: Final = 1.0  # so often workers that were not measured follow those that were
 Source = Literal["node", "learnt", "others", "assumed"]
@@ -247,6 +254,8 @@ class ModelRouter:
     def remove(self, instance: int) -> None:
         """It is gone, and with it what ran there."""
         engine = self.engines.pop(instance)
+        for worker in engine.workers:  # first: what is lost with one may teach speeds of others
+            self._own_sources.pop(worker)
         for worker in engine.workers:
             for request in self.pools[engine.pool].router.remove_worker(worker):
                 placed = self._running.get(request)
@@ -255,7 +264,6 @@ class ModelRouter:
                     if self._on_lost is not None:
                         self._on_lost(placed)
             self.paces.forget(worker)
-            self._own_sources.pop(worker)
 
     def refresh(self, worker: WorkerId) -> None:
         """More is known of its speed than before."""
@@ -266,7 +274,7 @@ class ModelRouter:
 
     def sources(self, worker: WorkerId) -> tuple[Source, Source]:
         """Where what is known of its prefill, and of its decode steps, comes from."""
-        prefill, step = self._own_sources[worker]
+        prefill, step = self._sources_of(worker)
         return (
             prefill or ("assumed" if self._others_prefill is None else "others"),
             step or ("assumed" if self._others_step_s is None else "others"),
@@ -278,11 +286,16 @@ class ModelRouter:
     # -- requests ------------------------------------------------------------------------
 
     async def route(
-        self, query: Query, *, deadline_s: float, prefill: Wishes | None = None
+        self,
+        query: Query,
+        *,
+        deadline_s: float,
+        prefill: Wishes | None = None,
+        part: Part = "all",
     ) -> Placed | Rejected:
         """Choose, after waiting for room if need be, and count the request where it goes."""
         asked_at = self.now()
-        found = await self._route(self._completed(query), prefill, asked_at + deadline_s)
+        found = await self._route(self._completed(query), prefill, asked_at + deadline_s, part)
         if isinstance(found, Rejected):
             self.meter.rejected(self.name, found.kind)
             return found
@@ -291,10 +304,18 @@ class ModelRouter:
         self.meter.placed(self.name, placed)
         return placed
 
-    def explain(self, query: Query, prefill: Wishes | None = None) -> dict[str, Any]:
+    def explain(
+        self, query: Query, prefill: Wishes | None = None, part: Part = "all"
+    ) -> dict[str, Any]:
         """Where it would go now, and why; nothing is sent."""
         query = self._completed(query)
         told: dict[str, Any] = {"model": self.name, "block_tokens": self.block_tokens}
+        if part != "all":
+            router, query = self._for_part(query, part)
+            found = router.explain(query)
+            why = f"asked for {part} alone"
+            told |= {"disaggregated": False, "why": why, "prefill": None, "decode": found}
+            return {"worker": found["worker"], **told}
         where = self._where(query)
         if isinstance(where, Rejected):
             return {**told, "worker": None, "rejected": where.kind, "why": where.why}
@@ -304,6 +325,24 @@ class ModelRouter:
             query = replace(query, decode_only=True)
         told["decode"] = self.pools["decode"].router.explain(query)
         return {"worker": told["decode"]["worker"], **told}
+
+    def forecast(self, query: Query, prefill: Wishes | None = None, part: Part = "all") -> Forecast:
+        """What it may expect where it would go now; nothing is sent."""
+        query = self._completed(query)
+        if part != "all":
+            router, query = self._for_part(query, part)
+            return self._with_source(router.forecast(query), part)
+        where = self._where(query)
+        if isinstance(where, Rejected):
+            return Forecast(why=where.why, tokens=query.prompt.tokens)
+        decode = self.pools["decode"].router
+        if not where.split:
+            return self._with_source(decode.forecast(query), part)
+        computes = self.pools["prefill"].router.forecast(_for_prefill(query, prefill))
+        decodes = decode.forecast(replace(query, decode_only=True))
+        return split_between(
+            self._with_source(computes, "prefill"), self._with_source(decodes, "decode")
+        )
 
     def learn_prefill(self, routed: Routed, sent_at: float) -> None:
         ahead = routed.ahead
@@ -330,6 +369,23 @@ class ModelRouter:
             engine.serving,
             engine.healthy,
         )
+
+    def _for_part(self, query: Query, part: Part) -> tuple[Router, Query]:
+        """Who is asked for one part alone; engines that do both compute prompts as well."""
+        if part == "decode":
+            return self.pools["decode"].router, replace(query, decode_only=True)
+        name: PoolName = "prefill" if self.pools["prefill"].is_serving else "decode"
+        return self.pools[name].router, replace(query, expected_output_tokens=0)
+
+    def _with_source(self, forecast: Forecast, part: Part) -> Forecast:
+        """Whether the speeds that the part depends on were measured."""
+        if forecast.worker is None:
+            return forecast
+        prefill, step = self.sources(parse_worker(forecast.worker))
+        known = (part == "decode" or prefill != "assumed") and (
+            part == "prefill" or step != "assumed"
+        )
+        return msgspec.structs.replace(forecast, measured=known)
 
     def _speed(self, worker: WorkerId) -> Speed:
         speed = self._measured.of(worker, self.paces.of(worker))
@@ -409,8 +465,12 @@ class ModelRouter:
         return Where(not local, why + ("few enough to compute there" if local else "too many"))
 
     async def _route(
-        self, query: Query, prefill: Wishes | None, end_at: float
+        self, query: Query, prefill: Wishes | None, end_at: float, part: Part
     ) -> dict[PoolName, Routed] | Rejected:
+        if part != "all":
+            router, query = self._for_part(query, part)
+            one = await router.route(query, deadline_s=max(end_at - self.now(), 0.0))
+            return one if isinstance(one, Rejected) else {"decode": one}
         where = self._where(query)
         if isinstance(where, Rejected):
             return where

@@ -15,10 +15,12 @@ from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 import numpy as np
+from msgspec.structs import replace
 
 from router.approximate import RouteMemory
 from router.cost import Covered, Request
 from router.covering import Covering
+from router.forecast import Forecast
 from router.index import Hashes, Index, Tier, WorkerId
 from router.load import Active
 from router.queue import Urgency, WaitingLine
@@ -160,6 +162,7 @@ class Router:
         self._block_tokens = block_tokens
         self._memory = memory
         self._line: WaitingLine[Waiting] = WaitingLine() if line is None else line
+        self._waiting_tokens = 0
         self._hold_above = hold_above
         self._tracks_blocks = tracks_blocks
         self._timed = timed
@@ -225,6 +228,37 @@ class Router:
         ]
         told["waits"] = self._must_wait(query.wishes)
         return told
+
+    def forecast(self, query: Query) -> Forecast:
+        """What the request may expect of the worker it would go to now; nothing is sent."""
+        workers, rows = self._workers, slice(self._workers.rows)
+        there, present = workers.mask(None), workers.present[rows]
+        of_all = Forecast(
+            tokens=query.prompt.tokens,
+            serving=int(there.sum()),
+            busy=int((there & self._selector.limits.busy(workers)).sum()),
+            waiting=len(self._line),
+            requests=int(workers.requests[rows][present].sum()),
+            prefill_tokens=int(workers.prefill_tokens[rows][present].sum()),
+        )
+        chosen = self.preview(query)
+        if isinstance(chosen, NoWorker):
+            return replace(of_all, why=chosen.why)
+        if isinstance(chosen, AllBusy):
+            return replace(of_all, why=f"all of {chosen.workers} workers are over their limits")
+        row, request = chosen.row, chosen.request
+        costs = self._selector.seconds(request, workers, there)
+        line_s = 0.0
+        if self._must_wait(query.wishes):
+            line_s = self._waiting_tokens * float(workers.prefill_a[row]) / max(of_all.serving, 1)
+        return replace(
+            of_all,
+            worker=str(chosen.worker),
+            cached_tokens=int(request.covered[-1, row]) * self._block_tokens,
+            line_s=line_s,
+            step_s=self._selector.seconds.step_s(request, workers, row),
+            **{f"{name}_s": float(term[row]) for name, term in costs.terms.items()},
+        )
 
     def load_of(self, worker: WorkerId) -> dict[str, float]:
         """What a worker is busy with, as far as routers know. Raises WorkerError."""
@@ -333,6 +367,7 @@ class Router:
         number = self._line.put(waiting, query.urgency, tokens=tokens, now=self._clock())
         if number is None:
             return Rejected("queue-full", f"{self._line.limit} requests wait already")
+        self._waiting_tokens += tokens
         self._advance()
         try:
             async with asyncio.timeout(deadline_s):
@@ -343,6 +378,7 @@ class Router:
             self._advance()  # it may have been its turn already
             raise
         finally:
+            self._waiting_tokens -= tokens
             self._line.take(number)
         return None
 

@@ -125,9 +125,10 @@ class Selector:
         self.policy = policy
         self.limits = limits or BusyLimits()
         self._workers = workers
+        self.seconds = seconds or SecondsCost()
         self._cost: Cost | None = None
         if policy == "kv":
-            self._cost = seconds or SecondsCost()
+            self._cost = self.seconds
         elif policy == "kv-blocks":
             self._cost = blocks or BlocksCost()
         self._sessions = sessions

@@ -23,6 +23,7 @@ from router.asks import (
     wishes_of,
 )
 from router.assembly import Assembly, changed_limits
+from router.forecast import Forecast
 from router.model import ModelRouter, Placed
 from router.reports import speed_of
 from router.router import Query, Rejected, Routed
@@ -77,7 +78,7 @@ class RouterService:
         most_s = settings.queue.deadline
         deadline_s = most_s if ask.deadline_s is None else min(ask.deadline_s, most_s)
         prefill = prefill_wishes_of(ask)
-        placed = await model.route(query, deadline_s=deadline_s, prefill=prefill)
+        placed = await model.route(query, deadline_s=deadline_s, prefill=prefill, part=ask.part)
         if isinstance(placed, Rejected):
             raise NotRouted(placed.kind, placed.why)
         if query.request in held or held.is_full:  # others came while it waited
@@ -96,11 +97,17 @@ class RouterService:
         """
         ask = decode_route(body)
         model = self._model(ask)
-        told = model.explain(self._query(ask, model), prefill_wishes_of(ask))
+        told = model.explain(self._query(ask, model), prefill_wishes_of(ask), ask.part)
         for name in ("decode", "prefill"):
             for one in (told.get(name) or {}).get("candidates", ()):
                 one["speed"] = speed_of(self.assembly, model, parse_worker(one["worker"]))
         return told
+
+    def forecast(self, body: bytes) -> Forecast:
+        """What it may expect where it would go now; nothing is sent. Raises as `explain` does."""
+        ask = decode_route(body)
+        model = self._model(ask)
+        return model.forecast(self._query(ask, model), prefill_wishes_of(ask), ask.part)
 
     def events(self, body: bytes) -> dict[str, Any]:
         """What happened to requests, in order. Raises AskRefused."""

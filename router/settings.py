@@ -29,7 +29,7 @@ from runtime.discovery import DiscoverySettings
 from runtime.events import EventPlaneSettings
 from runtime.requests import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, load
-from runtime.settings_docs import markdown
+from runtime.settings_docs import LAYERS, markdown
 from runtime.telemetry import LogSettings
 from runtime.units import Duration, Size
 from runtime.web.settings import WebSettings
@@ -225,7 +225,8 @@ class ComponentSettings(Section):
     name: str = Field(
         default="router",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$",
-        description="Component whose endpoints `route`, `explain` and `events` are served.",
+        description="Component whose endpoints `route`, `explain`, `forecast` and `events` are "
+        "served.",
     )
 
 
@@ -351,14 +352,15 @@ def config_page() -> str:
     return markdown(RouterSettings, "Settings of kvbm-router", _INTRODUCTION)
 
 
-_INTRODUCTION: Final = """\
-Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
-the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
-[CONFIG.md](CONFIG.md) says how sizes, durations and secrets are written. [ROUTER.md](ROUTER.md)
-has the reference router's flags beside these settings.
+_INTRODUCTION: Final = (
+    LAYERS
+    + """\
+[CONFIG.md](CONFIG.md) says how sizes, durations, secrets and lists are written.
+[ROUTER.md](ROUTER.md) has the reference router's flags beside these settings.
 
 This page is generated: `python -m router.settings > docs/ROUTER_CONFIG.md`.
 """
+)
 
 
 if __name__ == "__main__":

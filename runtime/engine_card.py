@@ -33,6 +33,7 @@ class EngineCard(msgspec.Struct, frozen=True, kw_only=True):
     dp_size: int = 1
     role: Role = "aggregated"
     path: str = ""  # the model's folder, or its name at a hub, as the engine was given it
+    relays: bool = False  # it hands requests on to engines, and may be asked again for one it lost
 
     def labels(self) -> dict[str, str]:
         return {field: str(value) for field, value in msgspec.to_builtins(self).items()}

@@ -33,6 +33,14 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     ignore_eos: bool = False
 
 
+class Hints(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a request says of the pool that it should go to, where there are several."""
+
+    ttft_target_ms: float | None = None  # to the first token
+    itl_target_ms: float | None = None  # from one token to the next
+    priority: int | None = None
+
+
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     token_ids: list[int]
     sampling: Sampling
@@ -40,6 +48,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     dp_rank: int = 0
     priority: int = 0
     cache_salt: str | None = None
+    hints: Hints | None = None
 
 
 class Generated(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

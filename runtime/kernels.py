@@ -7,6 +7,7 @@ At the first start on a machine they are compiled, which takes a minute; then th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import threading
 import time
@@ -44,7 +45,7 @@ async def compiled(modules: Sequence[str]) -> None:
                 importlib.import_module(module)
         except Exception as failure:  # noqa: BLE001 (it is the caller's)
             error = failure
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
             loop.call_soon_threadsafe(settle, error)
 
     began_s = time.monotonic()

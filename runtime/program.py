@@ -29,7 +29,11 @@ MISSING_EVERY_S: Final = 1.0
 
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one setting, a list as a,b or JSON; may be given repeatedly.",
+    ),
 ]
 
 S = TypeVar("S", bound=Settings)
@@ -85,7 +89,7 @@ def stop_signal() -> asyncio.Event:
     return stop
 
 
-async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
     """Whether the work was done before the stop came, at which it is cancelled."""
     working = asyncio.ensure_future(work)
     stopping = asyncio.ensure_future(stop.wait())

@@ -1,19 +1,22 @@
 """Settings from a file, the environment and explicit overrides, with errors a person can act on.
 
 Programs declare one `Settings` root with `Section`s in it and call `load`. Later layers win:
-built-in defaults, then the file (YAML or TOML by suffix), then the environment (`KVBM_` prefix,
-`__` between levels), then overrides. Every key has one known origin. Whatever is wrong is found
-in one go and told in one `SettingsError`: which key, where it came from, what is accepted.
+built-in defaults, then the file (YAML, TOML or JSON by suffix), then the environment (`KVBM_`
+prefix, `__` between levels), then overrides. Every key has one known origin. Whatever is wrong is
+found in one go and told in one `SettingsError`: which key, where it came from, what is accepted.
+Lists and mappings are JSON in variables and overrides; in overrides a list may also be `a,b`.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Final, Generic, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
@@ -30,6 +33,7 @@ Tree = dict[str, Any]
 S = TypeVar("S", bound="Settings")
 
 _VALUE_CHARACTERS_MAX = 60
+_LISTS: Final = frozenset((list, tuple, set, frozenset))
 
 
 class Section(BaseModel):
@@ -97,9 +101,9 @@ def load(
     """Merge the layers into one validated `model`, or raise SettingsError with all problems.
 
     Args:
-        file: YAML (.yaml, .yml) or TOML (.toml); must exist if given.
+        file: YAML (.yaml, .yml), TOML (.toml) or JSON (.json); must exist if given.
         environ: where variables are looked up; none are if it is not given.
-        overrides: dotted key to value, the strongest layer.
+        overrides: dotted key to value, the strongest layer; text is read as what the key asks for.
     """
     merged: Tree = {}
     origins: dict[str, str] = {}
@@ -116,7 +120,8 @@ def load(
             lambda k: _variable(model, environ, k),
         )
     if overrides:
-        _overlay(merged, origins, _nested(overrides), lambda _: "override")
+        read = _read_overrides(model, overrides, problems)
+        _overlay(merged, origins, _nested(read), lambda _: "override")
     try:
         value = model(**merged)
     except ValidationError as error:
@@ -162,13 +167,15 @@ def _read_file(file: Path) -> Tree:
             tree = yaml.safe_load(text)
         elif file.suffix == ".toml":
             tree = tomllib.loads(text)
+        elif file.suffix == ".json":
+            tree = json.loads(text)
         else:
-            reason = f"the suffix {file.suffix!r} is not known; accepted: .yaml, .yml, .toml"
+            reason = f"the suffix {file.suffix!r} is not known; accepted: .yaml, .yml, .toml, .json"
             raise SettingsError([Problem("", str(file), reason)])
     except OSError as error:
         reason = f"the file cannot be read: {error.strerror}"
         raise SettingsError([Problem("", str(file), reason)]) from error
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # of TOML, of JSON, of text that is none
         reason = f"not well-formed: {' '.join(str(error).split())}"
         raise SettingsError([Problem("", str(file), reason)]) from error
     if tree is None:
@@ -186,7 +193,7 @@ def _read_environment(model: type[Settings], environ: Mapping[str, str]) -> Tree
     try:
         tree = _null_to_none(source())
     except SourceError as error:
-        reason = f"{error}: a section in one variable must be a JSON object"
+        reason = f"{error}: a section in one variable must be a JSON object, a list a JSON array"
         raise SettingsError([Problem("", "environment", reason)]) from error
     prefix = str(model.model_config.get("env_prefix", ""))
     absent = [name for name in model.model_fields if environ.get(prefix + name.upper()) == "null"]
@@ -236,6 +243,64 @@ def _variable(model: type[Settings], environ: Mapping[str, str], key: str) -> st
         if name in environ:
             return f"environment {name}"
     return "environment"
+
+
+def _read_overrides(
+    model: type[Settings], overrides: Mapping[str, object], problems: list[Problem]
+) -> dict[str, object]:
+    """With text made lists and mappings where these are asked for."""
+    read: dict[str, object] = {}
+    for key, value in overrides.items():
+        try:
+            is_text = isinstance(value, str)
+            read[key] = _of_text(_kinds_at(model, key.split(".")), value) if is_text else value
+        except ValueError as error:
+            problems.append(Problem(key, "override", str(error)))
+    return read
+
+
+def _of_text(kinds: list[Any], text: Any) -> Any:
+    """Raises ValueError, which does not repeat the text: it may be a secret."""
+    made = {get_origin(kind) or kind for kind in kinds}
+    is_list, is_mapping = bool(made & _LISTS), dict in made
+    is_section = any(section_of(kind) is not None for kind in kinds)
+    if text[:1] in ("[", "{") and (is_list or is_mapping or is_section):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"begins as JSON and is none: {error}") from error
+    if is_list and str not in made:
+        elements = next(get_args(kind)[0] for kind in kinds if get_origin(kind) in _LISTS)
+        if section_of(elements) is not None or get_origin(elements) in {dict, *_LISTS}:
+            raise ValueError('accepted: a list as JSON, ["...", "..."]')
+        return [one.strip() for one in text.split(",")] if text.strip() else []
+    if is_mapping:
+        raise ValueError('accepted: a mapping as JSON, {"NAME": "..."}; or KEY.NAME=VALUE')
+    return text
+
+
+def _kinds_at(model: type[Settings], parts: list[str]) -> list[Any]:
+    """What a dotted key may be, each member of a union; nothing for one that is not known."""
+    kinds: list[Any] = [model]
+    for part in parts:
+        below: list[Any] = []
+        for kind in kinds:
+            if get_origin(kind) is dict:
+                below += _members(get_args(kind)[1])
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                about = kind.model_fields.get(part)
+                below += [] if about is None else _members(about.annotation)
+        kinds = below
+    return kinds
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in {Union, UnionType}:
+        return [one for member in get_args(annotation) for one in _members(member)]
+    return [annotation]
 
 
 def _nested(dotted: Mapping[str, object]) -> Tree:
@@ -294,15 +359,20 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 def _reason(model: type[BaseModel], parts: list[str], detail: ErrorDetails) -> str:
     section: type[BaseModel] | None = model
     by_name = False
+    of: Any = None  # the field that the value is of, or of which it is an element
     for part in parts[:-1]:
+        if part.isdigit():  # a place in a list; the section is that of what it holds
+            continue
         if by_name:  # the part is a name; the section stays
             by_name = False
             continue
         known = section.model_fields.get(part) if section is not None else None
         section = section_of(known.annotation) if known is not None else None
         by_name = known is not None and is_by_name(known.annotation)
+        of = known or of
     names = section.model_fields if section is not None else {}
     about = names.get(parts[-1]) if parts else None
+    of = about or of
     match detail["type"]:
         case "extra_forbidden":
             return "unknown key" + _suggestion(parts[-1], names)
@@ -317,7 +387,7 @@ def _reason(model: type[BaseModel], parts: list[str], detail: ErrorDetails) -> s
             accepted = f"accepted: a section with the keys {', '.join(_keys_below(about))}"
         case _:
             accepted = detail["msg"].replace("Input should be", "should be").lower()
-    secret = about is not None and _mentions(about.annotation, SecretStr)
+    secret = of is not None and _mentions(of.annotation, SecretStr)
     return f"{'the value' if secret else _shown(detail['input'])} is not accepted; {accepted}"
 
 

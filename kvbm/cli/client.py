@@ -54,8 +54,9 @@ class AdminClient:
     def __exit__(self, *_: object) -> None:
         pass  # each request has a connection of its own
 
-    def get(self, path: str, parameters: Json | None = None) -> Json:
-        return self._ask("GET", path, parameters or {}, 0.0)
+    def get(self, path: str, parameters: Json | None = None, *, wait_s: float = 0.0) -> Json:
+        """Read; the daemon takes up to `wait_s` seconds for it."""
+        return self._ask("GET", path, parameters or {}, wait_s)
 
     def post(
         self, path: str, parameters: Json | None = None, *, wait_s: float | None = None

@@ -28,6 +28,10 @@ Config = Annotated[
 ]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one setting; may be given repeatedly."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one setting, a list as a,b or JSON; may be given repeatedly.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

@@ -40,6 +40,7 @@ from kvbm.daemon.reports import (
     Tiers,
     Version,
 )
+from kvbm.daemon.sizes import sizes_router
 from kvbm.daemon.view import DrainStatus, NodeActions, NodeView, NoScrubError
 from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import readers
@@ -82,7 +83,12 @@ def create_app(
             "default": described("Any other error."),
         },
     }
-    routers = (_tiers(view, metrics), _node(view, metrics), receipts_router(view))
+    routers = (
+        _tiers(view, metrics),
+        _node(view, metrics),
+        receipts_router(view),
+        sizes_router(view),
+    )
     for router in (*routers, actions_router(actions, token)):
         app.include_router(router, prefix="/v1", **options)
     if dashboard is not None:

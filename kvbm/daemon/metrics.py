@@ -57,6 +57,10 @@ SPECS: Final = (
     Spec("kvbm_governor_begin_seconds", "gauge", "Measured time before bytes come.", ("tier",)),
     Spec("kvbm_governor_bytes_per_second", "gauge", "Measured speed upward.", ("tier",)),
     Spec("kvbm_receipts", "gauge", "Receipts of lookups that are kept."),
+    Spec("kvbm_sample_asked_chunks_total", "counter", "Lookups watched for `kvbm what-if`."),
+    Spec("kvbm_sample_chunks_total", "counter", "Of those, of keys in the sample."),
+    Spec("kvbm_sample_keys", "gauge", "Keys in the sample."),
+    Spec("kvbm_sample_rate", "gauge", "Part of all keys that is sampled."),
     Spec("kvbm_sessions", "gauge", "Connections of engines.", ("role",)),
     Spec("kvbm_claims", "gauge", "Chunks held against eviction for engines."),
     Spec("kvbm_leased_bytes", "gauge", "Host memory lent to engines to store into."),
@@ -195,6 +199,11 @@ class _NodeCollector(Collector):
         }
         if (stream := view.stream()) is not None:
             samples.update(_of_stream(stream))
+        if (sample := view.sample()) is not None:
+            samples["kvbm_sample_asked_chunks_total"] = {(): sample.asked_chunks_total}
+            samples["kvbm_sample_chunks_total"] = {(): sample.sampled_chunks_total}
+            samples["kvbm_sample_keys"] = {(): sample.keys}
+            samples["kvbm_sample_rate"] = {(): sample.rate}
         held: Counter[Labels] = Counter()
         for entry in view.quarantine().entries:
             held[entry.tier.value,] += entry.held_bytes

@@ -15,9 +15,11 @@ from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
 from kvbm.daemon.settings import DaemonSettings, SsdSettings
+from kvbm.daemon.sizing import Sizing, make_curve
 from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
     ChunkStatus,
+    CurveStatus,
     DrainStatus,
     EventsStatus,
     GovernorStatus,
@@ -30,8 +32,10 @@ from kvbm.daemon.view import (
     QueueStatus,
     ReceiptsStatus,
     Residency,
+    SampleStatus,
     ScrubStatus,
     SessionStatus,
+    SizeAnswer,
 )
 from kvbm.manager import BlockEvents, BlockManager, Catalogue
 from kvbm.note import NoNotes, Note, NoteBook
@@ -118,6 +122,7 @@ class Node:
             onboard_bytes_max=settings.onboard_bytes_max,
             quarantine=catalogue.quarantine,
             governor_mode=settings.governor.mode,
+            curve=make_curve(settings, self.dram),
             later=_after_answers,
         )
         self.handover = Handover(
@@ -129,6 +134,7 @@ class Node:
             catalogue.removals,
             _nothing if self.announcer is None else self.announcer.engines_changed,
         )
+        self.sizing = Sizing(settings, self.manager, self._engine_paces)
         self.patrols = self._make_patrols(settings.ssd, catalogue)
         self.operations = self._make_operations(catalogue)
         self.speeds = Rates(self.tiers)
@@ -350,12 +356,20 @@ class Node:
                 self.manager.tiers, onboarder.paces, onboarder.queued_bytes, strict=True
             )
         ]
-        paces = [
-            _pace_status(session.engine, session.pace)
-            for session in self.members.all
-            if session.is_ready
-        ]
+        paces = [_pace_status(engine, pace) for engine, pace in self._engine_paces()]
         return GovernorStatus(self.manager.governor.mode, lines, paces)
+
+    def _engine_paces(self) -> list[tuple[str, Pace]]:
+        return [(session.engine, session.pace) for session in self.members.all if session.is_ready]
+
+    def sample(self) -> SampleStatus | None:
+        return self.sizing.sample()
+
+    def curve(self) -> CurveStatus | None:
+        return self.sizing.curve()
+
+    async def what_if(self, tier: TierName, size_bytes: int | None, add_bytes: int) -> SizeAnswer:
+        return await self.sizing.what_if(tier, size_bytes, add_bytes)
 
     def receipts(self, request: str | None = None, limit: int = 0) -> ReceiptsStatus:
         kept = self.members.receipts

@@ -31,7 +31,7 @@ from runtime.events.settings import EventPlaneSettings
 from runtime.names import EndpointName
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, SettingsError, load
-from runtime.settings_docs import markdown
+from runtime.settings_docs import LAYERS, markdown
 from runtime.telemetry import LogSettings
 from runtime.units import Duration, Secret, Size, format_size
 from runtime.web.settings import WebSettings
@@ -41,7 +41,11 @@ _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
 _S3_OBJECT_BYTES_MIN: Final = 64 << 10
 _OF_THE_COMMAND: Final = {ADMIN_URL_VARIABLE, ADMIN_TOKEN_VARIABLE, WORKER_ID_VARIABLE}
-_OF_OTHERS: Final = ("KVBM_ROUTER_", "KVBM_FRONTEND_")  # programs whose settings begin like ours
+_OF_OTHERS: Final = (
+    "KVBM_ROUTER_",
+    "KVBM_FRONTEND_",
+    "KVBM_GLOBAL_ROUTER_",
+)  # programs whose settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -312,6 +316,31 @@ class GovernorSettings(Section):
     )
 
 
+class WhatIfSettings(Section):
+    enabled: bool = Field(
+        default=True, description="Watch how lookups would fare with tiers of other sizes."
+    )
+    keys: int = Field(
+        default=8192,
+        ge=1024,
+        le=1 << 20,
+        description="Keys in the sample, at most; each takes about 400 bytes. Four times as many "
+        "halve the error.",
+    )
+    window: Duration = Field(
+        default=3600.0,
+        ge=60,
+        description="The traffic that answers are of: what was asked for so long ago counts a "
+        "third in the curve, and nothing in `kvbm what-if`.",
+    )
+    reach: Size | None = Field(
+        default=None,
+        gt=0,
+        description="The largest tier that can be asked about; `null` for four times the larger of "
+        "`dram.capacity` and `ssd.capacity`. The further, the thinner the sample.",
+    )
+
+
 class DaemonSettings(Settings):
     socket: Path = Field(
         default_factory=lambda: default_socket(os.environ, os.getuid()),
@@ -359,6 +388,10 @@ class DaemonSettings(Settings):
     governor: GovernorSettings = Field(
         default=GovernorSettings(), description="Loading against computing."
     )
+    what_if: WhatIfSettings = Field(
+        default=WhatIfSettings(),
+        description="What another size of a tier would change: `kvbm what-if`.",
+    )
     engine: EngineSettings = Field(
         default=EngineSettings(),
         description="For `kvbm engine` ([ENGINES.md](ENGINES.md)), which registers engines in "
@@ -375,6 +408,11 @@ class DaemonSettings(Settings):
     def onboard_bytes_max(self) -> int:
         given = self.onboard.max_bytes_in_flight
         return self.dram.capacity // 4 if given is None else given
+
+    @property
+    def what_if_reach(self) -> int:
+        kept = max(self.dram.capacity, 0 if self.ssd is None else self.ssd.capacity)
+        return 4 * kept if self.what_if.reach is None else self.what_if.reach
 
     @field_validator("tenants")
     @classmethod
@@ -450,17 +488,20 @@ def _node_name(hostname: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", hostname.partition(".")[0])[:48] or "node"
 
 
-_INTRODUCTION: Final = """\
-Later ones win: built-in defaults, the file given with `--config` (YAML or TOML), the environment,
-the command line (`--set KEY=VALUE`). An unknown key is an error that names what was meant.
+_INTRODUCTION: Final = (
+    LAYERS
+    + """\
 
 A **size** is a whole number of bytes or `512MiB`, `64GiB`, `2TB`. A **duration** is a number of
 seconds or `250ms`, `5s`, `10min`, `1h`, `7d`. A **secret** is never shown or logged; `file:PATH`
 reads it from a file, as with systemd's `LoadCredential=`. A section can be given as JSON in one
-variable (`KVBM_SSD='{"path": "/ssd", "capacity": "1TiB"}'`).
+variable (`KVBM_SSD='{"path": "/ssd", "capacity": "1TiB"}'`) or assignment. A **list** or a
+**mapping** is JSON as well; with `--set` a list can be `a,b` (`--set peers.nodes=n1:9471,n2:9471`),
+and a mapping can be given by name (`--set KEY.NAME=VALUE`).
 
 This page is generated: `python -m kvbm.daemon.settings > docs/CONFIG.md`.
 """
+)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbm.announce.status import AnnouncerStatus
+from kvbm.curve import Estimate
 from kvbm.daemon.rates import Rate
 from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.quarantine import Quarantined
 from kvbm.receipts import Receipt
+from kvbm.what_if import WhatIf
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 
 
@@ -202,6 +204,63 @@ class ReceiptsStatus:
     kept_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class SampleStatus:
+    """The lookups that the curve is made from."""
+
+    keys: int
+    keys_max: int
+    rate: float  # part of all keys that is sampled
+    asked_chunks_total: int
+    sampled_chunks_total: int
+    window_s: float
+    seconds: float  # since it began
+    reach_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """What an LRU cache of a size would find of the chunks asked for, as a part of them."""
+
+    size_bytes: int
+    hit_rate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class CurveTier:
+    """A tier's own point, and what was really found there and in no faster tier."""
+
+    tier: TierName
+    at: CurvePoint
+    found: float
+
+
+@dataclass(frozen=True, slots=True)
+class CurveStatus:
+    sample: SampleStatus
+    tiers: Sequence[CurveTier]
+    points: Sequence[CurvePoint]
+
+
+@dataclass(frozen=True, slots=True)
+class SizeAnswer:
+    """`answer` goes by the tiers' own policies; the LRU curve and what was found stand beside."""
+
+    answer: WhatIf
+    found: float  # part of the chunks asked for that any tier had
+    lru_now: Estimate
+    lru_then: Estimate
+    sample: SampleStatus
+
+
+class UnanswerableError(Exception):
+    """That size cannot be told about; the message says why."""
+
+
+class BusyError(Exception):
+    """Such a question is being answered; the message says so."""
+
+
 class NodeView(Protocol):
     def status(self) -> NodeStatus: ...
 
@@ -244,6 +303,19 @@ class NodeView(Protocol):
     def policies(self) -> Sequence[PolicyStatus]: ...
 
     def governor(self) -> GovernorStatus: ...
+
+    def sample(self) -> SampleStatus | None:
+        """None where lookups are not watched (`what_if.enabled`); so is `curve`."""
+        ...
+
+    def curve(self) -> CurveStatus | None: ...
+
+    async def what_if(self, tier: TierName, size_bytes: int | None, add_bytes: int) -> SizeAnswer:
+        """A tier of this size, or of so much more than now; takes seconds, on another thread.
+
+        Raises UnanswerableError and BusyError.
+        """
+        ...
 
     def receipts(self, request: str | None = None, limit: int = 0) -> ReceiptsStatus:
         """The latest, or those of requests that `request` names."""

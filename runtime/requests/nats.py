@@ -270,7 +270,7 @@ class _NatsListener:
 
     async def _keep(self, accept: Accept, tried: asyncio.Event) -> None:
         """Connect, and again whenever the connection is gone."""
-        url, retry_s, said = self._settings.nats_url, RETRY_S, ""
+        url, retry_s, said, was_away = self._settings.nats_url, RETRY_S, "", False
         while True:
             try:
                 connection = await self._listen(accept)
@@ -278,13 +278,15 @@ class _NatsListener:
                 if str(error) != said:
                     said = str(error)
                     _log.warning("request_plane_waits", url=url, reason=said)
+                was_away = True
                 tried.set()
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
                 continue
-            _log.info("request_plane_connected", url=url)
+            if was_away:
+                _log.info("request_plane_connected", url=url)
             tried.set()
-            retry_s, said = RETRY_S, ""
+            retry_s, said, was_away = RETRY_S, "", True
             await connection.broken.wait()
             await connection.close()
             _log.warning("request_plane_disconnected", url=url)

@@ -77,18 +77,18 @@ class Load:
             while not ended.is_set():
                 model = dice.choice(MODELS)
                 prompt, tokens = dice.choice(self.prompts[model]), dice.randint(4, 48)
-                streamed = dice.random() < 0.7
-                body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": streamed}
+                is_stream = dice.random() < 0.7
+                body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": is_stream}
                 true = text_of(answer_to(prompt, tokens, VOCABULARY))
                 said, worker, began_s = "", [""], time.monotonic()
                 try:
-                    ask = _streamed if streamed else _whole
+                    ask = streamed if is_stream else whole
                     async for part in ask(http, body, worker):
                         said += part
                 except (Failed, httpx.HTTPError, ValueError) as error:
                     code = str(error) if isinstance(error, Failed) else "broken"
                     now_s = time.monotonic()
-                    kept = Failure(model, began_s, now_s, code, worker[0], streamed)
+                    kept = Failure(model, began_s, now_s, code, worker[0], is_stream)
                     self.failures.append(kept)
                     if not true.startswith(said):
                         self.wrong.append(f"{model}: {said!r} is no beginning of {true!r}")
@@ -162,7 +162,7 @@ class Load:
         )
 
 
-async def _whole(http: httpx.AsyncClient, body: Any, worker: list[str]) -> AsyncIterator[str]:
+async def whole(http: httpx.AsyncClient, body: Any, worker: list[str]) -> AsyncIterator[str]:
     answer = await http.post("/v1/completions", json=body)
     worker[0] = answer.headers.get("x-kvbm-worker", "")
     told = answer.json()
@@ -171,7 +171,7 @@ async def _whole(http: httpx.AsyncClient, body: Any, worker: list[str]) -> Async
     yield told["choices"][0]["text"]
 
 
-async def _streamed(http: httpx.AsyncClient, body: Any, worker: list[str]) -> AsyncIterator[str]:
+async def streamed(http: httpx.AsyncClient, body: Any, worker: list[str]) -> AsyncIterator[str]:
     async with http.stream("POST", "/v1/completions", json=body) as answer:
         worker[0] = answer.headers.get("x-kvbm-worker", "")
         if answer.status_code != 200:

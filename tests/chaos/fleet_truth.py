@@ -31,7 +31,7 @@ Held = dict[str, set[int]]
 
 
 async def held(fleet: Fleet) -> Held:
-    """By every engine that lives. Raises AssertionError if one does not say."""
+    """By every engine whose node answers; a lease may outlive its owner for a while."""
     requests = create_request_plane(RequestPlaneSettings(), "truth")
     found: Held = {}
     async with Runtime(create_discovery(fleet.discovery, {}), requests) as runtime:
@@ -45,7 +45,7 @@ async def held(fleet: Fleet) -> Held:
                 ) as answer:
                     items = [item async for item in answer]
             except RequestError:
-                continue  # of an engine that was killed
+                continue
             decode_begins(items[0])
             for item in items[1:]:
                 rows = decode_rows(item)

@@ -95,20 +95,24 @@ def opened(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Opened]
 
 def test_a_nodes_figures_move_under_load(fleet: Scene, opened: Opened) -> None:
     opened.go(fleet.node)
-    opened.wait("document.querySelectorAll('.chart canvas').length === 4")
+    opened.wait("document.querySelectorAll('.chart canvas').length >= 4")
     expect(opened.page.locator("#title")).to_have_text("node-1")
     expect(opened.page.locator("#status")).to_have_text("ready", timeout=WAIT_MS)
     assert "not configured" in opened.text("G4 S3")
     opened.waits_for_change("G3 SSD")
     opened.waits_for_change("Latest requests")
     assert "scheduler" in opened.text("Engines connected")
+    opened.page.get_by_label("bytes more or less").fill("16MiB")
+    opened.page.get_by_role("button", name="ask").click()
+    asked = opened.page.locator("section", has=opened.page.get_by_role("button", name="ask"))
+    expect(asked.get_by_role("status")).to_contain_text("found then", timeout=WAIT_MS)
 
 
 def test_a_fleets_figures_move_under_load_and_decisions_say_why(
     fleet: Scene, opened: Opened
 ) -> None:
     opened.go(fleet.fleet)
-    opened.wait("document.querySelectorAll('.chart canvas').length === 4")
+    opened.wait("document.querySelectorAll('.chart canvas').length >= 4")
     opened.waits_for_change("Requests")
     assert opened.text("Engines").count("serving") == 2
     assert "kv: it has" in opened.text("Last decisions"), "and in which tier"

@@ -34,7 +34,7 @@ from tests.deploy.chart import (
 from tests.deploy.programs import run
 
 OLDEST, NEWEST = "1.30", "1.37"  # Kubernetes' schemas that are at hand
-OF_OPERATORS: Final = {"PrometheusRule", "ServiceMonitor"}  # not Kubernetes' own kinds
+OF_OPERATORS: Final = {"PodMonitor", "PrometheusRule", "ServiceMonitor"}  # not Kubernetes' own
 ALL_VALUES: Final = ("", EVERYTHING)
 SETTINGS: Final[dict[str, Any]] = {
     "kvbm.yaml": DaemonSettings,
@@ -122,7 +122,13 @@ def test_helm_refuses_values_that_make_no_sense(values: str, place: str) -> None
     assert place in refusal(values)
 
 
-@pytest.mark.parametrize("values", ALL_VALUES)
+WITHOUT_PEERS: Final = """\
+daemon: {peers: false, ssd: {enabled: false}, settings: {s3: {bucket: kv-cache}}}
+serviceAccount: {annotations: {eks.amazonaws.com/role-arn: "arn:aws:iam::1:role/kv"}}
+"""
+
+
+@pytest.mark.parametrize("values", [*ALL_VALUES, WITHOUT_PEERS])
 def test_the_programs_take_the_settings_and_variables_they_get(values: str, tmp_path: Path) -> None:
     """Every file with the loader of its program, in the environment that its container has."""
     secret = tmp_path / "secret"
@@ -148,7 +154,7 @@ def test_the_programs_take_the_settings_and_variables_they_get(values: str, tmp_
             assert not loaded.ignored, "variables that name no setting"
             checked.add(file)
             _check_reachable(file, loaded.value)
-    assert checked == (set(SETTINGS) if values else {"kvbm.yaml", "frontend.yaml"})
+    assert checked == (set(SETTINGS) if values == EVERYTHING else {"kvbm.yaml", "frontend.yaml"})
 
 
 def _check_reachable(file: str, settings: Any) -> None:
@@ -167,7 +173,8 @@ def _check_reachable(file: str, settings: Any) -> None:
     assert settings.events.plane == "nats"
     assert settings.requests.host == "0.0.0.0" and settings.requests.advertise_host == "10.1.2.3"
     if file == "kvbm.yaml":
-        assert settings.peers.advertise == "10.1.2.3"
+        assert settings.peers is None or settings.peers.advertise == "10.1.2.3"
+        assert (settings.peers is None) == (settings.s3 is not None), "as the values have it"
         assert settings.dram.prefault, "memory counts for the container that touches it first"
 
 
@@ -231,6 +238,20 @@ def test_a_service_monitor_finds_every_port_with_metrics() -> None:
     assert scraped == {p["name"] for service in services for p in service["spec"]["ports"]}
 
 
+def test_a_pod_monitor_finds_the_engines() -> None:
+    manifests = rendered(EVERYTHING)
+    monitor = of_kind(manifests, "PodMonitor")[0]["spec"]
+    (wanted,) = monitor["selector"]["matchExpressions"]
+    ports = {endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]}
+    for workload in workloads(manifests):
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        is_engine = labels[wanted["key"]] in wanted["values"]
+        assert is_engine == ("-engine-" in workload["metadata"]["name"])
+        assert monitor["selector"]["matchLabels"].items() <= labels.items()
+        if is_engine:
+            assert ports <= {port["name"] for port in _main(workload)["ports"]}
+
+
 def test_memory_is_for_the_tier_and_the_daemon() -> None:
     def limits(values: str) -> dict[str, str]:
         daemon = named(rendered(values), "DaemonSet", "kv-kvbm-daemon")
@@ -288,7 +309,7 @@ def test_engines_share_the_directory_of_the_daemons_socket() -> None:
 
 def test_every_program_that_is_run_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    coming = {"kvbm-planner", "kvbm-global-router"}
+    coming = {"kvbm-planner"}
     for workload in workloads(rendered(EVERYTHING)):
         command = _main(workload)["command"]
         if command[0] != "/bin/sh":

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
 from frontend.settings import FrontendSettings
+from kvbm.daemon.settings import DaemonSettings
+from router.settings import RouterSettings
+from runtime.program import Load
 from runtime.unit import Program, unit_text
 
 ROOT: Final = Path(__file__).parents[2]
@@ -20,7 +23,7 @@ EXPOSURE_MAX: Final = {"kvbm-daemon": 2.0, "kvbm-engine@": 4.5}  # engines need 
 EXPOSURE_OF_OTHERS_MAX: Final = 1.5
 NOTIFIES: Final = {
     "kvbm-frontend": True,
-    "kvbm-global-router": False,
+    "kvbm-global-router": True,
     "kvbm-planner": False,
     "kvbm-router": True,
 }
@@ -65,6 +68,26 @@ def test_a_program_prints_its_unit() -> None:
     where = Program(name, program, Path("/srv/a b.yaml"), "ops", "ops", notifies=True)
     assert done.stdout == unit_text(where)
     assert f'{program} serve --config "/srv/a b.yaml"' in done.stdout
+
+
+def test_the_examples_of_settings_make_one_fleet_of_a_machine() -> None:
+    """Units have /tmp to themselves, so that discovery's own choice would keep them apart."""
+    loads: dict[str, Load[Any]] = {
+        "kvbm": DaemonSettings.load,
+        "router": RouterSettings.load,
+        "frontend": FrontendSettings.load,
+    }
+    found = {
+        name: load(ROOT / f"deploy/{name}.example.yaml", environ={}).value
+        for name, load in loads.items()
+    }
+    for settings in found.values():
+        assert settings.discovery == found["kvbm"].discovery
+        assert settings.discovery.file_directory == Path("/var/lib/kvbm/discovery")
+        assert settings.events == found["kvbm"].events
+    assert found["router"].http.port != found["frontend"].http.port
+    for unit in UNITS:
+        assert _read(unit.read_text())["Service"]["StateDirectory"] == "kvbm"
 
 
 @needs_systemd

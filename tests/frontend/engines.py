@@ -13,13 +13,18 @@ from typing import Any, Self
 import httptools
 import uvicorn
 
-from frontend.app import make_app, make_exchanges
+from frontend.app import make_app
 from frontend.errors import model_not_found, overloaded
-from frontend.fleet import Assigned, Job, ModelInfo
+from frontend.exchanges import make_exchanges
+from frontend.fleet import Assigned, Job, ModelInfo, Place
 from frontend.gate import Gate
+from frontend.keep_alive import KeepAlive
 from frontend.meter import Meter
+from frontend.pages import Pages
 from frontend.prompt import PromptMaker
 from frontend.upstream import Upstream
+from router.asks import AskRefused
+from router.service import NotRouted
 
 MODEL = "test/model"
 
@@ -134,6 +139,7 @@ class Worker:
     url: str
     dp_size: int = 1
     dp_rank: int = 0
+    relays: bool = False
 
     @property
     def transport(self) -> str:
@@ -198,17 +204,42 @@ class InTurn:
     def takes_tokens(self, model: str) -> bool:
         return False
 
+    def places(self) -> Sequence[Place]:
+        return [Worker(engine.instance, engine.url) for engine in self.engines]
+
     def has_servers(self, model: str) -> bool:
         return False
 
     async def assign(self, job: Job) -> Assigned:
         self.jobs.append(job)
         for engine in self.engines:
-            if engine.instance not in job.excluded:
+            if engine.instance not in job.excluded and job.pinned in (None, engine.instance):
                 place = Worker(engine.instance, engine.url, self.dp_size)
                 self.given.append(Given(place, self.prefill))
                 return self.given[-1]
         raise overloaded("there is no engine", 1)
+
+
+class OneLimit:
+    """Limits of one model, of which one can be set."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Any] = dict.fromkeys(
+            ("blocks_fraction", "prefill_tokens", "prefill_fraction")
+        )
+
+    def busy_threshold(self, model: str | None = None) -> dict[str, Any]:
+        if model not in (None, MODEL):
+            raise NotRouted("unknown-model", f"no engine serves {model!r}")
+        return {"models": [{"model": MODEL, **self.found}]}
+
+    def set_busy_threshold(self, body: bytes) -> dict[str, Any]:
+        asked = json.loads(body)
+        told = self.busy_threshold(asked.get("model"))
+        if not 0 < asked.get("active_decode_blocks_threshold", 1) <= 1:
+            raise AskRefused("blocks_fraction must be in (0, 1]")
+        self.found["blocks_fraction"] = asked.get("active_decode_blocks_threshold")
+        return self.busy_threshold(told["models"][0]["model"])
 
 
 @dataclass
@@ -240,19 +271,22 @@ async def frontend(
     *scripts: Script,
     gate: Gate | None = None,
     text: PromptMaker | None = None,
-    migrations_max: int = 1,
     silence_s: float = 30.0,
+    cors_origins: Sequence[str] = (),
+    keep_alive_s: float = 0.0,
     engine_key: str | None = None,
+    **given: Any,
 ) -> AsyncIterator[Running]:
-    """With one engine for each script."""
+    """With one engine for each script; `given` goes to `make_exchanges`."""
     engines = [Engine(number, script) for number, script in enumerate(scripts, 1)]
     for engine in engines:
         await engine.start()
     fleet, meter, upstream = InTurn(engines, text), Meter(), Upstream(silence_s, engine_key)
     gate = gate or Gate((), 64, 1 << 20)
     await upstream.open()
-    exchanges = make_exchanges(fleet, gate, meter, upstream, migrations_max=migrations_max)
-    app = make_app(exchanges, fleet, gate, meter)
+    given = {"migrations_max": 1, "keep_alive": KeepAlive(keep_alive_s), **given}
+    exchanges = make_exchanges(fleet, gate, meter, upstream, **given)
+    app = make_app(exchanges, Pages(fleet, gate, meter, OneLimit()), cors_origins)
     config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", access_log=False)
     server = _Server(config)
     task = asyncio.ensure_future(server.serve())

@@ -10,16 +10,18 @@ from typing import Any
 import httpx
 import pytest
 
-from frontend.app import make_app, make_exchanges
+from frontend.app import make_app
 from frontend.completions import CompletionEngines
+from frontend.exchanges import make_exchanges
 from frontend.gate import Gate
 from frontend.generate import ByAddress, Generation, TokenEngines
 from frontend.meter import Meter
+from frontend.pages import Pages
 from frontend.prompt import PromptMaker
 from frontend.token_routes import TokenRoutes
 from frontend.tokenizer import Tokenizer
 from frontend.upstream import Upstream
-from tests.frontend.engines import MODEL, Asked, Engine, InTurn, Script, Wire
+from tests.frontend.engines import MODEL, Asked, Engine, InTurn, OneLimit, Script, Wire
 from tests.frontend.test_tokenizer import byte_level_once
 
 ANSWER = "the lazy dog jumps over it"
@@ -55,7 +57,8 @@ async def before(*scripts: Script) -> AsyncIterator[tuple[httpx.AsyncClient, lis
     routes = TokenRoutes(fleet, Generation(fleet, token_engines, migrations_max=1))
     gate = Gate((), 64, 1 << 20)
     exchanges = make_exchanges(fleet, gate, meter, upstream, routes, migrations_max=1)
-    transport = httpx.ASGITransport(make_app(exchanges, fleet, gate, meter))
+    pages = Pages(fleet, gate, meter, OneLimit())
+    transport = httpx.ASGITransport(make_app(exchanges, pages))
     async with httpx.AsyncClient(transport=transport, base_url="http://frontend") as http:
         try:
             yield http, engines
@@ -173,6 +176,21 @@ async def test_a_stream_goes_on_at_another_engine(first: Script) -> None:
         asked = second.asked[0].json
         assert asked["prompt"] == byte_level_once().encode(BODY["prompt"]).ids + TOKENS[:3]
         assert asked["max_tokens"] == 97
+
+
+async def test_an_engine_lost_behind_its_last_token_is_not_missed() -> None:
+    parts = event(TOKENS), event([END], "stop", stop_reason=None)
+    async with before(saying(*parts, broken=True), rest(0)) as (http, [_, second]):
+        answer = (await http.post("/v1/completions", json=BODY)).json()
+        assert answer["choices"][0]["text"] == ANSWER
+        assert not second.asked
+
+
+async def test_connections_are_used_again() -> None:
+    async with before(rest(0)) as (http, [engine]):
+        for _ in range(3):
+            assert (await http.post("/v1/completions", json=BODY)).status_code == 200
+        assert len(engine.wires) == 1
 
 
 async def test_an_engine_that_is_overloaded_is_replaced() -> None:

@@ -25,7 +25,7 @@ PROMPT = b"the quick brown fox"
 @contextlib.asynccontextmanager
 async def serving(*engines: TokenEngine) -> AsyncIterator[tuple[Any, Asking]]:
     async with token_frontend(*engines) as asking:
-        service = InferenceService(asking.fleet, asking.exchanges["/v1/completions"], "1.2")
+        service = InferenceService(asking.fleet, asking.exchanges.posted["/v1/completions"], "1.2")
         (port,) = free_ports(1)
         server = await start_server(service, "127.0.0.1", port, bytes_max=1 << 20)
         client = triton.InferenceServerClient(f"127.0.0.1:{port}")

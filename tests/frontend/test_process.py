@@ -150,7 +150,10 @@ async def test_requests_of_one_beginning_go_to_one_engine(tmp_path: Path) -> Non
     model = tiny_llama(tmp_path / "model")
     async with a_site(tmp_path) as site:
         engines = [await site.add_engine(number, answer) for number in (1, 2)]
-        site.start(model_paths__tiny=model, index__source="routes")
+        paths = json.dumps({MODEL: str(model)})
+        site.start(
+            model_paths=paths, index__source="routes", openai__admin_keys="the-admin,another-admin"
+        )
         await site.ready(2)
         async with site.client() as http:
             for _ in range(6):
@@ -159,12 +162,24 @@ async def test_requests_of_one_beginning_go_to_one_engine(tmp_path: Path) -> Non
             first = reply.headers["x-kvbm-worker"]
             assert int(reply.headers["x-kvbm-cached-tokens"]) > 300
             metrics = (await http.get("/metrics")).text
+            limits = {"model": MODEL, "active_prefill_tokens_threshold": 100}
+            assert (await http.post("/busy_threshold", json=limits)).status_code == 403
+            admin = {"x-api-key": "the-admin"}
+            reply = await http.post("/busy_threshold", json=limits, headers=admin)
+            assert limits.items() <= reply.json().items()
+            wrong = {"active_decode_blocks_threshold": 7}
+            reply = await http.post("/busy_threshold", json=wrong, headers=admin)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_value")
+            reply = await http.post("/busy_threshold", json={"model": "x"}, headers=admin)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
         asked = sorted(len(engine.asked) for engine in engines)
         assert asked == [0, 6], first
         assert 'kvbm_frontend_requests_total{model="tiny",outcome="success"' in metrics
         async with httpx.AsyncClient(base_url=site.operators) as operators:
             told = (await operators.get("/v1/workers")).json()
             assert len(told["models"][0]["workers"]) == 2
+            told = (await operators.get("/v1/busy_threshold")).json()
+            assert told["models"][0]["prefill_tokens"] == 100
         assert await site.end() == 0
 
 

@@ -67,6 +67,7 @@ async def post(
 ) -> Reply:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     timeout = aiohttp.ClientTimeout(total=30)
+    headers = {"content-type": "application/json", **(headers or {})}
     async with (
         aiohttp.ClientSession(timeout=timeout) as session,
         session.post(running.url + path, data=data, headers=headers) as response,
@@ -293,6 +294,36 @@ async def test_a_prompt_is_computed_elsewhere_first(prefill: Any) -> None:
         assert "stream_options" not in sent
         assert first.asked[0].json == {**COMPLETION, **more}
         assert running.fleet.given[0].notes == ["prefilled", "first", "end"]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "only"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [], "max_completion_tokens": 9},
+            {"max_completion_tokens": 1, "max_tokens": 1, "n": 1},
+        ),
+        (
+            "/v1/responses",
+            {"input": "x", "background": True},
+            {"max_output_tokens": 1, "store": False, "background": False},
+        ),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5], "sampling_params": {"max_tokens": 9, "seed": 3}},
+            {"sampling_params": {"max_tokens": 1, "n": 1, "seed": 3}},
+        ),
+    ],
+)
+async def test_the_one_who_computes_a_prompt_makes_one_token(
+    path: str, given: dict[str, Any], only: dict[str, Any]
+) -> None:
+    async with frontend(answer, answer) as running:
+        second = running.fleet.engines[1]
+        running.fleet.prefill = Worker(second.instance, second.url)
+        await post(running, {"model": MODEL, **given}, path)
+        assert second.asked[0].json == {"model": MODEL, **given, "stream": False, **only}
 
 
 async def test_a_worker_that_is_asked_for() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from frontend.errors import ApiError
 from frontend.gate import Scope
 from frontend.prompt import PromptMaker
 from frontend.routes import readers
@@ -89,6 +90,16 @@ def test_tokens_are_taken_as_they_are_without_a_tokenizer() -> None:
     assert readers(InTurn([]))[path](body, SCOPE).job("r1").tokens.tolist() == [5, 6, 7]
     body = json.dumps({"model": MODEL, "prompt": "text"}).encode()
     assert readers(InTurn([]))[path](body, SCOPE).job("r1").tokens.tolist() == []
+
+
+def test_tokens_that_are_given_need_no_tokenizer() -> None:
+    asked = {"model": MODEL, "token_ids": [5, 6, 7], "sampling_params": {"max_tokens": 9}}
+    read = readers(InTurn([]))["/inference/v1/generate"]
+    job = read(json.dumps({**asked, "cache_salt": "t1"}).encode(), SCOPE).job("r1")
+    assert (job.tokens.tolist(), job.output_tokens_max, job.cache_salt) == ([5, 6, 7], 9, "t1")
+    wrong = read(json.dumps({**asked, "token_ids": [-1]}).encode(), SCOPE)
+    with pytest.raises(ApiError, match="numbers from 0"):
+        wrong.job("r1")
 
 
 def test_what_sets_a_request_apart() -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from frontend.app import make_app, make_exchanges
-from frontend.exchange import Exchange
+from frontend.app import make_app
+from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
 from frontend.generate import Generation, RequestPlaneEngines
+from frontend.keep_alive import KeepAlive
 from frontend.meter import Meter
+from frontend.pages import Pages
 from frontend.prompt import PromptMaker
 from frontend.template import ChatTemplate
 from frontend.token_routes import TokenRoutes
@@ -22,7 +24,7 @@ from frontend.upstream import Upstream
 from runtime.generation import Generate, Generated, decode_generate, encode
 from runtime.requests import RequestPlaneSettings, RequestServer, create_request_plane
 from runtime.requests.base import RequestContext
-from tests.frontend.engines import Given, InTurn
+from tests.frontend.engines import Given, InTurn, OneLimit
 from tests.frontend.test_tokenizer import byte_level_once
 
 ENDPOINT = "test.backend.generate"
@@ -109,7 +111,7 @@ class Asking:
     fleet: TokenFleet
     meter: Meter
     gate: Gate
-    exchanges: dict[str, Exchange]
+    exchanges: Exchanges
 
     @property
     def given(self) -> list[Given]:
@@ -118,7 +120,11 @@ class Asking:
 
 @contextlib.asynccontextmanager
 async def token_frontend(
-    *engines: TokenEngine, migrations_max: int = 1, migration_tokens_max: int | None = None
+    *engines: TokenEngine,
+    migrations_max: int = 1,
+    migration_tokens_max: int | None = None,
+    keep_alive_s: float = 0.0,
+    body_bytes_max: int = 1 << 20,
 ) -> AsyncIterator[Asking]:
     """The app itself, without a server, before engines on the TCP request plane."""
     plane = create_request_plane(RequestPlaneSettings(), "test")
@@ -134,12 +140,12 @@ async def token_frontend(
         migrations_max=migrations_max,
         migration_tokens_max=migration_tokens_max,
     )
-    meter, gate = Meter(), Gate((), 64, 1 << 20)
-    routes = TokenRoutes(fleet, generation)
+    meter, gate = Meter(), Gate((), 64, body_bytes_max)
+    routes = TokenRoutes(fleet, generation, KeepAlive(keep_alive_s))
     exchanges = make_exchanges(
         fleet, gate, meter, Upstream(10.0), routes, migrations_max=migrations_max
     )
-    app = make_app(exchanges, fleet, gate, meter)
+    app = make_app(exchanges, Pages(fleet, gate, meter, OneLimit()))
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://frontend") as http:
         try:

@@ -150,7 +150,7 @@ class Node:
         asked = Asked()
         asked.ticket = self.manager.match(groups, asked.arrivals.append)
         assert not asked.arrivals, "told from within the call"
-        self.manager.note_use(asked.ticket)
+        self.manager.note_use(asked.ticket, groups)
         return asked
 
 

@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvbm.announce.status import AnnouncerStatus, EngineStatus, StreamStatus, TiersStatus
+from kvbm.curve import Estimate
 from kvbm.daemon.rates import Rate
 from kvbm.daemon.view import (
+    BusyError,
     ChunkStatus,
     ClearStatus,
+    CurvePoint,
+    CurveStatus,
+    CurveTier,
     DrainStatus,
     EventsStatus,
     FlushStatus,
@@ -25,14 +30,18 @@ from kvbm.daemon.view import (
     QueueStatus,
     ReceiptsStatus,
     Residency,
+    SampleStatus,
     ScrubStatus,
     SessionStatus,
+    SizeAnswer,
+    UnanswerableError,
 )
 from kvbm.note import Note
 from kvbm.peers.network import PeerStatus
 from kvbm.protocol import Pace
 from kvbm.quarantine import Quarantined
 from kvbm.receipts import Receipts
+from kvbm.what_if import Flow, WhatIf
 from storage_tiers.base import Chunk, Key, RecoveryReport, TierName, TierUsage
 from storage_tiers.testing import make_key
 
@@ -147,6 +156,29 @@ class Node:
     def governor(self) -> GovernorStatus:
         line = LineStatus(TierName.SSD, 0.01, 1e9, 4, 1.5, 4096)
         return GovernorStatus("auto", [line], [PaceStatus("engine-a", 9e3, 8e3, None, None)])
+
+    def sample(self) -> SampleStatus | None:
+        return SampleStatus(900, 1024, 0.25, 4000, 1000, 3600.0, 60.0, 1 << 42)
+
+    def curve(self) -> CurveStatus | None:
+        sample = self.sample()
+        if self.broken or sample is None:
+            return None
+        point = CurvePoint(1 << 30, Estimate(0.5, 0.01))
+        return CurveStatus(sample, [CurveTier(TierName.DRAM, point, 0.4)], [point])
+
+    async def what_if(self, tier: TierName, size_bytes: int | None, add_bytes: int) -> SizeAnswer:
+        self.asked.append((tier, size_bytes, add_bytes))
+        if tier is TierName.S3:
+            raise UnanswerableError("this node has no tier G4 of its own; it has G2, G3")
+        if size_bytes == 1:
+            raise BusyError("another such question is being answered")
+        some = Estimate(0.5, 0.01)
+        flow = Flow("computed", "G2", some, some, some, None)
+        answer = WhatIf(tier, 1 << 30, 2 << 30, some, some, some, {}, [flow], 10.0, 60.0, 1000)
+        sample = self.sample()
+        assert sample is not None
+        return SizeAnswer(answer, 0.4, some, some, sample)
 
     def receipts(self, request: str | None = None, limit: int = 0) -> ReceiptsStatus:
         kept = Receipts([TierName.SSD])

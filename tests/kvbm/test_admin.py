@@ -149,6 +149,7 @@ async def test_the_schema_describes_every_route(client: httpx2.AsyncClient) -> N
     nouns = (
         *("tiers", "recovery", "sessions", "peers", "stream", "node", "chunks/{key}"),
         *("quarantine", "policies", "governor", "receipts", "receipts/{request_id}"),
+        *("curve", "what-if"),
     )
     reads = {f"get /v1/{noun}" for noun in (*nouns, "drain", "scrub")}
     actions = ("drain", "resume", "flush", "scrub", "quarantine/clear")

@@ -531,7 +531,7 @@ ENGINE = {f"engine {name}" for name in ("vllm", "attach", "print-unit")}
 WITHOUT_DAEMON = {"bench replay", "router", "instances"} | ENGINE
 COMMANDS = [
     *(["status"], ["tiers"], ["peers"], ["top"], ["why"]),
-    *(["quarantine"], ["chunks", make_key("k").hex()]),
+    *(["quarantine"], ["chunks", make_key("k").hex()], ["what-if", "--add", "1GiB"]),
     ["quarantine", "clear"],
     *(["drain"], ["resume"], ["flush"], ["scrub"], ["events", "tail"]),
     ["bench", "tiers", "--running"],

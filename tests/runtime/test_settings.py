@@ -210,7 +210,8 @@ def test_a_section_that_is_no_mapping_is_told() -> None:
         ("s.yaml", "a: [", "not well-formed"),
         ("s.toml", "a = ", "not well-formed"),
         ("s.yaml", "- a\n- b\n", "holds a list"),
-        ("s.json", "{}", "suffix '.json' is not known"),
+        ("s.json", '{"a": ', "not well-formed"),
+        ("s.ini", "{}", "suffix '.ini' is not known"),
         ("s.yaml", "\udce4", "not well-formed"),
     ],
 )

@@ -7,7 +7,7 @@ const KEPT = 600;
 const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5"];
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 // The figures of the last minutes, by name, in columns as long as `at`.
 export class History {
@@ -54,8 +54,8 @@ export class History {
   }
 }
 
-const drawn = [];
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach((one) => one.build()));
+// Colours are taken when a chart is made: `again` makes it anew.
+export const onScheme = (again) => matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
 
 export class Chart {
   // `lines` are [label, history => values]; `text` writes a value.
@@ -67,7 +67,7 @@ export class Chart {
     this.element = el("section", { class: width }, el("h2", {}, title), this.place);
     this.plot = null;
     new ResizeObserver(() => this.resize()).observe(this.place);
-    drawn.push(this);
+    onScheme(() => this.plot && this.build());
   }
 
   build() {

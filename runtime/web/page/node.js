@@ -3,6 +3,7 @@
 import { Chart } from "./charts.js";
 import { bar, facts, figure, Slot, table } from "./dom.js";
 import { ago, byteRate, bytes, count, perSecond, seconds, share, short } from "./format.js";
+import { Sizes } from "./sizes.js";
 
 const TIERS = ["G2", "G3", "G4"];
 const NAMES = { G2: "G2 host memory", G3: "G3 SSD", G4: "G4 S3" };
@@ -36,7 +37,8 @@ export class NodeView {
     this.events = new Slot("Block events", "quarter");
     this.speeds = new Slot("Measured speeds", "half");
     this.peers = new Slot("Peers", "half");
-    this.slots = [this.requests, this.engines, this.queues, this.events, this.speeds, this.peers];
+    this.sizes = new Sizes();
+    this.slots = [this.requests, this.engines, this.queues, this.events, this.sizes, this.speeds, this.peers];
     this.elements = [...Object.values(this.tiers), ...this.charts, ...this.slots].map((one) => one.element);
   }
 

@@ -2,6 +2,21 @@
 
 const PAUSE_MS_MAX = 10000;
 
+function headers() {
+  const token = sessionStorage.getItem("kvbm-token");
+  return token ? { authorization: `Bearer ${token}` } : {};
+}
+
+// A question with an answer in JSON; status 0 where there is none.
+export async function ask(url) {
+  try {
+    const response = await fetch(url, { headers: headers(), cache: "no-store" });
+    return { status: response.status, body: await response.json() };
+  } catch (error) {
+    return { status: 0, body: { detail: `not reached: ${error.message}` } };
+  }
+}
+
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
@@ -27,9 +42,7 @@ export async function follow(url, on) {
   let pauseMs = 500;
   for (;;) {
     try {
-      const token = sessionStorage.getItem("kvbm-token");
-      const headers = token ? { authorization: `Bearer ${token}` } : {};
-      const response = await fetch(url, { headers, cache: "no-store" });
+      const response = await fetch(url, { headers: headers(), cache: "no-store" });
       if (response.status === 401) {
         sessionStorage.setItem("kvbm-token", await on.token());
         continue;
