@@ -31,7 +31,7 @@ from runtime.requests import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, load
 from runtime.settings_docs import LAYERS, markdown
 from runtime.telemetry import LogSettings
-from runtime.units import Duration, Size
+from runtime.units import Duration, Secret, Size
 from runtime.web.settings import WebSettings
 
 PROGRAM: Final = "kvbm-router"
