@@ -47,6 +47,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
 
 
 program.add_common_commands(app, PlannerSettings.load)
+program.add_print_unit(app, PROGRAM)
 
 
 def main() -> None:
@@ -58,23 +59,24 @@ async def _serve(settings: PlannerSettings) -> None:
     from planner.assembly import running
 
     stop = program.stop_signal()
-    async with running(settings, os.environ) as loop:
+    async with program.beside_systemd() as notifier, running(settings, os.environ) as loop:
         http = settings.http
         web = create_app(loop, program.version(), http.token_text)
         server = WebServer(web, http.host, http.port, section="http")
         await server.start()
-        planning = asyncio.create_task(loop.run(), name="planning")
         try:
             _log.info("serving", http=server.url, actuator=settings.actuator)
-            stopping = asyncio.create_task(stop.wait(), name="stop")
-            await asyncio.wait({planning, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            if planning.done():
-                planning.result()  # it ends by failing alone
+            said = f"listening on {server.url}"
+            notifier.ready(said)
+            async with asyncio.TaskGroup() as tasks:
+                telling = tasks.create_task(
+                    program.tell_what_is_missing(notifier, said, loop.readiness)
+                )
+                await program.unless_stopped(stop, loop.run())  # which ends by failing alone
+                telling.cancel()
+            notifier.stopping()
             _log.info("stopping")
         finally:
-            planning.cancel()
-            await asyncio.gather(planning, return_exceptions=True)
             await server.stop()
     _log.info("stopped")
 

@@ -45,6 +45,7 @@ _OF_OTHERS: Final = (
     "KVBM_ROUTER_",
     "KVBM_FRONTEND_",
     "KVBM_GLOBAL_ROUTER_",
+    "KVBM_PLANNER_",
 )  # programs whose settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
