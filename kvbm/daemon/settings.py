@@ -328,6 +328,13 @@ class WhatIfSettings(Section):
         description="Keys in the sample, at most; each takes about 400 bytes. Four times as many "
         "halve the error.",
     )
+    rate: float = Field(
+        default=0.125,
+        gt=0,
+        le=1,
+        description="The largest part of all keys that is sampled, however few there are: each one "
+        "costs the event loop a microsecond or two when it is asked for.",
+    )
     window: Duration = Field(
         default=3600.0,
         ge=60,
