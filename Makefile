@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-CODE   := $(wildcard storage_tiers runtime kvbm router frontend connectors mocker examples tools benchmarks)
+CODE   := $(wildcard storage_tiers runtime kvbm router frontend planner connectors mocker examples tools benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-fast chaos soak demo up down lock clean

@@ -28,13 +28,12 @@ from frontend.token_routes import TokenRoutes
 from frontend.upstream import Upstream
 from router.app import create_app
 from router.assembly import Assembly, running
-from router.dashboard import FleetPage
+from router.dashboard import fleet_dashboard
 from router.metrics import RouterMetrics
 from router.service import RouterService
 from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
 from runtime.kernels import WHY
-from runtime.web.dashboard import Dashboard
 from runtime.web.server import ServerTls, WebServer
 from runtime.web.starting import RETRY_AFTER_S, Starting
 
@@ -123,11 +122,10 @@ async def _open(
     openai = settings.openai
     service = RouterService(assembly)
     pages = Pages(parts.fleet, parts.gate, parts.meter, service)
-    dashboard = Dashboard(FleetPage(assembly))
     async with contextlib.AsyncExitStack() as stack:
-        doors.operators_page.app = create_app(service, dashboard)
         stack.push_async_callback(doors.operators.stop)
-        await stack.enter_async_context(dashboard.running())
+        dashboard = await stack.enter_async_context(fleet_dashboard(assembly))
+        doors.operators_page.app = create_app(service, dashboard)
         if settings.kserve is not None:
             completions = parts.exchanges.posted["/v1/completions"]
             inference = InferenceService(parts.fleet, completions, program.version())

@@ -73,11 +73,13 @@ class Curve:
         reach_bytes: int,
         window_s: float,
         *,
+        rate_max: float = 1.0,
         taken_bytes: Callable[[int], int] = lambda length: length,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`window_s`: what was asked for so long ago counts 1/e; `taken_bytes`: by a chunk."""
-        self.sample = ReuseSample(keys_max, reach_bytes)
+        """`window_s`: what was asked for so long ago counts 1/e; `taken_bytes`: by a chunk;
+        `rate_max`: as for `ReuseSample`."""
+        self.sample = ReuseSample(keys_max, reach_bytes, rate_max)
         self.window_s = window_s
         self._taken_bytes = taken_bytes
         self._clock = clock

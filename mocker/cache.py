@@ -10,7 +10,7 @@ is not registered: it serves its own sequence only.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class BlockPool:
@@ -29,6 +29,11 @@ class BlockPool:
     @property
     def used_count(self) -> int:
         return self.capacity - len(self._free)
+
+    @property
+    def hashes(self) -> Iterable[int]:
+        """Of all blocks that are registered."""
+        return self._registered
 
     def match(self, hashes: Sequence[int], limit: int) -> list[int]:
         """Blocks of the longest registered prefix, at most `limit`; changes nothing."""

@@ -135,6 +135,19 @@ class Engine:
             (s.load_end_ps for s in self._waiting if s.load_end_ps is not None), default=None
         )
 
+    def record_of(self, request_id: int) -> Record | None:
+        """Of a request that has not ended."""
+        sequence = self._by_id.get(request_id)
+        return None if sequence is None else sequence.record
+
+    def clear(self, now_ps: int) -> None:
+        """As if started anew: G1 is empty. The caller guarantees that it has nothing to do."""
+        assert not self._by_id
+        kept = list(self.pool.hashes)
+        if kept and self._emit:
+            self._emit(BlocksRemoved(now_ps, self.index, self.node, "G1", kept))
+        self.pool = BlockPool(self.settings.num_blocks)
+
     def submit(self, request: Request, now_ps: int) -> Refused | None:
         """Queue a request; it is looked at when the next step begins."""
         refused = self._refusal(request)

@@ -17,6 +17,7 @@ from mocker.timing import PS_PER_S
 TTFT_S: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0)
 TTFT_S_LONG: Final = (7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 ITL_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+SOURCES: Final = {"device": "G1", "host": "G2", "disk": "G3", "external_unspecified": "G4"}
 E2E_S: Final = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)
 
 
@@ -91,6 +92,9 @@ class Gauges:
         beyond = self._prompt_tokens - self._cached["G1"]
         tell("vllm:external_prefix_cache_queries_total", "counter", beyond)
         tell("vllm:external_prefix_cache_hits_total", "counter", lower)
+        for source, tier in SOURCES.items():
+            more = f',source="{source}"'
+            tell("vllm:prompt_tokens_cached_by_source_total", "counter", self._cached[tier], more)
         config = f',block_size="{settings.block_size}",num_gpu_blocks="{settings.num_blocks}"'
         tell("vllm:cache_config_info", "gauge", 1, config)
         lines.append("# TYPE vllm:request_success_total counter")

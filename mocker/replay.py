@@ -1,14 +1,15 @@
 """A fleet of mock engines in virtual time: requests arrive, a policy places them, times come out.
 
 A discrete-event simulation on one thread. At one moment, steps end first, then requests arrive,
-then engines begin steps; among equals the lower index goes first. So the same input gives the same
-result. Nodes share their tiers among their engines; G4 is shared by all nodes.
+then engines begin steps, then others' calls are made; among equals the lower index goes first. So
+the same input gives the same result. Nodes share their tiers among their engines; G4 is shared by
+all nodes.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,6 +23,7 @@ from mocker.timing import TierTiming
 FINISH: Final = 0
 ARRIVE: Final = 1
 START: Final = 2
+CALL: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Replay:
             for index in range(settings.engines)
         ]
         self._versions = [0] * settings.engines  # of what is in the heap for each engine
+        self._calls: list[Callable[[int], None]] = []
         self._records: list[Record] = []
         self._refused = 0
         self._now_ps = 0
@@ -98,6 +101,9 @@ class Replay:
             if kind == ARRIVE:
                 self._now_ps = now_ps
                 self._arrive(now_ps)
+            elif kind == CALL:
+                self._now_ps = now_ps
+                self._calls[index](now_ps)
             elif version == self._versions[index]:
                 self._now_ps = now_ps
                 if kind == FINISH:
@@ -114,6 +120,18 @@ class Replay:
         ]
         records = sorted(self._records, key=lambda record: record.request_id)
         return ReplayResult(records, totals, self._refused)
+
+    def call_at(self, at_ps: int, call: Callable[[int], None]) -> None:
+        """Have it called with that time, after all else that happens then."""
+        assert at_ps >= self._now_ps
+        heapq.heappush(self._heap, (at_ps, CALL, len(self._calls), 0))
+        self._calls.append(call)
+
+    @property
+    def is_busy(self) -> bool:
+        """Something is to arrive yet, or is at work."""
+        work = (w.engine.waiting_count + w.engine.running_count for w in self.workers)
+        return self._next is not None or any(work)
 
     def _arrive_next(self) -> None:
         self._next = next(self._arrivals, None)

@@ -93,8 +93,11 @@ class RouterPolicy:
         )
         capacity = Capacity(engine.num_blocks, engine.max_num_batched_tokens)
         speed = mistaken(speed_of(engine, fleet.tiers), routing)
-        for number in range(fleet.engines):
-            self.router.add_worker(Worker(WorkerId(number), speed, capacity))
+        self._workers = [
+            Worker(WorkerId(number), speed, capacity) for number in range(fleet.engines)
+        ]
+        for worker in self._workers:
+            self.router.add_worker(worker)
         self._answers = AnswerLength()
         self._routed: dict[int, tuple[Routed, int]] = {}  # and the output told of
 
@@ -109,6 +112,10 @@ class RouterPolicy:
         assert isinstance(decision, Chosen), decision
         found: list[int] = decision.request.covered[Tier.G1].tolist()
         return found
+
+    def accept(self, worker: int, accepting: bool) -> None:
+        """Whether it is sent requests; all are, until this says otherwise."""
+        self.router.change_worker(replace(self._workers[worker], accepting=accepting))
 
     def choose(self, request: Request, workers: Sequence[MockWorker], now_ps: int) -> int:
         self._now_s = now_ps / PS_PER_S

@@ -39,7 +39,7 @@ from mocker.text import VOCABULARY
 from mocker.tiers import LruTier, NodeTiers
 from mocker.tokens import generate
 from runtime import telemetry
-from runtime.component import Runtime
+from runtime.component import Runtime, Serving
 from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard, Role
 from runtime.events import EventPlaneSettings, create_event_plane
@@ -48,9 +48,10 @@ from runtime.generation import decode_generate
 from runtime.hashing import block_hashes
 from runtime.requests import RequestContext, RequestPlaneSettings, create_request_plane
 from runtime.settings import Settings, SettingsError, load, parse_assignments
-from runtime.units import Size
+from runtime.units import Duration, Size
 
 DRAIN_S: Final = 2.0
+DRAIN_QUIET_S: Final = 0.5
 PORT_MAX: Final = 65535
 
 
@@ -78,6 +79,9 @@ class MockSettings(Settings):
     host: str = Field(default="127.0.0.1", description="Where the OpenAI servers listen.")
     port: int = Field(
         default=0, ge=0, le=PORT_MAX, description="Of the first; the others follow. 0: free ones."
+    )
+    drain: Duration = Field(
+        default=30.0, ge=0, description="At its end it finishes what it has, for this long."
     )
     discovery: DiscoverySettings = DiscoverySettings()
     requests: RequestPlaneSettings = RequestPlaneSettings()
@@ -111,6 +115,7 @@ class MockEngine:
             engine, settings.model, gauges, context_tokens=settings.context_tokens
         )
         self.http = HttpServer(self._openai, settings.host, port)
+        self._serving: Serving | None = None
         self._daemon: DaemonTiers | None = None
         self._fetching: set[asyncio.Task[None]] = set()
 
@@ -131,9 +136,23 @@ class MockEngine:
             role=self._settings.role,
         )
         component = runtime.namespace(self._settings.namespace).component(COMPONENT)
-        serving = await component.endpoint(ENDPOINT).serve(self.generate, labels=card.labels())
-        self.instance = serving.name.id
+        self._serving = await component.endpoint(ENDPOINT).serve(
+            self.generate, labels=card.labels()
+        )
+        self.instance = self._serving.name.id
         return self
+
+    async def drain(self, timeout_s: float) -> None:
+        """Say that it is stopping, and finish what there is and what is on its way here yet."""
+        assert self._serving is not None
+        await self._serving.leave()
+        loop = asyncio.get_running_loop()
+        quiet_s, end_s = loop.time(), loop.time() + timeout_s
+        while loop.time() < min(quiet_s + DRAIN_QUIET_S, end_s):
+            engine = self.engine.engine
+            if engine.waiting_count + engine.running_count or self._fetching:
+                quiet_s = loop.time()
+            await asyncio.sleep(DRAIN_QUIET_S / 10)
 
     async def generate(self, payload: bytes, context: RequestContext) -> AsyncIterator[bytes]:
         """The endpoint's handler."""
@@ -262,3 +281,4 @@ async def _serve(settings: MockSettings) -> None:
         sys.stdout.write(json.dumps({"ready": settings.node, "engines": told}) + "\n")
         sys.stdout.flush()
         await ending.wait()
+        await asyncio.gather(*(one.drain(settings.drain) for one in engines))

@@ -80,20 +80,18 @@ async def _route(
     from router.app import create_app
     from router.assembly import running
     from router.component import serve_component
-    from router.dashboard import FleetPage
+    from router.dashboard import fleet_dashboard
     from router.metrics import RouterMetrics
     from router.service import RouterService
-    from runtime.web.dashboard import Dashboard
 
     metrics = RouterMetrics(program.version(), settings.name)
     async with running(settings, os.environ, metrics) as assembly:
         service = RouterService(assembly)
-        dashboard = Dashboard(FleetPage(assembly))
-        page.app = create_app(service, dashboard)
-        program.look_for_cycles_less()
         said = f"listening on {server.url}"
-        notifier.ready(said)
-        async with dashboard.running(), asyncio.TaskGroup() as tasks:
+        async with fleet_dashboard(assembly) as dashboard, asyncio.TaskGroup() as tasks:
+            page.app = create_app(service, dashboard)
+            program.look_for_cycles_less()
+            notifier.ready(said)
             telling = tasks.create_task(
                 program.tell_what_is_missing(notifier, said, assembly.readiness)
             )

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from router.assembly import Assembly
+from router.plans import Plans
 from router.reports import workers_report
+from runtime.web.dashboard import Dashboard
 
-Extra = Callable[[], Mapping[str, Any]]
+
+@contextlib.asynccontextmanager
+async def fleet_dashboard(assembly: Assembly) -> AsyncIterator[Dashboard]:
+    """A dashboard that runs for as long as the context lasts."""
+    settings, plans = assembly.settings.dashboard, None
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.planner is not None:
+            plans = Plans(settings.planner, settings.token_text)
+        dashboard = Dashboard(FleetPage(assembly, plans))
+        if plans is not None:
+            asking = asyncio.create_task(plans.run(lambda: dashboard.is_watched), name="plans")
+            stack.callback(asking.cancel)
+        await stack.enter_async_context(dashboard.running())
+        yield dashboard
 
 
 class FleetPage:
-    """A `runtime.web.dashboard.Source`. `extras` of other parts of the program, by name."""
+    """A `runtime.web.dashboard.Source`."""
 
     kind: Final = "fleet"
 
-    def __init__(self, assembly: Assembly, extras: Mapping[str, Extra] | None = None) -> None:
+    def __init__(self, assembly: Assembly, plans: Plans | None = None) -> None:
         self.name = assembly.settings.name
         self._assembly = assembly
-        self._extras = extras or {}
+        self._plans = plans
 
     def figures(self) -> Mapping[str, float]:
         assembly, totals = self._assembly, self._assembly.recent.totals
@@ -57,5 +74,5 @@ class FleetPage:
             "plane": assembly.plane.status(),
             "decisions": assembly.recent.decisions(),
             "prefixes": assembly.recent.prefixes(),
-            **{name: extra() for name, extra in self._extras.items()},
+            "planner": None if self._plans is None else self._plans.state(),
         }

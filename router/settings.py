@@ -31,7 +31,7 @@ from runtime.requests import RequestPlaneSettings
 from runtime.settings import Loaded, Section, Settings, load
 from runtime.settings_docs import LAYERS, markdown
 from runtime.telemetry import LogSettings
-from runtime.units import Duration, Size
+from runtime.units import Duration, Secret, Size
 from runtime.web.settings import WebSettings
 
 PROGRAM: Final = "kvbm-router"
@@ -246,6 +246,22 @@ class HttpSettings(WebSettings):
     )
 
 
+class DashboardSettings(Section):
+    planner: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+$",
+        description="Address of the planner whose plans the dashboard shows, as "
+        "`http://127.0.0.1:9086`.",
+    )
+    planner_token: Secret | None = Field(
+        default=None, description="What the planner's API asks for, or `file:PATH`."
+    )
+
+    @property
+    def token_text(self) -> str | None:
+        return None if self.planner_token is None else self.planner_token.get_secret_value()
+
+
 class RouterSettings(Settings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
@@ -312,6 +328,9 @@ class RouterSettings(Settings):
         default=ComponentSettings(), description="The router on the request plane."
     )
     http: HttpSettings = Field(default=HttpSettings(), description="The HTTP API.")
+    dashboard: DashboardSettings = Field(
+        default=DashboardSettings(), description="What the page for operators shows."
+    )
     discovery: DiscoverySettings = Field(
         default=DiscoverySettings(), description="Where engines, nodes and routers are found."
     )

@@ -192,6 +192,11 @@ class Serving:
         if self.state in SERVING:
             await self._registration.relabel(labels)
 
+    async def leave(self) -> None:
+        """Say that it is stopping: clients send nothing more; what comes yet is answered."""
+        if self.state in SERVING:
+            await self._registration.move(State.STOPPING)
+
     async def stop(self, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
         """Deregister, let what is in flight end within the time, close. Idempotent."""
         if self.state is State.DEREGISTERED:

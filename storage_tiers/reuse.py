@@ -52,11 +52,12 @@ def rate_of(most: int) -> float:
 class ReuseSample:
     """Recently used keys of the sample, by recency. About 200 bytes a key; not thread-safe."""
 
-    def __init__(self, keys_max: int, reach_bytes: int) -> None:
-        assert keys_max >= KEYS_MIN
+    def __init__(self, keys_max: int, reach_bytes: int, rate_max: float = 1.0) -> None:
+        """`rate_max`: no larger part of all keys is sampled, however few there are."""
+        assert keys_max >= KEYS_MIN and 0 < rate_max <= 1
         self.keys_max = keys_max
         self.reach_bytes = reach_bytes
-        self.most = _WORD - 1
+        self.most = max(0, min(_WORD, round(_WORD * rate_max)) - 1)
         """The highest hash that is sampled; a hash is the first half of a key."""
         self._slot_of: dict[int, int] = {}
         # Uses in their order, a slot each; the slot of a key's earlier use is empty. Twice the

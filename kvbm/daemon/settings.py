@@ -45,6 +45,7 @@ _OF_OTHERS: Final = (
     "KVBM_ROUTER_",
     "KVBM_FRONTEND_",
     "KVBM_GLOBAL_ROUTER_",
+    "KVBM_PLANNER_",
 )  # programs whose settings begin like ours
 _SALT_LENGTH_MIN: Final = 16
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -326,6 +327,13 @@ class WhatIfSettings(Section):
         le=1 << 20,
         description="Keys in the sample, at most; each takes about 400 bytes. Four times as many "
         "halve the error.",
+    )
+    rate: float = Field(
+        default=0.125,
+        gt=0,
+        le=1,
+        description="The largest part of all keys that is sampled, however few there are: each one "
+        "costs the event loop a microsecond or two when it is asked for.",
     )
     window: Duration = Field(
         default=3600.0,

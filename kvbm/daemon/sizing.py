@@ -40,7 +40,13 @@ def make_curve(settings: DaemonSettings, dram: DramTier) -> Curve | None:
     found = settings.what_if
     if not found.enabled:
         return None
-    return Curve(found.keys, settings.what_if_reach, found.window, taken_bytes=dram.slot_bytes)
+    return Curve(
+        found.keys,
+        settings.what_if_reach,
+        found.window,
+        rate_max=found.rate,
+        taken_bytes=dram.slot_bytes,
+    )
 
 
 class Sizing:

@@ -9,6 +9,7 @@ from, and who ends it, is the caller's business.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import structlog
 from kvbm.engine.openai import Bad, Figures, OpenAiServer, Served
 from kvbm.engine.settings import EngineSettings
 from runtime.discovery import Discovery, Pending
+from runtime.drain import drain_asked
 from runtime.engine_card import EngineCard
 from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle, State
@@ -59,7 +61,9 @@ class Life:
         if said.model is not None:
             labels["model"] = said.model
         self.name = InstanceName(endpoint, worker_id)
+        self._discovery = discovery
         self._registration = Registration(discovery, self.name, Lifecycle(), said.url, labels)
+        self._heeding: asyncio.Task[None] | None = None
         self._server = server
         self._settings = settings
         self._said = said
@@ -75,8 +79,9 @@ class Life:
         return self._registration.lifecycle.state
 
     async def begin(self) -> None:
-        """Others can see that it is coming."""
+        """Others can see that it is coming, and may ask it to drain."""
         self._told(await self._registration.register())
+        self._heeding = asyncio.create_task(self._heed(), name="drain-asked")
 
     async def watch(self, *, until_away: bool = False) -> None:
         """Look until cancelled, or until nobody has listened there for so many looks."""
@@ -106,6 +111,11 @@ class Life:
 
     async def end(self) -> None:
         """Nobody finds it any more. Idempotent."""
+        heeding, self._heeding = self._heeding, None
+        if heeding is not None:
+            heeding.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await heeding
         if self.state is not State.DEREGISTERED:
             before = self.state
             self._told(await self._registration.deregister())
@@ -116,6 +126,12 @@ class Life:
         if self.state is not State.STOPPING:
             await self._move(State.STOPPING)
 
+    async def _heed(self) -> None:
+        """Somebody wants it gone: it finishes what it has, and waits for whoever ends it."""
+        await drain_asked(self._discovery, self.name)
+        _log.info("drain_asked", instance=str(self.name))
+        await self.stopping()
+
     # -- a look ---------------------------------------------------------------------------
 
     async def _look(self) -> None:
@@ -124,6 +140,9 @@ class Life:
             self._bad = self._away = 0
             if self.state is State.RUNNING:
                 await self._move(State.HEALTHY)
+            return
+        if self.state is State.STOPPING:
+            self._away = self._away + 1 if problem.away else 0
             return
         if self.state is State.REGISTERED:
             if problem.reason != self._waiting_for:
@@ -139,12 +158,14 @@ class Life:
     async def _problem(self) -> Bad | None:
         """What is wrong with the engine, if anything is. Makes it `running` when it answers."""
         health = await self._server.health()
-        if isinstance(health, Bad):
-            return health
+        if isinstance(health, Bad) or self.state is State.STOPPING:
+            return health if isinstance(health, Bad) else None
         if self._card is None:
             made = await self._made_card()
             if isinstance(made, Bad):
                 return made
+            if not self._registration.lifecycle.may(State.RUNNING):  # it was asked to drain
+                return None
             self._card = made
             await self._move(State.RUNNING, card=made)
         idle_s = self._settings.canary_interval

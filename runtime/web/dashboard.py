@@ -82,6 +82,10 @@ class Dashboard:
         self._is_new = asyncio.Event()  # set, and replaced, with each state
         self._is_over = False
 
+    @property
+    def is_watched(self) -> bool:
+        return self._watchers > 0
+
     async def run(self) -> None:
         try:
             while True:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,8 +28,6 @@ VALUES: Final[dict[tuple[str, str], type[Enum]]] = {
     ("kvbm_evictions_total", "reason"): RemovalReason,
     ("kvbm_router_feed_nodes", "state"): NodeState,
 }
-PLANNER: Final = "kvbm_planner_"
-_OF_PLANNER: Final = frozenset({"check", "direction", "of", "phase", "reason", "role", "step"})
 
 
 class Wrong(Exception):
@@ -45,9 +42,7 @@ class Known:
 
 def known_metrics() -> dict[str, Known]:
     """As Prometheus has them: of histograms the series that they are made of."""
-    modules = ["kvbm.daemon.metrics", "router.metrics", "frontend.meter"]
-    if importlib.util.find_spec("planner") is not None:
-        modules.append("planner.metrics")
+    modules = ("kvbm.daemon.metrics", "router.metrics", "frontend.meter", "planner.metrics")
     found = {"up": Known("gauge", frozenset()), **dict(_of_the_connector())}
     for module in modules:
         specs: tuple[Spec, ...] = importlib.import_module(module).SPECS
@@ -123,8 +118,6 @@ def _labels(node: Any, known: dict[str, Known], *, within_rate: bool) -> Labels:
 
 def _selected(node: Any, known: dict[str, Known], *, within_rate: bool) -> Labels:
     name = node.name or ""
-    if name.startswith(PLANNER) and not any(other.startswith(PLANNER) for other in known):
-        return _OF_PLANNER | OF_TARGETS  # there is no planner here to ask
     if name not in known:
         raise Wrong(f"there is no metric {name!r}")
     found = known[name]

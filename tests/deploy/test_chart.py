@@ -309,11 +309,10 @@ def test_engines_share_the_directory_of_the_daemons_socket() -> None:
 
 def test_every_program_that_is_run_is_installed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    coming = {"kvbm-planner"}
     for workload in workloads(rendered(EVERYTHING)):
         command = _main(workload)["command"]
         if command[0] != "/bin/sh":
-            assert command[0] in {*project["scripts"], *coming}
+            assert command[0] in project["scripts"]
 
 
 def test_rules_and_dashboard_are_those_of_the_repository() -> None:

@@ -24,7 +24,7 @@ EXPOSURE_OF_OTHERS_MAX: Final = 1.5
 NOTIFIES: Final = {
     "kvbm-frontend": True,
     "kvbm-global-router": True,
-    "kvbm-planner": False,
+    "kvbm-planner": True,
     "kvbm-router": True,
 }
 

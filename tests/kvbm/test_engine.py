@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from connectors.vllm.launch import launch_of
 from kvbm.engine.child import Child, NoProgram
 from kvbm.engine.openai import Figures, read_figures
 from kvbm.engine.start import start
+from runtime.discovery import DiscoverySettings, create_discovery
+from runtime.drain import drain_key
 from runtime.engine_card import EngineCard
 from runtime.names import NameRefused, parse_instance_id
 from tests.kvbm import fake_engine
@@ -332,3 +335,20 @@ async def test_a_child_ends_with_all_that_it_started(tmp_path: Path) -> None:
     wait_until(lambda: not below.exists() or ") Z " in below.read_text(), WAIT_S, "it has ended")
     with pytest.raises(NoProgram, match="no-such-program"):
         Child(["no-such-program"], {})
+
+
+async def test_an_engine_that_others_want_gone_says_so_and_waits_for_its_end(place: Place) -> None:
+    """As a planner asks before it has Kubernetes take the pod."""
+    program, engine = launcher(place)
+    with program:
+        [record] = await asyncio.to_thread(place.wait_for, "healthy")
+        where = DiscoverySettings(file_directory=place.directory, file_poll=0.05)
+        discovery = create_discovery(where, {})
+        await discovery.start()
+        await discovery.put(drain_key(record.name), b"1")
+        await asyncio.to_thread(place.wait_for, "stopping")
+        await discovery.close()
+        assert engine.is_there and program.process.poll() is None
+        program.terminate()
+        assert await asyncio.to_thread(program.wait) == 0
+    assert await asyncio.to_thread(place.records) == []

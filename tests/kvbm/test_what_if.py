@@ -14,8 +14,11 @@ from tests.kvbm.test_cli import CHUNK, WAIT_S, keys_of, running_daemon
 from tests.waiting import wait_until
 
 
-def test_what_if_tells_what_a_larger_tier_would_find(tmp_path: Path, kvbm: Kvbm) -> None:
+def test_what_if_tells_what_a_larger_tier_would_find(
+    tmp_path: Path, kvbm: Kvbm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chains asked for in turn that host memory has no room for all of."""
+    monkeypatch.setenv("KVBM_WHAT_IF__RATE", "1")  # of so few keys all, for exact figures
     with running_daemon(tmp_path) as daemon:
         daemon.start()
         refused = kvbm("what-if", "--add", "1MiB", "--url", daemon.url)

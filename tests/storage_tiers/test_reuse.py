@@ -98,3 +98,11 @@ def test_keys_that_are_no_hashes_do_no_harm() -> None:
     sample.use(words_of(low), sizes_of(low))
     sample.check_integrity()
     assert len(sample) <= KEYS_MIN
+
+
+def test_no_more_than_a_part_is_sampled_however_few_there_are() -> None:
+    sample = ReuseSample(1024, 1 << 40, rate_max=1 / 8)
+    keys = [make_key(str(number)) for number in range(800)]
+    uses = sample.use(words_of(keys), np.full(len(keys), 4096, dtype=np.int64))
+    assert uses.rate == sample.rate == 1 / 8
+    assert 60 <= len(uses.indexes) == len(sample) <= 140

@@ -24,6 +24,43 @@ export function sentence(made) {
   return parts.join("; ");
 }
 
+// What the planner wants, has and expects, where one is named in the settings.
+class Plans {
+  constructor() {
+    const line = (name) => [name, (points) => points[name]];
+    this.engines = new Chart("Engines: planned and serving", "half", count, [line("target"), line("serving")]);
+    const rates = ["rate", "forecast", "low", "high"].map(line);
+    this.rates = new Chart("Requests: seen, and expected when an engine started now would serve", "half", perSecond, rates);
+    this.why = new Slot("Planner", "");
+    this.parts = [this.engines, this.rates, this.why];
+    for (const part of this.parts) part.element.hidden = true;
+  }
+
+  show(planner) {
+    for (const part of this.parts) part.element.hidden = !planner;
+    if (!planner) return;
+    const { points } = planner;
+    const column = (name) => points.map((point) => point[name]);
+    const names = ["at", "target", "serving", "rate", "forecast", "low", "high"];
+    const columns = Object.fromEntries(names.map((name) => [name, column(name)]));
+    this.engines.draw(columns);
+    this.rates.draw(columns);
+    this.why.show(
+      table(
+        [
+          ["engines", "", (r) => r.role],
+          ["rule", "", (r) => r.kind],
+          ["asks for", "n", (r) => count(r.engines)],
+          ["why", "why", (r) => r.text],
+        ],
+        planner.reasons,
+        planner.error ?? "no plan yet",
+      ),
+      planner.error ?? planner.url,
+    );
+  }
+}
+
 export class FleetView {
   constructor() {
     this.about = "";
@@ -50,8 +87,9 @@ export class FleetView {
     this.decisions = new Slot("Last decisions", "");
     this.prefixes = new Slot("Top shared prefixes", "half");
     this.nodes = new Slot("Nodes heard", "half");
-    this.slots = [this.engines, this.decisions, this.prefixes, this.nodes];
-    this.elements = [...this.numbers, ...this.charts, ...this.slots].map((one) => one.element);
+    this.plans = new Plans();
+    const slots = [this.engines, this.decisions, this.prefixes, this.nodes];
+    this.elements = [...this.numbers, ...this.charts, ...this.plans.parts, ...slots].map((one) => one.element);
   }
 
   // What is wrong, in words.
@@ -63,6 +101,7 @@ export class FleetView {
     this.showDecisions(state.decisions, now);
     this.showPrefixes(state.prefixes);
     this.showNodes(state);
+    this.plans.show(state.planner);
     const failed = Object.entries(state.readiness).filter(([, why]) => why !== null);
     return failed.map(([check, why]) => `${check}: ${why}`);
   }

@@ -1,4 +1,4 @@
-"""An API server that keeps ConfigMaps and Leases by the rules of Kubernetes, over real HTTP.
+"""An API server that keeps objects by the rules of Kubernetes, over real HTTP.
 
 Lists are paged and have a version; watches replay from one, send bookmarks, end in time, and say
 410 where the past was thrown away; writes conflict; what a deleted Lease owned is collected.
@@ -49,10 +49,11 @@ class KubeServer:
         self._closing = asyncio.Event()
         routes = [
             Route(f"{group}/namespaces/{{namespace}}/{{plural}}{name}", self._handle, methods=verbs)
-            for group in ("/api/v1", "/apis/coordination.k8s.io/v1")
+            for group in ("/api/v1", "/apis/coordination.k8s.io/v1", "/apis/apps/v1")
             for name, verbs in (
                 ("", ["GET", "POST", "DELETE"]),
                 ("/{name}", ["GET", "PUT", "PATCH", "DELETE"]),
+                ("/{name:path}", ["GET", "PATCH"]),  # NAME/scale
             )
         ]
         config = uvicorn.Config(

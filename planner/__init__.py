@@ -1,0 +1,1 @@
+"""How many engines a model needs: observed, forecast, decided with reasons, and made so."""

@@ -1,0 +1,1 @@
+"""Actuators: one seam, one file for each way to make a decision true."""
