@@ -113,8 +113,8 @@ class Relay:
             return
         data = msgspec.json.encode(_first_token_of(path, asked))
         try:
-            to = to_rank(place, given)
-            with await self._upstream.send(b"POST", place.url, path.encode(), to, data) as answer:
+            target, to = target_of(path), to_rank(place, given)
+            with await self._upstream.send(b"POST", place.url, target, to, data) as answer:
                 await answer.read()
         except EngineFault as fault:
             _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
@@ -133,7 +133,8 @@ class Relay:
         if not place.url:
             said = f"{scope['path']} is not for this model: its engines take tokens only"
             raise bad_request(said, "model", UNSUPPORTED)
-        method, target, to = scope["method"].encode(), target_of(scope), to_rank(place, given)
+        target = target_of(scope["path"], scope.get("query_string") or b"")
+        method, to = scope["method"].encode(), to_rank(place, given)
         with await self._upstream.send(method, place.url, target, to, body) as answer:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)

@@ -117,7 +117,8 @@ class Responses:
             (names.REQUEST_ID, reply.request_id.encode()),
             (names.TRACEPARENT, names.traceparent(scope["headers"])),
         ]
-        method, target = scope["method"].encode(), target_of(scope)
+        method = scope["method"].encode()
+        target = target_of(scope["path"], scope.get("query_string") or b"")
         try:
             with await self._upstream.send(method, place.url, target, given, body) as answer:
                 measured.status = answer.status
@@ -167,7 +168,7 @@ class Responses:
         return found
 
     async def _has(self, place: Place, response_id: str) -> Place | None:
-        target = f"{RESPONSES}/{response_id}".encode()
+        target = target_of(f"{RESPONSES}/{response_id}")
         async with self._asking:
             try:
                 with await self._upstream.send(b"GET", place.url, target, (), b"") as answer:

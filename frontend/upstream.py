@@ -18,7 +18,6 @@ from urllib.parse import quote, urlsplit
 
 from frontend.engine_connection import Broken, EngineConnection
 from frontend.fleet import Place
-from frontend.gate import Scope
 
 CONNECT_TIMEOUT_S: Final = 5.0
 IDLE_CONNECTION_S: Final = 4.0  # below the 5 s after which uvicorn closes one, as it is being used
@@ -216,10 +215,10 @@ class Upstream:
                     del self._pools[url]
 
 
-def target_of(scope: Scope) -> bytes:
-    """What a client's request is for, as the line of another may have it: path and query."""
-    path, query = quote(scope["path"]).encode(), scope.get("query_string") or b""
-    return path + b"?" + query if query else path
+def target_of(path: str, query: bytes = b"") -> bytes:
+    """As a request's line may have it; `path` is decoded, and may hold what ends a line."""
+    quoted = quote(path).encode()
+    return quoted + b"?" + query if query else quoted
 
 
 def to_rank(place: Place, given: Given) -> Given:

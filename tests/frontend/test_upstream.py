@@ -240,4 +240,4 @@ def test_what_is_sent_waits_for_no_acknowledgement(
 def test_a_path_is_one_again_on_the_way_to_an_engine(
     path: str, query: bytes, target: bytes
 ) -> None:
-    assert target_of({"path": path, "query_string": query}) == target
+    assert target_of(path, query) == target
