@@ -2,7 +2,7 @@
 
 Mock engines that answer at once (four in one process), one load generator in a process of its own,
 and in turn before them: the frontend passing through, the frontend making answers from tokens, a
-bare relay of the same libraries (the floor), and the reference's frontend with its own mock
+bare relay of uvicorn and aiohttp, and the reference's frontend with its own mock
 engines where KVBM_BENCH_REFERENCE names a virtual environment with ai-dynamo 1.6.1. Prompts are
 words of random letters. The clients acknowledge at once, so that nobody waits for a delayed ACK.
 
