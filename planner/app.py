@@ -7,16 +7,15 @@ from typing import Annotated, Any, Final
 
 import structlog
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from planner.loop import Loop
 from planner.metrics import PlannerMetrics
 from planner.reports import samples, step_report
 from planner.settings import PROGRAM
-from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import operators, readers
-from runtime.web.problems import described, handle_problems, problem
+from runtime.web.probes import add_probes
+from runtime.web.problems import described, handle_problems
 
 TOKEN_SETTING: Final = "http.token"  # noqa: S105 (a name)
 
@@ -27,7 +26,8 @@ def create_app(loop: Loop, version: str, token: str | None) -> FastAPI:
     """With a token, every request below /v1 must give it."""
     app = FastAPI(title=PROGRAM, version=version, docs_url=None, redoc_url=None)
     handle_problems(app, PROGRAM)
-    _add_probes(app, loop, PlannerMetrics(version, lambda: samples(loop)))
+    metrics = PlannerMetrics(version, lambda: samples(loop))
+    add_probes(app, loop.readiness, metrics.render, "docs/PLANNER_METRICS.md")
     errors: dict[int | str, dict[str, Any]] = {"default": described("Any error.")}
     reading = [Depends(readers(token, TOKEN_SETTING))]
     acting = [Depends(operators(token, TOKEN_SETTING))]
@@ -87,33 +87,6 @@ def _switches(loop: Loop) -> APIRouter:
         return _state(loop)
 
     return router
-
-
-def _add_probes(app: FastAPI, loop: Loop, metrics: PlannerMetrics) -> None:
-    @app.get("/live")
-    async def live() -> dict[str, str]:
-        """The event loop turns."""
-        return {"status": "alive"}
-
-    async def ready(request: Request) -> Response:
-        """Every check passes; otherwise 503 with the reasons."""
-        found = loop.readiness()
-        checks = {name: why or "ok" for name, why in found.items()}
-        failed = [f"{name}: {why}" for name, why in found.items() if why is not None]
-        if failed:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            return problem(request, status, "; ".join(failed), checks=checks)
-        return JSONResponse({"status": "ready", "checks": checks})
-
-    for path in ("/ready", "/health"):
-        app.get(path, response_class=Response, responses={503: described("Not ready, and why.")})(
-            ready
-        )
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
-        """Prometheus's text format; docs/PLANNER_METRICS.md lists the names."""
-        return Response(metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 def _state(loop: Loop) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from typing import Annotated, Any, Final
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi import Path as InPath
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 
 from router.asks import NAME_MAX, AskRefused, Happened, schemas
 from router.reports import index_report, replicas_report, samples, workers_report
 from router.service import Kind, NotRouted, RouterService
 from router.settings import PROGRAM
-from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import operators, readers
 from runtime.web.dashboard import Dashboard
+from runtime.web.probes import add_probes
 from runtime.web.problems import described, handle_problems, problem
 
 TOKEN_SETTING: Final = "http.token"  # noqa: S105 (a name)
@@ -55,7 +55,7 @@ def create_app(service: RouterService, dashboard: Dashboard | None = None) -> Fa
     app = FastAPI(title=PROGRAM, version=metrics.version, docs_url=None, redoc_url=None)
     handle_problems(app, PROGRAM)
     _handle_refusals(app, service)
-    _add_probes(app, service)
+    add_probes(app, assembly.readiness, metrics.render, "docs/ROUTER_METRICS.md")
     token = settings.token_text
     errors: dict[int | str, dict[str, Any]] = {
         "default": described("Any error; `kind` says which.")
@@ -166,35 +166,6 @@ def _reports(service: RouterService) -> APIRouter:
         return _json(replicas_report(assembly))
 
     return router
-
-
-def _add_probes(app: FastAPI, service: RouterService) -> None:
-    assembly = service.assembly
-
-    @app.get("/live")
-    async def live() -> dict[str, str]:
-        """The event loop turns."""
-        return {"status": "alive"}
-
-    async def ready(request: Request) -> Response:
-        """Every check passes; otherwise 503 with the reasons."""
-        found = assembly.readiness()
-        checks = {name: why or "ok" for name, why in found.items()}
-        failed = [f"{name}: {why}" for name, why in found.items() if why is not None]
-        if failed:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            return problem(request, status, "; ".join(failed), kind="not-ready", checks=checks)
-        return _json({"status": "ready", "checks": checks})
-
-    for path in ("/ready", "/health"):
-        app.get(path, response_class=Response, responses={503: described("Not ready, and why.")})(
-            ready
-        )
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
-        """Prometheus's text format; docs/ROUTER_METRICS.md lists the names."""
-        return Response(assembly.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 def _handle_refusals(app: FastAPI, service: RouterService) -> None:

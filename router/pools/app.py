@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import Response
 from msgspec import Meta
 
 from router.app import JSON, TOKEN_SETTING, TooLarge, read_body
@@ -19,8 +19,8 @@ from router.pools.assembly import GlobalAssembly
 from router.pools.relay import Relay
 from router.pools.settings import PROGRAM
 from runtime.generation import Generate, Hints, Sampling
-from runtime.metrics import CONTENT_TYPE
 from runtime.web.access import readers
+from runtime.web.probes import add_probes
 from runtime.web.problems import described, handle_problems, problem
 
 DECISIONS_MAX: Final = 1024
@@ -55,7 +55,7 @@ def create_app(assembly: GlobalAssembly) -> FastAPI:
     app = FastAPI(title=PROGRAM, version=metrics.version, docs_url=None, redoc_url=None)
     handle_problems(app, PROGRAM)
     _handle_refusals(app)
-    _add_probes(app, assembly)
+    add_probes(app, assembly.readiness, metrics.render, "docs/GLOBAL_ROUTER_METRICS.md")
     reading = [Depends(readers(http.token_text, TOKEN_SETTING))]
     errors: dict[int | str, dict[str, Any]] = {
         "default": described("Any error; `kind` says which.")
@@ -98,33 +98,6 @@ def _reports(assembly: GlobalAssembly) -> APIRouter:
         return _json(assembly.report())
 
     return router
-
-
-def _add_probes(app: FastAPI, assembly: GlobalAssembly) -> None:
-    @app.get("/live")
-    async def live() -> dict[str, str]:
-        """The event loop turns."""
-        return {"status": "alive"}
-
-    async def ready(request: Request) -> Response:
-        """Every check passes; otherwise 503 with the reasons."""
-        found = assembly.readiness()
-        checks = {name: why or "ok" for name, why in found.items()}
-        failed = [f"{name}: {why}" for name, why in found.items() if why is not None]
-        if failed:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            return problem(request, status, "; ".join(failed), kind="not-ready", checks=checks)
-        return _json({"status": "ready", "checks": checks})
-
-    for path in ("/ready", "/health"):
-        app.get(path, response_class=Response, responses={503: described("Not ready, and why.")})(
-            ready
-        )
-
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
-        """Prometheus's text format; docs/GLOBAL_ROUTER_METRICS.md lists the names."""
-        return Response(assembly.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
 
 def _handle_refusals(app: FastAPI) -> None:

@@ -309,13 +309,16 @@ def test_killing_an_engine_costs_what_was_in_flight_there(site: Site, tokens: Fr
     undisturbed = kept.complete(text, max_tokens=LONG_TOKENS)
     alone, whole = undisturbed.tokens, undisturbed.text
     gone = f"{killed.instance:x}.0"
+    killed.complete(text, max_tokens=1)
+    kept.forget()
+    stack.settle()  # only the one that is killed has the prompt at hand: requests go there
     with ThreadPoolExecutor(2) as pool, Migrating(tokens, text) as migrating:
+        migrating.begin_at(gone)
         there = pool.submit(site.ask, killed, text, max_tokens=LONG_TOKENS)
         elsewhere = pool.submit(site.ask, kept, text, max_tokens=LONG_TOKENS)
-        wait_until(lambda: _is_busy(killed), 30.0, "the long answer is under way")
+        wait_until(lambda: _running(killed) >= 2, 30.0, "the long answer is under way")
         with load.running():
             assert not there.done(), "it ended before the engine was killed"
-            migrating.begin_at(gone)
             killed.kill()
             killed_s = time.monotonic()
             load.wait_for_more()
@@ -384,5 +387,5 @@ class Migrating:
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
-def _is_busy(engine: Engine) -> bool:
-    return sum(engine.metrics("vllm:num_requests_running").values()) >= 1
+def _running(engine: Engine) -> float:
+    return sum(engine.metrics("vllm:num_requests_running").values())

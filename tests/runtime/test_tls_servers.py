@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
+from structlog.testing import capture_logs
 
 from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.embedded import EmbeddedNats
 from runtime.embedded_etcd import EmbeddedEtcd
 from runtime.events import EventPlane, EventPlaneSettings, create_event_plane
 from runtime.requests import RequestPlaneSettings, create_request_plane
+from runtime.requests.errors import RequestError
 from runtime.tls import TlsSettings
 from tests.runtime.certificates import Files, make_files
 from tests.runtime.planes import WAIT_S, nats_settings, take, until
@@ -174,9 +176,13 @@ async def test_neither_side_of_a_request_talks_to_a_server_it_does_not_trust(
     trusting, wary = (
         TlsSettings(authority=authority) for authority in (files.authority, files.other_authority)
     )
-    for sides in ((wary, trusting), (trusting, wary)):
-        with pytest.raises(Exception, match="certificate verify failed"):
-            await ask(server, *sides)
+    with pytest.raises(RequestError, match="certificate verify failed"):
+        await ask(server, trusting, wary)
+    # Who serves waits for a NATS that it trusts, and says so.
+    with capture_logs() as logged, pytest.raises(RequestError, match="nobody listens there"):
+        await ask(server, wary, trusting)
+    [waits] = [line for line in logged if line["event"] == "request_plane_waits"]
+    assert "certificate verify failed" in waits["reason"]
 
 
 # -- etcd ---------------------------------------------------------------------------------

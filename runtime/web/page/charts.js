@@ -108,14 +108,11 @@ export class Chart {
 
   resize() {
     this.plot?.setSize(this.size());
-    const legend = this.place.querySelector(".u-legend");
-    if (legend) this.place.style.height = `${160 + legend.offsetHeight + 4}px`;
   }
 
   draw(history) {
     if (!this.plot) {
       this.build();
-      this.resize();
     }
     this.plot.setData([history.at, ...this.lines.map(([, values]) => values(history))]);
     // Where no pointer is, the legend tells what is now.

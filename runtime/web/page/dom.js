@@ -7,11 +7,6 @@ export function el(tag, attributes = {}, ...children) {
   return made;
 }
 
-export function section(title, width, ...children) {
-  const heading = el("h2", {}, title);
-  return el("section", { class: width }, heading, ...children);
-}
-
 export const figure = (value, unit = "") => el("div", { class: "number" }, value, el("small", {}, unit));
 
 export const facts = (pairs) =>

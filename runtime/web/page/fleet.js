@@ -28,7 +28,7 @@ export function sentence(made) {
 class Plans {
   constructor() {
     const line = (name) => [name, (points) => points[name]];
-    this.engines = new Chart("Engines: planned and serving", "half", count, [line("target"), line("serving")]);
+    this.engines = new Chart("Planned engines, and serving ones", "half", count, [line("target"), line("serving")]);
     const rates = ["rate", "forecast", "low", "high"].map(line);
     this.rates = new Chart("Requests: seen, and expected when an engine started now would serve", "half", perSecond, rates);
     this.why = new Slot("Planner", "");

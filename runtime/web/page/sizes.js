@@ -98,7 +98,6 @@ export class Sizes {
       data,
       this.place,
     );
-    this.place.style.height = `${HEIGHT + this.place.querySelector(".u-legend").offsetHeight + 4}px`;
   }
 
   size() {
