@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,14 +53,17 @@ class StandIn:
         self._engine = f"stand-in-{os.getpid()}-{next(_names)}"
         self._chunk_bytes = chunk_bytes
         self._arena: Arena | None = None
-        self._mapped = threading.Event()
         self._connection = 0
         self._worker = Link(str(socket), lambda: self._hello("worker"), self)
         self.client = SchedulerClient(str(socket), lambda: self._hello("scheduler"), [lease_chunks])
 
     def __enter__(self) -> Self:
         self.start()
-        self.wait(lambda: self.client.ready, "the daemon is ready for this engine")
+        self.wait(
+            # It may say so to the scheduler before the worker has heard where the arena is.
+            lambda: self.client.ready and self._mapped() is not None,
+            "the daemon is ready for this engine",
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,10 +92,9 @@ class StandIn:
     def offer(self, items: Sequence[StoreItem]) -> int:
         """Hand over as many of these chunks as there are slots for at this moment."""
         self.client.pump()
+        if (arena := self._mapped()) is None:
+            return 0
         slots = self.client.take_slots(0, len(items))
-        arena = self._arena
-        if arena is None or arena.epoch != self.client.epoch:
-            return 0  # another daemon's slots
         filled: list[Filled] = []
         for slot, item in zip(slots, items, strict=False):
             arena.view(slot.offset, slot.length)[:] = item.data
@@ -142,13 +143,14 @@ class StandIn:
             lambda: lookup.answered and COMING not in lookup.states, "every chunk came or failed"
         )
         found: list[bytes | None] = []
+        arena = self._mapped()
         for index, state in enumerate(lookup.states):
-            if state != HERE or self._arena is None:
+            if state != HERE or arena is None:
                 found.append(None)
                 continue
             slot = Slot(*lookup.rows[index][2:])
-            found.append(take(index, self._arena.view(slot.offset, slot.length)))
-            assert self._arena.generation(slot.offset) == slot.generation, "it is claimed"
+            found.append(take(index, arena.view(slot.offset, slot.length)))
+            assert arena.generation(slot.offset) == slot.generation, "it is claimed"
         loaded = TOKENS_PER_CHUNK * sum(data is not None for data in found)
         waited_s = time.monotonic() - asked_at
         ended: State = "loaded" if loaded else "computed"
@@ -164,6 +166,11 @@ class StandIn:
                 raise TimeoutError(f"not within {WAIT_S:g} s: {what}")
             time.sleep(0.005)
             self.client.pump()
+
+    def _mapped(self) -> Arena | None:
+        """The arena that the scheduler's slots are in; None while it is another daemon's."""
+        arena = self._arena
+        return None if arena is None or arena.epoch != self.client.epoch else arena
 
     # -- the worker's link ---------------------------------------------------------------
 

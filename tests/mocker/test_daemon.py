@@ -54,17 +54,19 @@ async def test_an_engine_finds_what_another_stored_in_host_memory_and_on_the_ssd
     daemon: TemporaryDaemon,
 ) -> None:
     blocks = len(PROMPT) // BLOCK
+
+    def held_by(name: str) -> int:
+        held = {tier["tier"]: tier for tier in daemon.client.get("/v1/tiers")["tiers"]}
+        return int(held[name]["chunks"])
+
     computed, tiers = await answered(daemon, 0)
     assert (computed, tiers.loaded_total) == (len(PROMPT) + 4, 0)
     assert tiers.stored_total == blocks + 1  # and one that the answer filled
+    # It takes what it was handed, which is not yet when the hand is empty.
+    wait_until(lambda: held_by("G2") > blocks, WAIT_S, "all is in host memory")
     computed, tiers = await answered(daemon, 1)
     assert (computed, tiers.loaded_total) == (1 + 4, blocks)
-
-    def on_ssd() -> int:
-        held = {tier["tier"]: tier for tier in daemon.client.get("/v1/tiers")["tiers"]}
-        return int(held["G3"]["chunks"])
-
-    wait_until(lambda: on_ssd() >= blocks, WAIT_S, "the prompt is on the SSD")
+    wait_until(lambda: held_by("G3") >= blocks, WAIT_S, "the prompt is on the SSD")
     daemon.restart()
     computed, tiers = await answered(daemon, 2)
     assert (computed, tiers.loaded_total) == (1 + 4, blocks)

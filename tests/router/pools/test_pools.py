@@ -138,8 +138,8 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
         for service in services:  # they were told of every end
             await until("its requests end", lambda one=service: not len(one.assembly.reservations))
             assert not service.assembly.reservations.expired_total
-        costs = {one["pool"]: one["cost_s"] for one in told["pools"]}
-        assert costs["mid"] < costs["slow"] - 0.1
+        computes = {one["pool"]: one["terms"]["compute_s"] for one in told["pools"]}
+        assert computes["mid"] < computes["slow"] - 0.1
         metrics = (await routing.client.get("/metrics")).text
         assert 'kvbm_global_router_moved_total{grid_pool="slow",pool="fast",role="agg' in metrics
 
@@ -249,5 +249,5 @@ async def test_a_pool_s_router_that_goes_is_replaced_by_one_here(
             assert pool.router_kind == "found"
             await until("it is told of the end", lambda: not len(service.assembly.reservations))
         await complete(client, [1, 2, 3], 2)
-        assert pool.router_kind == "own"
+        await until("its going is seen", lambda: pool.router_kind == "own")
         assert [one["outcome"] for one in await routing.decisions()] == ["done", "done"]
