@@ -124,7 +124,8 @@ class _Stream:
 def _body(request: Generate) -> bytes:
     asked: dict[str, Any] = msgspec.to_builtins(request)
     sampling = asked.pop("sampling")
-    asked.pop("dp_rank", None)
+    for not_its in ("dp_rank", "hints", "session"):
+        asked.pop(not_its, None)
     more = {
         "prompt": asked.pop("token_ids"),
         "stream": True,

@@ -30,7 +30,7 @@ from runtime.generation import (
     encode,
 )
 from runtime.requests import RequestClient
-from runtime.requests.errors import DeadlineExceeded, RequestError
+from runtime.requests.errors import DeadlineExceeded, Draining, Overloaded, RequestError
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -76,8 +76,12 @@ class RequestPlaneEngines:
             said = f"The answer took over {self._deadline_s:g} s"
             raise ApiError(504, said, "deadline") from error
         except RequestError as error:
-            begun = not error.may_retry
-            raise EngineFault(place.transport, str(error), begun=begun) from error
+            raise EngineFault(
+                place.transport,
+                str(error),
+                begun=not error.may_retry,
+                is_busy=isinstance(error, Overloaded | Draining),
+            ) from error
         except GenerationRefused as error:
             raise EngineFault(place.transport, str(error), begun=True) from error
 
@@ -205,6 +209,7 @@ def _request(job: Job, given: list[int], sampling: Sampling, place: Place) -> Ge
         priority=job.priority,
         cache_salt=job.cache_salt,
         hints=job.hints,
+        session=job.session,
     )
 
 

@@ -29,10 +29,14 @@ Given = list[tuple[bytes, bytes]]
 
 
 class EngineFault(Exception):
-    """An engine did not answer, or broke off. `begun`: it may have worked on the request."""
+    """An engine did not answer, or broke off. `begun`: it may have worked on the request.
 
-    def __init__(self, url: str, why: str, *, begun: bool) -> None:
+    `is_busy`: it is well, and takes nothing more now.
+    """
+
+    def __init__(self, url: str, why: str, *, begun: bool, is_busy: bool = False) -> None:
         self.begun = begun
+        self.is_busy = is_busy
         super().__init__(f"{url}: {why}")
 
 

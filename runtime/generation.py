@@ -48,7 +48,8 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     dp_rank: int = 0
     priority: int = 0
     cache_salt: str | None = None
-    hints: Hints | None = None
+    hints: Hints | None = None  # this and the next are for who hands it on to an engine
+    session: str | None = None  # requests of one are best on one engine
 
 
 class Generated(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
