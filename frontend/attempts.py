@@ -14,7 +14,7 @@ import structlog
 from frontend.errors import ApiError, engine_lost, overloaded
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.meter import Measured
-from frontend.upstream import EngineFault
+from runtime.engines.upstream import EngineFault
 
 ENGINES_TRIED_MAX: Final = 8
 

@@ -11,7 +11,7 @@ from router.asks import NAME_MAX, RouteAsk
 from router.model import Part
 from router.pools.grid import Features
 from runtime.engine_card import Role
-from runtime.generation import Generate, Hints, encode
+from runtime.generation import Generate, Hints
 from runtime.hashing import block_hashes, seed_for
 
 NO_HINTS = Hints()
@@ -71,11 +71,9 @@ class Asked:
             )
         )
 
-    def payload(self, dp_rank: int) -> bytes:
-        """For an engine."""
-        return encode(
-            msgspec.structs.replace(self.request, dp_rank=dp_rank, hints=None, session=None)
-        )
+    def for_engine(self, dp_rank: int) -> Generate:
+        """Without what is for those who hand it on."""
+        return msgspec.structs.replace(self.request, dp_rank=dp_rank, hints=None, session=None)
 
     def _block_hashes(self, block_tokens: int) -> list[int]:
         found = self._hashes.get(block_tokens)
