@@ -50,7 +50,7 @@ class Plans {
         [
           ["engines", "", (r) => r.role],
           ["rule", "", (r) => r.kind],
-          ["asks for", "n", (r) => count(r.engines)],
+          ["asks for", "n", (r) => (r.engines === 1 ? "1 engine" : `${count(r.engines)} engines`)],
           ["why", "why", (r) => r.text],
         ],
         planner.reasons,
