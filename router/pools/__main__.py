@@ -76,6 +76,7 @@ async def _route(
     metrics = GlobalRouterMetrics(program.version(), settings.name)
     async with running(settings, strategies, os.environ, metrics) as assembly:
         begun.page.app = create_app(assembly)
+        program.look_for_cycles_less()
         url, notifier = begun.server.url, begun.notifier
         _log.info("serving", http=url, pools=list(assembly.pools))
         said = f"listening on {url}"

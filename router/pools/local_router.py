@@ -46,11 +46,11 @@ class Place(msgspec.Struct, frozen=True):
     request: str
     instance: str
     dp_rank: int
-    dp_size: int
     url: str
     transport: str
     cached_tokens: int
     events_instance: str | None
+    dp_size: int = 1
 
     @property
     def takes_http(self) -> bool:
