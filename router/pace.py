@@ -44,7 +44,7 @@ class PrefillPace:
 
     def add(self, tokens: float, seconds: float, weight: float = 1.0) -> None:
         """A first token came `seconds` after the request was sent; 0 < weight <= 1."""
-        if not (0 < tokens <= TOKENS_MAX and 0 < weight <= 1 and seconds > 0):
+        if not (1 <= tokens <= TOKENS_MAX and 0 < weight <= 1 and seconds > 0):
             return
         seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
         if len(self._first) < FIRST:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from router.index import WorkerId
@@ -124,6 +124,7 @@ def test_a_step_is_not_known_from_a_few_tokens() -> None:
 
 
 @given(st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING), max_size=60))
+@example(samples=[(2.2e-309, 1.0, 1.0)])
 def test_whatever_is_told_estimates_are_positive_numbers(
     samples: list[tuple[float, float, float]],
 ) -> None:
