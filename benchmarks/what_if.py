@@ -5,7 +5,9 @@ without sampling: exact LRU stack distances, and each tier's policy with all key
 bound is good if the truth lies inside it in 95 of 100 runs. Then what watching a lookup costs, and
 memory. Prints a table, and one JSON object as its last line.
 
-    python -m benchmarks.what_if [--trace FILE] [--seeds 20] [--keys 16384]
+    python -m benchmarks.what_if [--trace FILE] [--seeds 20] [--keys 8192]
+
+Keys and the most of all keys that is sampled are the daemon's defaults.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from benchmarks.policy import POLICIES, TRACE, asked_for
 from benchmarks.workloads import Request
 from kvbm.cli.figures import Row, bounded, tell
 from kvbm.curve import Curve
+from kvbm.daemon.settings import WhatIfSettings
 from kvbm.manager import Wanted
 from kvbm.protocol import Pace
 from kvbm.what_if import SizedTier, what_if
@@ -34,7 +37,7 @@ CHUNK_BYTES = 1 << 20
 TOKENS = 512
 SIZES = (1_000, 3_000, 10_000, 20_000, 30_000, 60_000, 100_000)
 CHANGES = ((3_000, 10_000), (10_000, 30_000))
-KEYS = 16384
+DEFAULTS = WhatIfSettings()
 WINDOW_S = 1e6  # a trace is over before anything fades
 INSIDE_MIN = 0.95
 KEY_US_MAX = 1.0
@@ -98,7 +101,7 @@ def watched(requests: Sequence[Request], seed: int, keys: int) -> tuple[Curve, l
     """A curve fed with all requests, and the microseconds that each took."""
     named: dict[int, Key] = {}
     now_s = 0.0
-    curve = Curve(keys, 1 << 50, WINDOW_S, clock=lambda: now_s)
+    curve = Curve(keys, 1 << 50, WINDOW_S, rate_max=DEFAULTS.rate, clock=lambda: now_s)
     took_us: list[float] = []
     for now_s, blocks in requests:  # noqa: B007 (the clock reads it)
         for block in blocks:
@@ -206,7 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, action="append", help=f"default {TRACE}")
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--keys", type=int, default=KEYS, help="in the sample, at most")
+    parser.add_argument("--keys", type=int, default=DEFAULTS.keys, help="in the sample, at most")
     arguments = parser.parse_args()
     rows: list[Row] = []
     for name, requests in asked_for(arguments.trace, parser).items():

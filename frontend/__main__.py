@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import structlog
-import typer
 import uvloop
 
 from frontend.server import PROGRAM, Doors, listening, serving
@@ -24,16 +23,11 @@ from runtime.web.server import ListenError
 
 _log = structlog.get_logger("kvbm.frontend")
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="OpenAI's API before a fleet of engines, each request where most of its KV is.",
+app = program.command_line(
+    "OpenAI's API before a fleet of engines, each request where most of its KV is."
 )
 
-Config = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/FRONTEND_CONFIG.md).")
-]
+Config = Annotated[Path | None, program.config_option("docs/FRONTEND_CONFIG.md")]
 
 
 @app.command()

@@ -11,10 +11,10 @@ from typing import Final
 
 import structlog
 
-from frontend.errors import ApiError, engine_lost
+from frontend.errors import ApiError, engine_lost, overloaded
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.meter import Measured
-from frontend.upstream import EngineFault
+from runtime.engines.upstream import EngineFault
 
 ENGINES_TRIED_MAX: Final = 8
 
@@ -30,6 +30,7 @@ class Attempts:
         self._measured = measured
         self._failed: list[int] = []
         self._begun = 0
+        self._all_busy = True  # those that have failed it
 
     async def assign(self, job: Job) -> Assigned:
         """An engine that has not failed it. Raises ApiError."""
@@ -37,7 +38,7 @@ class Attempts:
             assigned = await self._fleet.assign(job.without(self._failed))
         except ApiError as error:
             if self._failed and error.status == 503:
-                raise engine_lost(f"The engine was lost, and {error.message}") from error
+                raise self._ended(f"The engine was lost, and {error.message}") from error
             raise
         self._measured.sent(assigned, migrated=bool(self._failed))
         return assigned
@@ -51,5 +52,11 @@ class Attempts:
             assigned.failed()
             self._failed.append(instance)
         self._begun += begun
+        self._all_busy = self._all_busy and fault.is_busy
         if self._begun > self._migrations_max or len(self._failed) >= ENGINES_TRIED_MAX:
-            raise engine_lost("The engine at work on the request was lost") from fault
+            raise self._ended("The engine at work on the request was lost") from fault
+
+    def _ended(self, lost: str) -> ApiError:
+        if self._all_busy:
+            return overloaded("No engine takes more requests now", 1)
+        return engine_lost(lost)

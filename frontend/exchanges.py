@@ -18,7 +18,7 @@ from frontend.respond import Reply
 from frontend.responses import CreatingExchange, Makers, Responses
 from frontend.routes import readers
 from frontend.token_routes import TokenRoutes
-from frontend.upstream import Upstream
+from runtime.engines.upstream import Upstream
 
 RESPONSES_REMEMBERED: Final = 100_000
 

@@ -17,11 +17,12 @@ import numpy as np
 import structlog
 
 from frontend.attempts import Attempts
-from frontend.errors import ApiError, engine_lost
+from frontend.errors import ApiError, engine_lost, refused_by_engine
 from frontend.fleet import Assigned, Fleet, Job, Place
 from frontend.meter import Measured
-from frontend.upstream import EngineFault
+from runtime.engines.upstream import EngineFault
 from runtime.generation import (
+    EngineRefused,
     Generate,
     Generated,
     GenerationRefused,
@@ -30,7 +31,7 @@ from runtime.generation import (
     encode,
 )
 from runtime.requests import RequestClient
-from runtime.requests.errors import DeadlineExceeded, RequestError
+from runtime.requests.errors import DeadlineExceeded, Draining, Overloaded, RequestError
 
 _log = structlog.get_logger("kvbm.frontend")
 
@@ -41,7 +42,7 @@ class TokenEngines(Protocol):
     ) -> AsyncGenerator[Sequence[Generated]]:
         """Items, as many at a time as have come. Closing the iterator ends the work.
 
-        Raises EngineFault, or ApiError as the answer.
+        Raises EngineFault, EngineRefused, or ApiError as the answer.
         """
         ...
 
@@ -76,8 +77,12 @@ class RequestPlaneEngines:
             said = f"The answer took over {self._deadline_s:g} s"
             raise ApiError(504, said, "deadline") from error
         except RequestError as error:
-            begun = not error.may_retry
-            raise EngineFault(place.transport, str(error), begun=begun) from error
+            raise EngineFault(
+                place.transport,
+                str(error),
+                begun=not error.may_retry,
+                is_busy=isinstance(error, Overloaded | Draining),
+            ) from error
         except GenerationRefused as error:
             raise EngineFault(place.transport, str(error), begun=True) from error
 
@@ -146,6 +151,9 @@ class Generation:
                             if any(item.finish_reason is not None for item in items):
                                 return
                     raise EngineFault(assigned.place.transport, "no reason for its end", begun=True)
+                except EngineRefused as error:
+                    told = error.refused
+                    raise refused_by_engine(told.status, told.message, told.param) from error
                 except EngineFault as fault:
                     attempts.failed(assigned, fault, begun=bool(given))
                     if self._is_too_long(len(job.tokens) + len(given)):
@@ -169,7 +177,7 @@ class Generation:
             async with aclosing(self._engines.generate(place, first, headers)) as batches:
                 async for _ in batches:
                     pass
-        except (EngineFault, ApiError) as fault:
+        except (EngineFault, EngineRefused, ApiError) as fault:
             _log.warning("prefill_failed", instance=f"{place.instance:x}", why=str(fault))
         assigned.prefilled()
 
@@ -177,12 +185,17 @@ class Generation:
         return self._migration_tokens_max is not None and tokens > self._migration_tokens_max
 
 
-def _decoded(payloads: Sequence[bytes]) -> tuple[list[Generated], GenerationRefused | None]:
+def _decoded(
+    payloads: Sequence[bytes],
+) -> tuple[list[Generated], GenerationRefused | EngineRefused | None]:
     """Items, up to where one is none."""
     items: list[Generated] = []
     try:
         for payload in payloads:
-            items.append(decode_generated(payload))  # noqa: PERF401 (an error must lose none)
+            item = decode_generated(payload)
+            if item.refused is not None:
+                return items, EngineRefused(item.refused)
+            items.append(item)
     except GenerationRefused as error:
         return items, error
     return items, None
@@ -205,6 +218,7 @@ def _request(job: Job, given: list[int], sampling: Sampling, place: Place) -> Ge
         priority=job.priority,
         cache_salt=job.cache_salt,
         hints=job.hints,
+        session=job.session,
     )
 
 

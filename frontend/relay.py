@@ -23,7 +23,7 @@ from frontend.gate import Scope
 from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
-from frontend.upstream import Answer, EngineFault, Given, Upstream, target_of, to_rank
+from runtime.engines.upstream import Answer, EngineFault, Given, Upstream, target_of, to_rank
 
 RESPONSES: Final = "/v1/responses"
 GENERATE: Final = "/inference/v1/generate"

@@ -24,7 +24,7 @@ from frontend.meter import Measured, Meter
 from frontend.relay import RESPONSES, WORKER, back
 from frontend.request import decode
 from frontend.respond import Reply
-from frontend.upstream import Answer, EngineFault, Upstream, target_of
+from runtime.engines.upstream import Answer, EngineFault, Upstream, target_of
 
 ASK_DEADLINE_S: Final = 5.0
 ASKED_MAX: Final = 32  # engines at a time, of all searches

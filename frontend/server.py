@@ -12,7 +12,6 @@ import msgspec
 import structlog
 
 from frontend.app import make_app
-from frontend.completions import CompletionEngines
 from frontend.errors import overloaded
 from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
@@ -25,7 +24,6 @@ from frontend.routed import RoutedFleet
 from frontend.settings import FrontendSettings, OpenAiSettings
 from frontend.texts import Texts
 from frontend.token_routes import TokenRoutes
-from frontend.upstream import Upstream
 from router.app import create_app
 from router.assembly import Assembly, running
 from router.dashboard import fleet_dashboard
@@ -33,6 +31,8 @@ from router.metrics import RouterMetrics
 from router.service import RouterService
 from runtime import program
 from runtime.engine_card import COMPONENT, ENDPOINT
+from runtime.engines.completions import CompletionEngines
+from runtime.engines.upstream import Upstream
 from runtime.kernels import WHY
 from runtime.web.server import ServerTls, WebServer
 from runtime.web.starting import RETRY_AFTER_S, Starting

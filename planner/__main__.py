@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated
 
 import structlog
-import typer
 
 from planner.settings import PROGRAM, PlannerSettings
 from runtime import program
@@ -19,16 +18,9 @@ from runtime.web.server import ListenError, WebServer
 
 _log = structlog.get_logger("planner")
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="As many engines as the load needs, and why.",
-)
+app = program.command_line("As many engines as the load needs, and why.")
 
-Config = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/PLANNER_CONFIG.md).")
-]
+Config = Annotated[Path | None, program.config_option("docs/PLANNER_CONFIG.md")]
 
 
 @app.command()

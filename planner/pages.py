@@ -36,6 +36,7 @@ NAMES: Final = (
     *("vllm:time_to_first_token_seconds_sum", "vllm:time_to_first_token_seconds_count"),
     *("vllm:inter_token_latency_seconds_sum", "vllm:inter_token_latency_seconds_count"),
     *(f"{_F}requests_total", f"{_F}inflight_requests"),
+    f"{_F}responses_remembered",  # which a frontend tells before it has had a request
     *(f"{_F}input_sequence_tokens_sum", f"{_F}input_sequence_tokens_count"),
     *(f"{_F}time_to_first_token_seconds_sum", f"{_F}time_to_first_token_seconds_count"),
     *(f"{_F}inter_token_latency_seconds_sum", f"{_F}inter_token_latency_seconds_count"),
@@ -117,8 +118,8 @@ def frontend_page(told: Sequence[Sample], model: str | None) -> Counters | None:
         # Without a model's name is what was refused before it was read: no load of an engine.
         if (whose := sample.labels.get("model")) is None or (whose and model in {None, whose}):
             total[sample.name.removeprefix(_F)] += sample.value
-    # One that has had no request yet has no samples at all.
-    if told and not any(sample.name.startswith(_F) for sample in told):
+    # The page of another program is not that of an idle frontend.
+    if not any(sample.name.startswith(_F) for sample in told):
         return None
     return Counters(
         arrived=total["requests_total"] + total["inflight_requests"],

@@ -173,8 +173,8 @@ class PrometheusSettings(Section):
 class ObserveSettings(Section):
     frontends: list[str] = Field(
         default=[],
-        description="URLs of frontends (http://HOST:PORT), whose `/metrics` tell what arrives; "
-        "none: the engines tell.",
+        description="URLs of frontends as clients use them (http://HOST:PORT), whose `/metrics` "
+        "tell what arrives; none: the engines tell.",
     )
     timeout: Duration = Field(default=3.0, gt=0, description="Most that one page may take.")
     prometheus: PrometheusSettings | None = Field(

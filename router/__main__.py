@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import structlog
-import typer
 
-from router.index import KERNELS
+from router import start
 from router.settings import PROGRAM, RouterSettings
+from router.start import Begun
 from runtime import program
-from runtime.kernels import WHY, compiled
-from runtime.systemd import Notifier
-from runtime.web.server import ListenError, WebServer
-from runtime.web.starting import Starting
+from runtime.web.server import ListenError
 
 _log = structlog.get_logger("router")
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Send each request to the worker that has most of its KV and least to do.",
+app = program.command_line(
+    "Send each request to the worker that has most of its KV and least to do."
 )
 
-Config = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/ROUTER_CONFIG.md).")
-]
+Config = Annotated[Path | None, program.config_option("docs/ROUTER_CONFIG.md")]
 
 
 @app.command()
@@ -42,7 +35,7 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
     settings = loaded.value
     program.begin_log(settings.log, loaded)
     with program.ending_with_reason(ListenError, OSError):
-        asyncio.run(_serve(settings))
+        asyncio.run(start.serve(settings.http, "router.app", partial(_route, settings)))
 
 
 program.add_common_commands(app, RouterSettings.load)
@@ -53,30 +46,7 @@ def main() -> None:
     app(prog_name=PROGRAM)
 
 
-async def _serve(settings: RouterSettings) -> None:
-    stop = program.stop_signal()
-    http, page = settings.http, Starting(WHY)
-    server = WebServer(page, http.host, http.port, section="http", concurrency_max=http.concurrency)
-    async with program.beside_systemd() as notifier:
-        await server.start()
-        try:
-            notifier.status(WHY)
-            # What only serving needs takes a second to import.
-            if await program.unless_stopped(stop, compiled(("router.app", *KERNELS))):
-                page.why = "starting"
-                await _route(settings, server, page, notifier, stop)
-        finally:
-            await server.stop()
-    _log.info("stopped")
-
-
-async def _route(
-    settings: RouterSettings,
-    server: WebServer,
-    page: Starting,
-    notifier: Notifier,
-    stop: asyncio.Event,
-) -> None:
+async def _route(settings: RouterSettings, begun: Begun) -> None:
     from router.app import create_app
     from router.assembly import running
     from router.component import serve_component
@@ -87,9 +57,10 @@ async def _route(
     metrics = RouterMetrics(program.version(), settings.name)
     async with running(settings, os.environ, metrics) as assembly:
         service = RouterService(assembly)
-        said = f"listening on {server.url}"
+        url, stop, notifier = begun.server.url, begun.stop, begun.notifier
+        said = f"listening on {url}"
         async with fleet_dashboard(assembly) as dashboard, asyncio.TaskGroup() as tasks:
-            page.app = create_app(service, dashboard)
+            begun.page.app = create_app(service, dashboard)
             program.look_for_cycles_less()
             notifier.ready(said)
             telling = tasks.create_task(
@@ -97,12 +68,12 @@ async def _route(
             )
             # Takes a while where discovery is away.
             if await program.unless_stopped(stop, serve_component(service)):
-                _log.info("serving", http=server.url, router=settings.name, policy=settings.policy)
+                _log.info("serving", http=url, router=settings.name, policy=settings.policy)
                 await stop.wait()
             telling.cancel()
         notifier.stopping()
         _log.info("stopping", requests=len(assembly.reservations))
-        await server.stop()
+        await begun.server.stop()
 
 
 if __name__ == "__main__":

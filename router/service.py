@@ -209,6 +209,7 @@ class RouterService:
             "worker": str(worker),
             "instance": f"{worker.instance:x}",
             "dp_rank": worker.dp_rank,
+            "dp_size": engine.card.dp_size,
             "url": engine.card.url,
             "transport": engine.transport,
             "policy": chosen.policy,

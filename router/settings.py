@@ -75,7 +75,7 @@ class BlocksSettings(Section):
     )
 
 
-class BusySettings(Section):
+class LimitSettings(Section):
     blocks_fraction: float | None = Field(
         default=None,
         gt=0.0,
@@ -92,6 +92,13 @@ class BusySettings(Section):
         ge=0.0,
         description="The same, as a share of what the worker takes into one step.",
     )
+
+    @property
+    def limits(self) -> BusyLimits:
+        return BusyLimits(self.blocks_fraction, self.prefill_tokens, self.prefill_fraction)
+
+
+class BusySettings(LimitSettings):
     status: Literal[529, 503] = Field(
         default=529,
         description="HTTP status where all workers are busy, the line is full, or waiting took too "
@@ -100,10 +107,6 @@ class BusySettings(Section):
     retry_after: Duration = Field(
         default=1.0, ge=0.0, description="What `Retry-After` says then, in whole seconds."
     )
-
-    @property
-    def limits(self) -> BusyLimits:
-        return BusyLimits(self.blocks_fraction, self.prefill_tokens, self.prefill_fraction)
 
 
 class QueueSettings(Section):
@@ -262,8 +265,8 @@ class DashboardSettings(Section):
         return None if self.planner_token is None else self.planner_token.get_secret_value()
 
 
-class RouterSettings(Settings):
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
+class RoutingSettings(Settings):
+    """How requests are routed, whoever does it for whom."""
 
     name: str = Field(
         default_factory=lambda: default_name(socket.gethostname()),
@@ -280,9 +283,6 @@ class RouterSettings(Settings):
         le=1 << 16,
         description="Tokens of a block. By default what a model's first engine says; engines that "
         "say otherwise are left out.",
-    )
-    min_workers: int = Field(
-        default=0, ge=0, description="The router is not ready before there were so many workers."
     )
     policy: PolicyName = Field(
         default="kv", description="How a worker is chosen ([ROUTER.md](ROUTER.md))."
@@ -304,10 +304,8 @@ class RouterSettings(Settings):
     blocks: BlocksSettings = Field(
         default=BlocksSettings(), description="The policy `kv-blocks`: weights of its formula."
     )
-    busy: BusySettings = Field(
-        default=BusySettings(),
-        description="Limits above which a worker is sent nothing; `/v1/busy_threshold` changes "
-        "them at run time.",
+    busy: LimitSettings = Field(
+        default=LimitSettings(), description="Limits above which a worker is sent nothing."
     )
     queue: QueueSettings = Field(default=QueueSettings(), description="Requests that wait.")
     disaggregation: DisaggregationSettings = Field(
@@ -317,19 +315,9 @@ class RouterSettings(Settings):
     feed: FeedSettings = Field(
         default=FeedSettings(), description="How the streams of nodes are followed."
     )
-    snapshot: SnapshotSettings | None = Field(
-        default=None, description="The index over restarts of this router."
-    )
     replicas: ReplicaSettings = Field(default=ReplicaSettings(), description="Several routers.")
     reservations: ReservationSettings = Field(
         default=ReservationSettings(), description="Requests sent by callers of the API."
-    )
-    component: ComponentSettings | None = Field(
-        default=ComponentSettings(), description="The router on the request plane."
-    )
-    http: HttpSettings = Field(default=HttpSettings(), description="The HTTP API.")
-    dashboard: DashboardSettings = Field(
-        default=DashboardSettings(), description="What the page for operators shows."
     )
     discovery: DiscoverySettings = Field(
         default=DiscoverySettings(), description="Where engines, nodes and routers are found."
@@ -358,6 +346,29 @@ class RouterSettings(Settings):
         """`runtime.settings.load`; `environ` is the process's if not given."""
         found = os.environ if environ is None else environ
         return load(cls, file=file, environ=found, overrides=overrides)
+
+
+class RouterSettings(RoutingSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
+
+    min_workers: int = Field(
+        default=0, ge=0, description="The router is not ready before there were so many workers."
+    )
+    busy: BusySettings = Field(
+        default=BusySettings(),
+        description="Limits above which a worker is sent nothing; `/v1/busy_threshold` changes "
+        "them at run time.",
+    )
+    snapshot: SnapshotSettings | None = Field(
+        default=None, description="The index over restarts of this router."
+    )
+    component: ComponentSettings | None = Field(
+        default=ComponentSettings(), description="The router on the request plane."
+    )
+    http: HttpSettings = Field(default=HttpSettings(), description="The HTTP API.")
+    dashboard: DashboardSettings = Field(
+        default=DashboardSettings(), description="What the page for operators shows."
+    )
 
 
 def default_name(hostname: str) -> str:

@@ -48,7 +48,16 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     dp_rank: int = 0
     priority: int = 0
     cache_salt: str | None = None
-    hints: Hints | None = None
+    hints: Hints | None = None  # this and the next are for who hands it on to an engine
+    session: str | None = None  # requests of one are best on one engine
+
+
+class Refused(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why no engine would take the request: `status` is OpenAI's, from 400 to 499."""
+
+    status: int
+    message: str
+    param: str | None = None
 
 
 class Generated(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -58,6 +67,15 @@ class Generated(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     finish_reason: Finish | None = None  # in the last item
     stop_token: int | None = None  # that ended it, which is not among the tokens
     cached_tokens: int | None = None  # of the prompt; said once, in any item
+    refused: Refused | None = None  # then this is the only item
+
+
+class EngineRefused(Exception):
+    """The request is to blame: no other engine would take it."""
+
+    def __init__(self, refused: Refused) -> None:
+        self.refused = refused
+        super().__init__(refused.message)
 
 
 class GenerationRefused(ValueError):

@@ -46,6 +46,17 @@ Load = Callable[..., Loaded[S]]
 _log = structlog.get_logger()
 
 
+def command_line(about: str) -> typer.Typer:
+    return typer.Typer(
+        add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=about
+    )
+
+
+def config_option(page: str, forms: str = "YAML or TOML") -> Any:
+    """Of the file with the settings that `page` lists."""
+    return typer.Option("--config", "-c", help=f"{forms} file ({page}).")
+
+
 def look_for_cycles_less() -> None:
     """What was made so far stays, and requests leave few: a look through all takes 0.1 s."""
     gc.collect()

@@ -55,6 +55,7 @@ class Stack:
         self.records = build / "run"
         self._build = build
         self._folder = build / "demo"
+        self.discovery_folder = self._folder / "discovery"
         self._logs = build / "logs"
         self._say = say
         self._running = ExitStack()
@@ -220,7 +221,7 @@ class Stack:
         }
 
     def _discovery(self) -> Mapping[str, str]:
-        return {"discovery": "file", "file_directory": str(self._folder / "discovery")}
+        return {"discovery": "file", "file_directory": str(self.discovery_folder)}
 
     def _kept(self) -> str:
         return ", ".join(f"{tier}: {n} chunks" for tier, n in self.daemon.kept_chunks().items())

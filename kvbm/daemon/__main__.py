@@ -30,16 +30,9 @@ from runtime.web.starting import Starting
 from storage_tiers.arena import ArenaError
 from storage_tiers.base import TierError
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="KV-cache block manager: one per node, shared by every engine on it.",
-)
+app = program.command_line("KV-cache block manager: one per node, shared by every engine on it.")
 
-Config = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML or TOML file (docs/CONFIG.md).")
-]
+Config = Annotated[Path | None, program.config_option("docs/CONFIG.md")]
 
 
 @app.command()

@@ -39,6 +39,7 @@ class ExplainAsk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     priority: int | None = None
     max_tokens: Count = 256
     cache_salt: str | None = None
+    session: Name | None = None
 
 
 class UnknownModel(Exception):
@@ -77,6 +78,7 @@ def _reports(assembly: GlobalAssembly) -> APIRouter:
             token_ids=tokens_of(ask.tokens).tolist(),
             sampling=Sampling(max_tokens=ask.max_tokens),
             cache_salt=ask.cache_salt,
+            session=ask.session,
             hints=Hints(ask.ttft_target_ms, ask.itl_target_ms, ask.priority),
         )
         decided = {

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from router.asks import RouteAsk
+from router.asks import NAME_MAX, RouteAsk
 from router.model import Part
 from router.pools.grid import Features
 from runtime.engine_card import Role
-from runtime.generation import Generate, Hints, encode
+from runtime.generation import Generate, Hints
 from runtime.hashing import block_hashes, seed_for
 
 NO_HINTS = Hints()
@@ -64,15 +64,16 @@ class Asked:
                 model=self.model,
                 part=_PARTS[self.role],
                 priority=request.priority,
+                session=(request.session or "")[-NAME_MAX:] or None,
                 expected_output_tokens=request.sampling.max_tokens,
                 workers=workers,
                 deadline_s=deadline_s,
             )
         )
 
-    def payload(self, dp_rank: int) -> bytes:
-        """For an engine."""
-        return encode(msgspec.structs.replace(self.request, dp_rank=dp_rank, hints=None))
+    def for_engine(self, dp_rank: int) -> Generate:
+        """Without what is for those who hand it on."""
+        return msgspec.structs.replace(self.request, dp_rank=dp_rank, hints=None, session=None)
 
     def _block_hashes(self, block_tokens: int) -> list[int]:
         found = self._hashes.get(block_tokens)

@@ -15,6 +15,7 @@ import structlog
 
 from router.model import Engine
 from router.pools.decision import DecisionLog
+from router.pools.engines import Engines
 from router.pools.grid import Strategy
 from router.pools.meter import GlobalRouterMetrics
 from router.pools.pool import Pool
@@ -24,6 +25,7 @@ from runtime.component import Runtime, Serving
 from runtime.discovery import create_discovery
 from runtime.discovery.store import Store
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard, Role
+from runtime.engines.upstream import Upstream
 from runtime.events import EventPlane, create_event_plane
 from runtime.metrics import Samples
 from runtime.requests import create_request_plane
@@ -43,6 +45,7 @@ class GlobalAssembly:
         runtime: Runtime,
         plane: EventPlane,
         metrics: GlobalRouterMetrics,
+        upstream: Upstream,
     ) -> None:
         self.settings = settings
         self.strategies = strategies
@@ -55,6 +58,7 @@ class GlobalAssembly:
             name: Pool(name, runtime, plane, settings, self._changed.set) for name in names
         }
         self._runtime = runtime
+        self._engines = Engines(runtime.client, upstream)
         self._serving: dict[tuple[Role, str], tuple[EngineCard, Serving]] = {}
 
     async def run(self) -> None:
@@ -154,7 +158,7 @@ class GlobalAssembly:
             strategy,
             model,
             self.pools,
-            self._runtime.client,
+            self._engines,
             self.settings,
             self.log,
             self.metrics,
@@ -176,17 +180,20 @@ async def running(
     """A global router with planes of its own, for as long as the context lasts."""
     plane = create_event_plane(settings.events, PROGRAM)
     await plane.start()
+    upstream = Upstream(settings.engines.silence, settings.engines.key_text)
+    await upstream.open()
     try:
         discovery = create_discovery(settings.discovery, environ, memory)
         requests = create_request_plane(settings.requests, PROGRAM)
         async with asyncio.TaskGroup() as tasks:
             # Pools outlive the runtime: what drains there still needs them.
             async with Runtime(discovery, requests) as runtime:
-                assembly = GlobalAssembly(settings, strategies, runtime, plane, metrics)
+                assembly = GlobalAssembly(settings, strategies, runtime, plane, metrics, upstream)
                 task = tasks.create_task(assembly.run(), name="global router")
                 yield assembly
             task.cancel()
     finally:
+        await upstream.close()
         await plane.close()
 
 

@@ -46,9 +46,16 @@ class Place(msgspec.Struct, frozen=True):
     request: str
     instance: str
     dp_rank: int
+    url: str
     transport: str
     cached_tokens: int
     events_instance: str | None
+    dp_size: int = 1
+
+    @property
+    def takes_http(self) -> bool:
+        """Its engine is not on the request plane, and has an OpenAI server."""
+        return bool(self.url) and self.transport == self.url
 
 
 class LocalRouter(Protocol):

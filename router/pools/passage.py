@@ -12,19 +12,15 @@ import structlog
 from router.asks import Happened
 from router.pools.asked import Asked
 from router.pools.decision import Attempt, Decision
+from router.pools.engines import Engines, Piece
 from router.pools.local_router import Place, Refusal
 from router.pools.meter import GlobalRouterMetrics
 from router.pools.pool import Pool
-from runtime.engine_card import COMPONENT, ENDPOINT
-from runtime.generation import Generated, decode_generated
-from runtime.requests import RequestClient, RequestContext, RequestError
+from runtime.requests import RequestContext, RequestError
 from runtime.requests.errors import ConnectionLost, HandlerFailed, Overloaded
 
 ENGINES_TRIED_MAX: Final = 4
 """In one pool, of engines that cannot have begun on the request."""
-
-Piece = tuple[bytes, Generated]
-"""As it came, and read."""
 
 _log = structlog.get_logger("kvbm.global_router")
 
@@ -38,14 +34,14 @@ class Passage:
         asked: Asked,
         context: RequestContext,
         pools: Sequence[Pool],
-        client: RequestClient,
+        engines: Engines,
         meter: GlobalRouterMetrics,
     ) -> None:
         self._decision = decision
         self._asked = asked
         self._context = context
         self._pools = [pools[number] for number in decision.settled.order]
-        self._client = client
+        self._engines = engines
         self._meter = meter
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
@@ -83,6 +79,8 @@ class Passage:
             try:
                 async with aclosing(self._from_engine(pool, place)) as pieces:
                     async for piece in pieces:
+                        if piece[1].refused is not None:
+                            attempt.error = piece[1].refused.message
                         yield piece
                 return
             except RequestError as error:
@@ -96,25 +94,16 @@ class Passage:
 
     async def _from_engine(self, pool: Pool, place: Place) -> AsyncGenerator[Piece, None]:
         ending: Literal["done", "failed", "cancelled"] = "failed"
-        name, context = place.request, self._context
+        name, request = place.request, self._asked.for_engine(place.dp_rank)
         try:
-            stream = self._client.stream(
-                place.transport,
-                f"{pool.namespace}.{COMPONENT}.{ENDPOINT}",
-                self._asked.payload(place.dp_rank),
-                deadline_s=context.left_s(),
-                headers=context.headers,
-            )
-            async with stream as items:
-                async for item in items:
-                    generated = decode_generated(item)
+            answer = self._engines.ask(pool.namespace, place, request, self._context)
+            async with aclosing(answer) as pieces:
+                async for item, generated in pieces:
                     count = len(generated.token_ids)
                     if count:
                         pool.tell(place, Happened(request=name, kind="output", tokens=count))
-                    if generated.finish_reason is not None:
+                    if generated.finish_reason is not None or generated.refused is not None:
                         ending = "done"
-                    if context.stopped.is_set():
-                        stream.stop()
                     yield item, generated
         except (GeneratorExit, asyncio.CancelledError):
             ending = "done" if ending == "done" else "cancelled"

@@ -70,8 +70,7 @@ class Pool:
         self._found: FoundRouter | None = None
         self._silent_until = -math.inf
         if settings.pool_routers == "found":
-            component = "router" if settings.component is None else settings.component.name
-            self._found = FoundRouter(runtime, namespace, component)
+            self._found = FoundRouter(runtime, namespace, settings.router_component)
         self._tasks: asyncio.TaskGroup | None = None
         # Of all requests that were to be sent here, seconds of prompts: decided, and routed.
         self._owed_s = self._routed_s = 0.0

@@ -15,6 +15,7 @@ from contextlib import aclosing
 
 from router.pools.asked import NOTHING_OWED, Asked, Owed
 from router.pools.decision import Decision, DecisionLog, Outcome
+from router.pools.engines import Engines
 from router.pools.feedback import Outlook, settle
 from router.pools.grid import Strategy
 from router.pools.meter import GlobalRouterMetrics
@@ -22,7 +23,7 @@ from router.pools.passage import Passage
 from router.pools.pool import Pool
 from router.pools.settings import GlobalRouterSettings
 from runtime.generation import Generate, Hints, decode_generate
-from runtime.requests import RequestClient, RequestContext
+from runtime.requests import RequestContext
 from runtime.requests.errors import Overloaded
 
 
@@ -34,7 +35,7 @@ class Relay:
         strategy: Strategy,
         model: str,
         pools: Mapping[str, Pool],
-        client: RequestClient,
+        engines: Engines,
         settings: GlobalRouterSettings,
         log: DecisionLog,
         meter: GlobalRouterMetrics,
@@ -42,7 +43,7 @@ class Relay:
         self.strategy = strategy
         self.model = model
         self._pools = [pools[name] for name in strategy.namespaces]
-        self._client = client
+        self._engines = engines
         self._feedback = settings.feedback
         ttft_s, itl_s = settings.default_ttft_target, settings.default_itl_target
         self._defaults = Hints(
@@ -59,7 +60,7 @@ class Relay:
         self._log.add(decision)
         self._meter.decided(decision)
         asked.owed = self._owed(decision)
-        passage = Passage(decision, asked, context, self._pools, self._client, self._meter)
+        passage = Passage(decision, asked, context, self._pools, self._engines, self._meter)
         outcome: Outcome = "failed"
         try:
             async with aclosing(passage.pieces()) as pieces:
@@ -68,7 +69,7 @@ class Relay:
                         decision.first_item_s = time.monotonic() - began_s
                         self._meter.first_item(decision)
                     decision.tokens += len(generated.token_ids)
-                    if generated.finish_reason is not None:
+                    if generated.finish_reason is not None or generated.refused is not None:
                         outcome = "done"
                     yield item
         except (GeneratorExit, asyncio.CancelledError):

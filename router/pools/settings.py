@@ -12,10 +12,16 @@ from typing import Final, Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from router.settings import HttpSettings, RouterSettings
+from router.settings import (
+    BusySettings,
+    ComponentSettings,
+    HttpSettings,
+    RouterSettings,
+    RoutingSettings,
+)
 from runtime.settings import Section
 from runtime.settings_docs import markdown
-from runtime.units import Duration
+from runtime.units import Duration, Secret
 
 PROGRAM: Final = "kvbm-global-router"
 ENV_PREFIX: Final = "KVBM_GLOBAL_ROUTER_"
@@ -45,7 +51,23 @@ class FeedbackSettings(Section):
     )
 
 
-class GlobalRouterSettings(RouterSettings):
+class EnginesSettings(Section):
+    key: Secret | None = Field(
+        default=None,
+        description="What engines' OpenAI servers ask for (`--api-key`), or `file:PATH`.",
+    )
+    silence: Duration = Field(
+        default=600.0,
+        gt=0.0,
+        description="A server that says nothing about a request for this long is taken for gone.",
+    )
+
+    @property
+    def key_text(self) -> str | None:
+        return None if self.key is None else self.key.get_secret_value()
+
+
+class GlobalRouterSettings(RoutingSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
     config: Path = Field(
@@ -63,6 +85,15 @@ class GlobalRouterSettings(RouterSettings):
         description="`found`: a pool's own kvbm-router is asked where one serves, else one that "
         "runs in this process. `own`: always one in this process.",
     )
+    router_component: str = Field(
+        default=ComponentSettings().name,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$",
+        description="What pools' own routers are on the request plane: their `component.name`.",
+    )
+    engines: EnginesSettings = Field(
+        default=EnginesSettings(),
+        description="Engines that take tokens through their OpenAI server, as vLLM's do.",
+    )
     feedback: FeedbackSettings = Field(
         default=FeedbackSettings(), description="Live load and hits of pools."
     )
@@ -73,10 +104,10 @@ class GlobalRouterSettings(RouterSettings):
 
     def of_pool(self, namespace: str) -> RouterSettings:
         """Of the router for a pool in this process."""
-        given = {name: getattr(self, name) for name in RouterSettings.model_fields}
+        given = {name: getattr(self, name) for name in RoutingSettings.model_fields}
         given["events"] = self.events.model_copy(update={"namespace": namespace})
-        # One file holds one index, and the pool's own engines are nobody else's to register.
-        return RouterSettings(**{**given, "snapshot": None, "component": None})
+        given["busy"] = BusySettings(**self.busy.model_dump())
+        return RouterSettings(**given, component=None)
 
 
 def config_page() -> str:

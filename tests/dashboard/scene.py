@@ -1,4 +1,5 @@
-"""A fleet small enough for a page's test: NATS, a daemon, two mock engines over it, a frontend."""
+"""A fleet small enough for a page's test: NATS, a daemon, two mock engines over it, a frontend, and
+a planner that only watches."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from tests.waiting import wait_until
 START_S = 240.0  # a fresh checkout compiles its kernels first
 MODEL = "mock"
 CHAT_TOKENS = 512
+PROFILE = {"prefill": [[512, 0.4], [1024, 0.8]], "decode": [[1, 1000, 0.01], [64, 64000, 0.02]]}
+"""Engines of which the load would need more than there are."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,29 @@ def scene(folder: Path) -> Iterator[Scene]:
         }
         password = {"KVBM_MOCK_EVENTS__NATS_PASSWORD": nats.password}
         stack.enter_context(_program(folder, "mocker", engines, password))
-        port, operators = free_ports(2)
-        given = {**events, "openai.port": port, "http.port": operators, "index.capacity": 100_000}
+        port, operators, planner = free_ports(3)
+        given = {
+            **events,
+            "openai.port": port,
+            "http.port": operators,
+            "index.capacity": 100_000,
+            "dashboard.planner": f"http://127.0.0.1:{planner}",
+        }
         password = {"KVBM_FRONTEND_EVENTS__NATS_PASSWORD": nats.password}
         stack.enter_context(_program(folder, "frontend", given, password))
+        profile = folder / "profile.json"
+        profile.write_text(json.dumps(PROFILE))
+        plans = {
+            "http.port": planner,
+            "discovery.file_directory": folder / "found",
+            "observe.frontends": f"http://127.0.0.1:{port}",
+            "perf.profile": profile,
+            "scaling.load_adjustment_interval": "500ms",
+            "scaling.start_delay": "1s",
+            "forecast.throughput_adjustment_interval": "500ms",
+            "forecast.load_predictor": "ewma",
+        }
+        stack.enter_context(_program(folder, "planner", plans, {}))
         made = Scene(daemon.client.url, f"http://127.0.0.1:{operators}", f"http://127.0.0.1:{port}")
         wait_until(lambda: _serves(made.openai, 2), START_S, (folder / "frontend.log").read_text())
         yield made

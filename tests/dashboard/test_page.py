@@ -68,6 +68,11 @@ class Opened:
             before, timeout=WAIT_MS, use_inner_text=True
         )
 
+    def waits_for_text(self, heading: str, pattern: str) -> None:
+        expect(self._section(heading)).to_have_text(
+            re.compile(pattern, re.DOTALL), timeout=WAIT_MS, use_inner_text=True
+        )
+
     def _section(self, heading: str) -> Locator:
         """The one whose heading begins so."""
         named = self.page.locator("h2", has_text=re.compile(f"^{heading}"))
@@ -78,7 +83,10 @@ class Opened:
             self.faults.append(text)
 
 
-@pytest.fixture(params=[(1280, "light"), (390, "dark")], ids=["wide-light", "narrow-dark"])
+@pytest.fixture(
+    params=[(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")],
+    ids=["wide-light", "wide-dark", "narrow-light", "narrow-dark"],
+)
 def opened(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Opened]:
     width, scheme = request.param
     size = ViewportSize(width=width, height=900)
@@ -119,6 +127,16 @@ def test_a_fleets_figures_move_under_load_and_decisions_say_why(
     assert "next best" in opened.text("Last decisions")
     assert "512 tokens" in opened.text("Top shared prefixes")
     assert "live" in opened.text("Nodes heard")
+
+
+def test_what_a_planner_wants_beside_what_serves(fleet: Scene, opened: Opened) -> None:
+    opened.go(fleet.fleet)
+    engines, rates = "Planned engines", "Requests: seen, and expected"
+    opened.waits_for_text(rates, r"forecast[1-9][\d.]*/slow[\d.]+/shigh[1-9][\d.]*/s")
+    # Of engines as slow as its profile says, the load needs more than the two that serve.
+    opened.waits_for_text(engines, r"target[3-8]serving2")
+    opened.waits_for_change(rates)
+    opened.waits_for_text("Planner", r"floor.* requests/s within \d+ s")
 
 
 def test_it_says_when_nothing_comes_and_goes_on_when_it_does(

@@ -34,6 +34,8 @@ from examples.demo.stack import Stack
 from tests.e2e import openai_requests
 from tests.e2e.conftest import ONE_THREAD
 from tests.e2e.texts import prompt, reusable
+from tests.router.pools.configs import agg
+from tests.router.pools.world import a_site, until
 from tests.waiting import wait_until
 
 PROMPTS = [prompt(f"frontend {number}", 600) for number in range(6)]
@@ -238,6 +240,40 @@ def test_answers_made_from_tokens_are_the_engines_own(
     for name, call in calls.items():
         asking.agree(name, call, openai_requests.said)
     asking.close()
+
+
+async def test_the_engines_are_a_pool_of_a_global_router(site: Site, tmp_path: Path) -> None:
+    """Which reaches them at nothing but their OpenAI servers, and knows what they have."""
+    text, engine = prompt("of a pool", 600), site.stack.engines[0]
+    alone, tokens = engine.complete(text), site.stack.frontend.client.tokens_of(text)
+    asked: dict[str, Any] = {"model": SERVED_NAME, "max_tokens": 24, "temperature": 0.0}
+    asked["extra_body"] = {"ignore_eos": True}
+    async with a_site(tmp_path, site.stack.nats) as pools:
+        pools.place["discovery.file_directory"] = site.stack.discovery_folder
+        routing = await pools.global_router(agg("default"))
+        client = await pools.frontend(1, SERVED_NAME)
+        for given in (text, tokens):
+            answer = await client.completions.create(prompt=given, **asked)
+            assert answer.choices[0].text == alone.text
+        stream = await client.completions.create(prompt=text, stream=True, **asked)
+        assert "".join([event.choices[0].text async for event in stream]) == alone.text
+        whole = reusable(len(tokens))
+        assert answer.usage.prompt_tokens_details.cached_tokens >= whole
+        [pool] = (await routing.explain(tokens))["aggregated"]["pools"]
+        assert pool["cached_tokens"] >= whole
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.completions.create(prompt=text, logit_bias={"99999": 1}, **asked)
+        assert "99999" in str(refused.value)
+        told = await routing.decisions()
+        assert [one["outcome"] for one in told] == ["done"] * 4
+        instances = {f"{one.instance:x}" for one in site.stack.engines}
+        assert {one["attempts"][0]["instance"] for one in told} <= instances
+        left = await client.completions.create(
+            prompt=text, stream=True, **{**asked, "max_tokens": LONG_TOKENS}
+        )
+        await anext(aiter(left))
+        await left.close()
+        await until("no engine works on it", lambda: not any(map(_running, site.stack.engines)))
 
 
 def test_requests_go_where_their_kv_is(site: Site) -> None:

@@ -22,9 +22,9 @@ from frontend.keep_alive import KeepAlive
 from frontend.meter import Meter
 from frontend.pages import Pages
 from frontend.prompt import PromptMaker
-from frontend.upstream import Upstream
 from router.asks import AskRefused
 from router.service import NotRouted
+from runtime.engines.upstream import Upstream
 
 MODEL = "test/model"
 

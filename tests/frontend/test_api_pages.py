@@ -21,8 +21,8 @@ from frontend.gate import Gate
 from frontend.keep_alive import COMMENT
 from frontend.meter import Meter
 from frontend.pages import Pages
-from frontend.upstream import Upstream
 from router.asks import BusyAsk
+from runtime.engines.upstream import Upstream
 from tests.frontend.engines import MODEL, Asked, InTurn, OneLimit, Wire, frontend
 from tests.frontend.test_anthropic_client import answer as answer_message
 from tests.frontend.test_responses import Keeping

@@ -17,7 +17,7 @@ from frontend.meter import Meter
 from frontend.prompt import PromptMaker
 from frontend.token_routes import TokenRoutes
 from frontend.tokenizer import Tokenizer
-from frontend.upstream import EngineFault, Upstream
+from runtime.engines.upstream import EngineFault, Upstream
 from runtime.generation import Generate, Generated, Sampling, encode
 from tests.frontend.engines import MODEL, Asked, Engine, InTurn, Wire, Worker
 from tests.frontend.test_tokenizer import byte_level_once

@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from frontend.app import make_app
-from frontend.completions import CompletionEngines
 from frontend.exchanges import make_exchanges
 from frontend.gate import Gate
 from frontend.generate import ByAddress, Generation, TokenEngines
@@ -20,7 +19,8 @@ from frontend.pages import Pages
 from frontend.prompt import PromptMaker
 from frontend.token_routes import TokenRoutes
 from frontend.tokenizer import Tokenizer
-from frontend.upstream import Upstream
+from runtime.engines.completions import CompletionEngines
+from runtime.engines.upstream import Upstream
 from tests.frontend.engines import MODEL, Asked, Engine, InTurn, OneLimit, Script, Wire
 from tests.frontend.test_tokenizer import byte_level_once
 

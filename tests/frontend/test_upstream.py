@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import uvloop
 
-from frontend.engine_connection import UNREAD_BYTES_MAX
-from frontend.upstream import EngineFault, Upstream, target_of
+from runtime.engines.connection import UNREAD_BYTES_MAX
+from runtime.engines.upstream import EngineFault, Upstream, target_of
 
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -172,7 +172,7 @@ async def test_an_answer_that_is_left_takes_its_connection_with_it() -> None:
 
 
 async def test_connections_that_nobody_uses_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frontend.upstream.IDLE_CONNECTION_S", 0.0)
+    monkeypatch.setattr("runtime.engines.upstream.IDLE_CONNECTION_S", 0.0)
     engine = Engine(WHOLE)
     async with asking(engine, silence_s=0.2) as (upstream, url):
         await body_of(upstream, url)

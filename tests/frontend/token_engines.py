@@ -20,7 +20,7 @@ from frontend.prompt import PromptMaker
 from frontend.template import ChatTemplate
 from frontend.token_routes import TokenRoutes
 from frontend.tokenizer import Tokenizer
-from frontend.upstream import Upstream
+from runtime.engines.upstream import Upstream
 from runtime.generation import Generate, Generated, decode_generate, encode
 from runtime.requests import RequestPlaneSettings, RequestServer, create_request_plane
 from runtime.requests.base import RequestContext

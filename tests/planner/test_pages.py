@@ -102,6 +102,7 @@ def test_the_frontends_own_meter_is_understood() -> None:
     assert every.arrived == 4
     under_way.end()
     assert frontend_page(samples(VLLM), None) is None
+    assert frontend_page([], None) is None, "as the operators' address of a frontend tells"
     idle = frontend_page(samples(generate_latest(Meter().registry).decode()), "m")
     assert idle == Counters()
     assert engine_page(told) is None

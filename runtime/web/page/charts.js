@@ -6,6 +6,7 @@ import { bytes } from "./format.js";
 const KEPT = 600;
 const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 const COLOURS = ["--c1", "--c2", "--c3", "--c4", "--c5"];
+export const AXIS = 28; // of the axis below a chart
 
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -58,7 +59,8 @@ export class History {
 export const onScheme = (again) => matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
 
 export class Chart {
-  // `lines` are [label, history => values]; `text` writes a value.
+  // `lines` are [label, history => values]; `text` writes a value. `limits.band`: two lines, the
+  // higher first, that are the edges of an area.
   constructor(title, width, text, lines, limits = {}) {
     this.text = text;
     this.lines = lines;
@@ -80,7 +82,7 @@ export class Chart {
       cursor: { drag: { x: false, y: false } },
       scales: { y: { range: (_, low, high) => [0, this.limits.max ?? (high > 0 ? high * 1.08 : 1)] } },
       axes: [
-        { ...axis, space: 80, values: (_, ticks) => ticks.map(clock) },
+        { ...axis, space: 80, size: AXIS, values: (_, ticks) => ticks.map(clock) },
         {
           ...axis,
           size: 64,
@@ -88,6 +90,7 @@ export class Chart {
           ...(this.text === bytes ? { incrs: POWERS } : {}),
         },
       ],
+      bands: this.limits.band ? [{ series: this.limits.band, fill: `${colour("--c2")}22` }] : [],
       series: [
         { value: (_, at) => (at === null ? "" : clock(at)) },
         ...this.lines.map(([label], i) => ({

@@ -30,7 +30,7 @@ class Plans {
     const line = (name) => [name, (points) => points[name]];
     this.engines = new Chart("Planned engines, and serving ones", "half", count, [line("target"), line("serving")]);
     const rates = ["rate", "forecast", "low", "high"].map(line);
-    this.rates = new Chart("Requests: seen, and expected when an engine started now would serve", "half", perSecond, rates);
+    this.rates = new Chart("Requests: seen, and expected when an engine started now would serve", "half", perSecond, rates, { band: [4, 3] });
     this.why = new Slot("Planner", "");
     this.parts = [this.engines, this.rates, this.why];
     for (const part of this.parts) part.element.hidden = true;
@@ -50,7 +50,7 @@ class Plans {
         [
           ["engines", "", (r) => r.role],
           ["rule", "", (r) => r.kind],
-          ["asks for", "n", (r) => count(r.engines)],
+          ["asks for", "n", (r) => (r.engines === 1 ? "1 engine" : `${count(r.engines)} engines`)],
           ["why", "why", (r) => r.text],
         ],
         planner.reasons,
@@ -146,8 +146,8 @@ export class FleetView {
       table(
         [
           ["when", "n", (d) => ago(d.at, now)],
-          ["request", "id", (d) => d.request.slice(0, 24)],
-          ["model", "", (d) => d.model],
+          ["request", "id spare", (d) => d.request.slice(0, 24)],
+          ["model", "spare", (d) => d.model],
           ["worker", "id", (d) => d.worker],
           ["why", "why", sentence],
         ],

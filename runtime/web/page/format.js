@@ -12,7 +12,7 @@ function scaled(value, base, units) {
     at += 1;
   }
   const digits = at === 0 || Math.abs(value) >= 100 ? 0 : Math.abs(value) >= 10 ? 1 : 2;
-  return `${value.toFixed(digits)} ${units[at]}`.trim();
+  return `${value.toFixed(digits)}\u00a0${units[at]}`.trim();
 }
 
 export const count = (value) => (known(value) ? number.format(value) : NONE);

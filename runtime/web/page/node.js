@@ -33,8 +33,8 @@ export class NodeView {
     ];
     this.requests = new Slot("Latest requests", "");
     this.engines = new Slot("Engines connected", "half");
-    this.queues = new Slot("Queues", "quarter");
-    this.events = new Slot("Block events", "quarter");
+    this.queues = new Slot("Queues", "quarter list");
+    this.events = new Slot("Block events", "quarter list");
     this.speeds = new Slot("Measured speeds", "half");
     this.peers = new Slot("Peers", "half");
     this.sizes = new Sizes();
@@ -116,8 +116,8 @@ export class NodeView {
       table(
         [
           ["when", "n", (r) => ago(r.asked_at, now)],
-          ["request", "id", (r) => r.request || "\u2013"],
-          ["engine", "", (r) => r.engine],
+          ["request", "id spare", (r) => r.request || "\u2013"],
+          ["engine", "id", (r) => r.engine],
           ["asked for", "n", (r) => short(r.asked_tokens)],
           ["kept in", "", kept],
           ["engine had", "n", (r) => short(r.local_tokens)],

@@ -1,6 +1,6 @@
 // What tiers of other sizes would find: the curve, and a question that is answered in seconds.
 
-import { colour, onScheme } from "./charts.js";
+import { AXIS, colour, onScheme } from "./charts.js";
 import { el, facts } from "./dom.js";
 import { bytes, perSecond, seconds, share } from "./format.js";
 import { ask } from "./stream.js";
@@ -14,13 +14,13 @@ const points = ({ value, error }) => `${(100 * value).toFixed(1)} \u00b1 ${(100 
 // The section, which feeds itself while the page is shown.
 export class Sizes {
   constructor() {
-    this.place = el("div", { class: "chart" });
+    this.place = el("div", { class: "chart sizes" });
     this.about = el("p", { class: "none" }, "no lookups yet");
     this.answer = el("div", { role: "status" });
     this.form = this.makeForm();
     this.element = el(
       "section",
-      { class: "half" },
+      { class: "half tall" },
       el("h2", {}, "What another size would find"),
       this.about,
       this.place,
@@ -62,6 +62,8 @@ export class Sizes {
       ? `Hits of an LRU cache by its size, of what was asked for in the last ${seconds(Math.min(sample.seconds, sample.window_s))}, with its bound. Really: ${own}. 1 key in ${(1 / sample.rate).toFixed(1)} is sampled.`
       : "no lookups yet";
     this.draw(body.points);
+    await null; // a plot that is new is made at the end of this turn
+    this.tell(body.points, tiers[0]);
   }
 
   draw(curve) {
@@ -84,12 +86,12 @@ export class Sizes {
         cursor: { drag: { x: false, y: false } },
         scales: { x: { time: false, distr: 3, log: 2 }, y: { range: [0, 1] } },
         axes: [
-          { ...axis, space: 70, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : bytes(tick))) },
+          { ...axis, space: 70, size: AXIS, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : bytes(tick))) },
           { ...axis, size: 64, values: (_, ticks) => ticks.map(share) },
         ],
         bands: [{ series: [2, 3], fill: `${colour("--c1")}33` }],
         series: [
-          { value: (_, v) => (v === null ? "" : bytes(v)) },
+          { label: "size", value: (_, v) => (v === null ? "" : bytes(v)) },
           { label: "hits", stroke: colour("--c1"), width: 1.5, points: { show: false }, value: (_, v) => (v === null ? "" : share(v)) },
           { label: "at most", ...bound },
           { label: "at least", ...bound },
@@ -98,6 +100,13 @@ export class Sizes {
       data,
       this.place,
     );
+  }
+
+  // Where no pointer is, the legend tells of the first tier as it is.
+  tell(curve, tier) {
+    if (!tier || this.plot.cursor.idx != null) return;
+    const off = curve.map((one) => Math.abs(Math.log(one.size_bytes / tier.at.size_bytes)));
+    this.plot.setLegend({ idx: off.indexOf(Math.min(...off)) });
   }
 
   size() {

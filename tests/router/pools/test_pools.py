@@ -147,6 +147,28 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
             assert counted in metrics
 
 
+@pytest.mark.parametrize("kind", ["own", "found"])
+async def test_a_session_stays_on_one_engine_of_its_pool(
+    tmp_path: Path, nats: EmbeddedNats, kind: str
+) -> None:
+    """Its prompts have nothing in common that would keep them there."""
+    names = ["first", "second", "third", "4" * 300]
+    async with a_site(tmp_path, nats) as site:
+        await site.engines("only", engines=4)
+        if kind == "found":
+            await site.router("only")
+        routing = await site.global_router(agg("only"), pool_routers=kind)
+        client = await site.frontend(1)
+        asked = prompts(16, 100)
+        for number, prompt in enumerate(asked):
+            said = {"x-session-id": names[number % 4]}
+            await complete(client, prompt, 2, extra_headers=said)
+        found = [one["attempts"][0]["instance"] for one in await routing.decisions()]
+        assert found == found[:4] * 4 and len(set(found)) > 1
+        pools = (await routing.explain(asked[0], session=names[0]))["aggregated"]["pools"]
+        assert pools[0]["worker"] == f"{found[0]}.0"
+
+
 def idle(pools: Any) -> bool:
     return not any(pool.in_flight for pool in pools)
 
@@ -232,8 +254,10 @@ async def test_no_pool_is_an_answer_and_no_pause(tmp_path: Path, nats: EmbeddedN
             await complete(client, [1, 2, 3], 2)
         pool = routing.assembly.pools["only"]
         await until("the engine has gone", lambda: not pool.engines)
-        with pytest.raises(openai.InternalServerError):
+        with pytest.raises(openai.InternalServerError) as refused:
             await complete(client, [1, 2, 3], 2)
+        assert refused.value.status_code == 503
+        assert refused.value.response.headers["retry-after"] == "1"
         found = (await routing.decisions())[-1]
         assert (found["outcome"], found["pool"], found["attempts"]) == ("refused", None, [])
 

@@ -59,6 +59,18 @@ def test_settings() -> None:
     assert (of_pool.events.namespace, of_pool.component, of_pool.policy) == ("p0", None, "kv")
 
 
+@pytest.mark.parametrize("key", ["dashboard.planner", "snapshot.path", "component", "busy.status"])
+def test_what_only_a_router_of_engines_uses_is_no_setting(key: str) -> None:
+    with pytest.raises(SettingsError, match=key.partition(".")[0]):
+        GlobalRouterSettings.load(environ={}, overrides={"config": "a.json", key: "503"})
+
+
+def test_limits_are_those_of_the_pools_routers() -> None:
+    limits = {"config": "a.json", "busy.prefill_tokens": 7}
+    of_pool = GlobalRouterSettings.load(environ={}, overrides=limits).value.of_pool("p0")
+    assert of_pool.busy.limits.prefill_tokens == 7 and of_pool.busy.status == 529
+
+
 def test_a_configuration_that_cannot_be_used_ends_it(tmp_path: Path) -> None:
     file = written(tmp_path, agg("a") | {"num_pools": 1})
     given = ["serve", "--set", f"config={file}"]

@@ -134,7 +134,7 @@ class Site:
         )
         return GlobalRouting(assembly, client)
 
-    async def frontend(self, engines: int) -> openai.AsyncOpenAI:
+    async def frontend(self, engines: int, model: str = MODEL) -> openai.AsyncOpenAI:
         """OpenAI's client of a frontend that finds so many engines, as it takes them."""
         tokenizer(self.folder / "model")
         overrides = {
@@ -152,7 +152,7 @@ class Site:
         clients = doors.clients
         async with httpx2.AsyncClient(base_url=clients.url, timeout=WAIT_S) as http:
             async with asyncio.timeout(WAIT_S):
-                while (await http.get("/health")).json()["engines"] != {MODEL: engines}:
+                while (await http.get("/health")).json()["engines"] != {model: engines}:
                     await asyncio.sleep(0.02)
         client = openai.AsyncOpenAI(
             base_url=f"{clients.url}/v1", api_key="k", max_retries=0, timeout=WAIT_S

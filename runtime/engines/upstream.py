@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, Protocol, Self
 from urllib.parse import quote, urlsplit
 
-from frontend.engine_connection import Broken, EngineConnection
-from frontend.fleet import Place
+from runtime.engines.connection import Broken, EngineConnection
 
 CONNECT_TIMEOUT_S: Final = 5.0
 IDLE_CONNECTION_S: Final = 4.0  # below the 5 s after which uvicorn closes one, as it is being used
@@ -28,11 +27,30 @@ Given = list[tuple[bytes, bytes]]
 """Headers for an engine."""
 
 
-class EngineFault(Exception):
-    """An engine did not answer, or broke off. `begun`: it may have worked on the request."""
+class Address(Protocol):
+    """One of an engine's ranks, behind its OpenAI server."""
 
-    def __init__(self, url: str, why: str, *, begun: bool) -> None:
+    @property
+    def url(self) -> str:
+        """Without /v1."""
+        ...
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+
+class EngineFault(Exception):
+    """An engine did not answer, or broke off. `begun`: it may have worked on the request.
+
+    `is_busy`: it is well, and takes nothing more now.
+    """
+
+    def __init__(self, url: str, why: str, *, begun: bool, is_busy: bool = False) -> None:
         self.begun = begun
+        self.is_busy = is_busy
         super().__init__(f"{url}: {why}")
 
 
@@ -124,7 +142,7 @@ class Upstream:
             watching.cancel()
         for pool in self._pools.values():
             for connection in [*pool.busy, *(idle for _, idle in pool.idle)]:
-                connection.close("the frontend ends")
+                connection.close("this program ends")
         self._pools.clear()
         await asyncio.sleep(0)  # the next turn of the loop closes their sockets
 
@@ -221,7 +239,7 @@ def target_of(path: str, query: bytes = b"") -> bytes:
     return quoted + b"?" + query if query else quoted
 
 
-def to_rank(place: Place, given: Given) -> Given:
+def to_rank(place: Address, given: Given) -> Given:
     """With what names one of the engine's data-parallel ranks, if it has several."""
     if place.dp_size == 1:
         return given

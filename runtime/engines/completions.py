@@ -14,10 +14,8 @@ from typing import Any, Final
 
 import msgspec
 
-from frontend.errors import ApiError, refused_by_engine
-from frontend.fleet import Place
-from frontend.upstream import EngineFault, Upstream, to_rank
-from runtime.generation import Finish, Generate, Generated
+from runtime.engines.upstream import Address, EngineFault, Upstream, to_rank
+from runtime.generation import EngineRefused, Finish, Generate, Generated, Refused
 
 PATH: Final = b"/v1/completions"
 EVENT_BYTES_MAX: Final = 64 << 20  # the first one repeats the prompt
@@ -53,14 +51,18 @@ class _Event(msgspec.Struct):
 
 
 class CompletionEngines:
-    """See `frontend.generate.TokenEngines`."""
+    """Called from one event loop, the upstream's."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
     async def generate(
-        self, place: Place, request: Generate, headers: Mapping[str, str]
+        self, place: Address, request: Generate, headers: Mapping[str, str]
     ) -> AsyncGenerator[Sequence[Generated]]:
+        """Items, as many at a time as have come. Closing the iterator ends the work.
+
+        Raises EngineFault or EngineRefused.
+        """
         given = [(name.encode(), value.encode()) for name, value in headers.items()]
         given = to_rank(place, [*given, (b"content-type", b"application/json")])
         stream = _Stream(place)
@@ -85,9 +87,9 @@ class CompletionEngines:
 class _Stream:
     """What has come of one answer."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Address) -> None:
         self.last: Generated | None = None  # kept back: what it had cached is said behind it
-        self.error: ApiError | EngineFault | None = None
+        self.error: EngineRefused | EngineFault | None = None
         self._place = place
         self._rest = b""
 
@@ -101,12 +103,12 @@ class _Stream:
                     items += self._items(event[len(_DATA) :])
             if len(self._rest) > EVENT_BYTES_MAX:
                 raise EngineFault(self._place.url, "an event without an end", begun=True)
-        except (ApiError, EngineFault) as error:
+        except (EngineRefused, EngineFault) as error:
             self.error = error
         return items
 
     def _items(self, data: bytes) -> list[Generated]:
-        """Raises ApiError or EngineFault."""
+        """Raises EngineRefused or EngineFault."""
         try:
             event = _decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -124,7 +126,8 @@ class _Stream:
 def _body(request: Generate) -> bytes:
     asked: dict[str, Any] = msgspec.to_builtins(request)
     sampling = asked.pop("sampling")
-    asked.pop("dp_rank", None)
+    for not_its in ("dp_rank", "hints", "session"):
+        asked.pop(not_its, None)
     more = {
         "prompt": asked.pop("token_ids"),
         "stream": True,
@@ -134,7 +137,7 @@ def _body(request: Generate) -> bytes:
     return msgspec.json.encode({**asked, **sampling, **more})
 
 
-def _generated(place: Place, choice: _Choice) -> Generated:
+def _generated(place: Address, choice: _Choice) -> Generated:
     """Raises EngineFault if the engine gave up, as one does that is told to stop."""
     ids = choice.token_ids
     if ids is None:
@@ -155,7 +158,7 @@ def _cached(usage: _Usage) -> int | None:
     return None if details is None else details.cached_tokens
 
 
-def _refusal(place: Place, status: int, body: bytes) -> ApiError | EngineFault:
+def _refusal(place: Address, status: int, body: bytes) -> EngineRefused | EngineFault:
     try:
         error = _decoder.decode(body).error
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -164,11 +167,11 @@ def _refusal(place: Place, status: int, body: bytes) -> ApiError | EngineFault:
     return _failure(place, _Error(told.message, told.param, status))
 
 
-def _failure(place: Place, error: _Error) -> ApiError | EngineFault:
+def _failure(place: Address, error: _Error) -> EngineRefused | EngineFault:
     """What the request is to blame for is its answer; all else is for another engine to try."""
     status = error.code if isinstance(error.code, int) else 500
     if 400 <= status < 500:
-        return refused_by_engine(status, error.message, error.param)
+        return EngineRefused(Refused(status, error.message, error.param))
     return EngineFault(place.url, f"{status}: {error.message}", begun=True)
 
 
