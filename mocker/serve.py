@@ -40,7 +40,8 @@ from mocker.tiers import LruTier, NodeTiers
 from mocker.tokens import generate
 from runtime import telemetry
 from runtime.component import Runtime, Serving
-from runtime.discovery import DiscoverySettings, create_discovery
+from runtime.discovery import Discovery, DiscoverySettings, create_discovery
+from runtime.drain import drain_asked
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard, Role
 from runtime.events import EventPlaneSettings, create_event_plane
 from runtime.events.node_stream import WorkerSpeed
@@ -118,6 +119,7 @@ class MockEngine:
         self._serving: Serving | None = None
         self._daemon: DaemonTiers | None = None
         self._fetching: set[asyncio.Task[None]] = set()
+        self._heeding: asyncio.Task[None] | None = None
 
     async def start(self, runtime: Runtime, daemon: DaemonTiers | None) -> Self:
         """Raises OSError where there is no address."""
@@ -140,6 +142,7 @@ class MockEngine:
             self.generate, labels=card.labels()
         )
         self.instance = self._serving.name.id
+        self._heeding = asyncio.create_task(self._heed(runtime.discovery), name="drain-asked")
         return self
 
     async def drain(self, timeout_s: float) -> None:
@@ -175,10 +178,17 @@ class MockEngine:
 
     async def close(self) -> None:
         await self.http.close()
-        for task in list(self._fetching):
+        tasks = [*self._fetching, *([self._heeding] if self._heeding is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._fetching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.engine.close()
+
+    async def _heed(self, discovery: Discovery) -> None:
+        """Somebody wants it gone: it finishes what it has, and waits for whoever ends it."""
+        assert self._serving is not None
+        await drain_asked(discovery, self._serving.name)
+        await self._serving.leave()
 
     async def _fetch(self, prompt: Sequence[int]) -> None:
         if self._daemon is None:

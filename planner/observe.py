@@ -16,6 +16,7 @@ from typing import Literal
 from runtime.engine_card import Role
 
 Phase = Literal["starting", "serving", "draining"]
+Teller = Literal["page", "routers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,17 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What an engine's node measured, in the terms of `perf.Speed`; 0 where it has not."""
+
+    token_s: float = 0.0
+    pair_s: float = 0.0
+    load_s: Mapping[str, float] = field(default_factory=dict)  # of a token from each tier
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """`counters` is None where the engine could not be read."""
+    """`counters` is None where nobody tells of the engine; `teller` is who does."""
 
     name: str
     role: Role
@@ -45,6 +55,8 @@ class EngineSnapshot:
     waiting: float = 0.0
     kv_used: float = 0.0  # share of its KV blocks
     kv_tokens: int = 0  # that fit into it; 0: not told
+    teller: Teller = "page"
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +102,8 @@ class EngineLoad:
     waiting: float
     kv_used: float
     kv_tokens: int
+    teller: Teller = "page"
+    told: Told = Told()
     seconds: float | None = None
     computed_tokens: float = 0.0  # of prompts, without those it had
     itl_s: float = 0.0  # the sum of so many
@@ -126,15 +140,16 @@ class Observer:
         last, self._last = self._last, snapshot
         now: dict[str, Counters] = {
             **{f"frontend {name}": c for name, c in snapshot.frontends.items()},
-            **{e.name: e.counters for e in snapshot.engines if e.counters is not None},
+            **{_key(e): e.counters for e in snapshot.engines if e.counters is not None},
         }
         before, seconds = self._known, 0.0
         if last is not None:
             seconds = snapshot.at_s - last.at_s
             assert seconds > 0, "snapshots must be in the order of time"
         there = {f"frontend {name}" for name in snapshot.frontends}
-        there |= {engine.name for engine in snapshot.engines}
-        # One that cannot be read now goes on where it was when it can be again.
+        there |= {_key(engine) for engine in snapshot.engines}
+        # One that cannot be read now goes on where it was when it can be again, unless somebody
+        # else has told of it meanwhile: nothing shall count twice.
         self._known = {name: c for name, c in before.items() if name in there} | now
         if last is None:
             return _observation(snapshot, None, {}, seconds)
@@ -152,15 +167,19 @@ def _observation(
     return Observation(
         snapshot.at_s,
         traffic,
-        tuple(_load(engine, deltas.get(engine.name), seconds) for engine in snapshot.engines),
+        tuple(_load(engine, deltas.get(_key(engine)), seconds) for engine in snapshot.engines),
         snapshot.desired,
         snapshot.problems,
     )
 
 
+def _key(engine: EngineSnapshot) -> str:
+    return f"{engine.name} by {engine.teller}"
+
+
 def _load(engine: EngineSnapshot, delta: Counters | None, seconds: float) -> EngineLoad:
     now = engine.name, engine.role, engine.phase, engine.running, engine.waiting
-    load = EngineLoad(*now, engine.kv_used, engine.kv_tokens)
+    load = EngineLoad(*now, engine.kv_used, engine.kv_tokens, engine.teller, engine.told)
     if delta is None:
         return load
     computed = max(delta.prompt_tokens - sum(delta.cached_tokens.values()), 0.0)
