@@ -128,7 +128,7 @@ class Fleet:
             return snapshot
         routed = self._events.routed(member.name.id, card)
         if routed is not None:
-            snapshot = _completed(snapshot, routed, card)
+            snapshot = completed(snapshot, routed, card)
         return replace(snapshot, told=self._events.told(member.name.id, card.block_tokens))
 
     def _role_of(self, record: InstanceRecord) -> Role | None:
@@ -146,7 +146,7 @@ def _phase(state: State) -> Phase:
     return "draining" if state in {State.STOPPING, State.DEREGISTERED} else "starting"
 
 
-def _completed(snapshot: EngineSnapshot, routed: Routed, card: EngineCard) -> EngineSnapshot:
+def completed(snapshot: EngineSnapshot, routed: Routed, card: EngineCard) -> EngineSnapshot:
     """A page may be some time old: what routers have sent since then is there as well."""
     if snapshot.counters is None:
         return replace(

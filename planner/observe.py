@@ -102,12 +102,12 @@ class EngineLoad:
     waiting: float
     kv_used: float
     kv_tokens: int
-    teller: Teller = "page"
-    told: Told = Told()
     seconds: float | None = None
     computed_tokens: float = 0.0  # of prompts, without those it had
     itl_s: float = 0.0  # the sum of so many
     intervals: float = 0.0
+    teller: Teller = "page"
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,9 @@ def _key(engine: EngineSnapshot) -> str:
 
 def _load(engine: EngineSnapshot, delta: Counters | None, seconds: float) -> EngineLoad:
     now = engine.name, engine.role, engine.phase, engine.running, engine.waiting
-    load = EngineLoad(*now, engine.kv_used, engine.kv_tokens, engine.teller, engine.told)
+    load = EngineLoad(
+        *now, engine.kv_used, engine.kv_tokens, teller=engine.teller, told=engine.told
+    )
     if delta is None:
         return load
     computed = max(delta.prompt_tokens - sum(delta.cached_tokens.values()), 0.0)
