@@ -194,8 +194,8 @@ class Stack:
                 **self._s3.settings(BUCKET),
                 "linger": "250ms",
             },
-            events=self._events(),
-            discovery=self._discovery(),
+            events=self.events(),
+            discovery=self.discovery(),
         )
 
     def make_frontend(self, **more: Any) -> Frontend:
@@ -205,13 +205,13 @@ class Stack:
                 folder=self._folder,
                 logs=self._logs,
                 records=self.records,
-                events=self._events(),
-                discovery=self._discovery(),
+                events=self.events(),
+                discovery=self.discovery(),
                 **more,
             )
         )
 
-    def _events(self) -> Mapping[str, str]:
+    def events(self) -> Mapping[str, str]:
         return {
             "plane": "nats",
             "nats_url": self.nats.url,
@@ -219,7 +219,7 @@ class Stack:
             "nats_password": self.nats.password,
         }
 
-    def _discovery(self) -> Mapping[str, str]:
+    def discovery(self) -> Mapping[str, str]:
         return {"discovery": "file", "file_directory": str(self._folder / "discovery")}
 
     def _kept(self) -> str:
