@@ -43,7 +43,7 @@ class EngineConfig:
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 
-    def command(self, port: int) -> list[str]:
+    def command(self, port: int | str) -> list[str]:
         return [
             *self._program(),
             *("--served-model-name", SERVED_NAME),

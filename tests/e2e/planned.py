@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from examples.demo.engine import Engine
+from examples.demo.planner import settings_of
 from examples.demo.stack import Stack
 from planner.actuate.processes import Processes
 from planner.assembly import running
@@ -76,21 +77,12 @@ class Planned:
 @contextmanager
 def planning(stack: Stack, like: Engine, folder: Path) -> Iterator[Planned]:
     """It starts engines as `like` is started, ends them by SIGTERM, and the last with itself."""
-    command = [word.replace(str(like.port), "{port}") for word in like.config.command(like.port)]
+    given = settings_of(like.config, stack.frontend.url, folder, stack.events(), stack.discovery())
+    command = shlex.split(given["processes"]["command"])
     options = command.index("--")
     command[options:options] = ["--set", "engine.drain_timeout=60s"]
-    overrides = {
-        "actuator": "processes",
-        "processes.command": shlex.join(command),
-        "processes.environment": like.config.variables(),
-        "processes.log_directory": folder,
-        "observe.frontends": [stack.frontend.url],
-        "observe.timeout": 20.0,
-        "scaling.scale_down_delay": 0.0,
-        "events": dict(stack.events()),
-        "discovery": dict(stack.discovery()),
-    }
-    settings = PlannerSettings.load(environ={}, overrides=overrides).value
+    given["processes"] |= {"command": shlex.join(command), "stop_timeout": 120.0}
+    settings = PlannerSettings.model_validate({**given, "scaling": {"scale_down_delay": 0.0}})
     made: Future[Planned] = Future()
     ended = threading.Event()
     thread = threading.Thread(target=asyncio.run, args=(_plan(settings, made, ended),))

@@ -384,7 +384,6 @@ def _check_engines_are_read(planned: Planned, kept: Engine) -> None:
     for _ in range(2):
         kept.complete(text, max_tokens=40)
     planned.until("a look after it", lambda: planned.seen.at_s > last, 60.0)
-    Path("/tmp/w/vllm_page_p2.txt").write_text(kept.page())
     page = engine_page(samples(kept.page()))
     assert page is not None
     assert page.counters.cached_tokens["G1"] >= reusable(600)
