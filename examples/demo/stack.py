@@ -142,14 +142,15 @@ class Stack:
         servers.callback(self.daemon.process.stop)
         self._say("starting kvbm-daemon")
         self.daemon.start()
+        planner: Planner | None = None
         if self._more_engines:
-            self.planner = Planner(self._folder, self._logs, self.records)
-        self.frontend = self.make_frontend(planner=self.planner.url if self.planner else None)
+            planner = Planner(self._folder, self._logs, self.records)
+        self.frontend = self.make_frontend(planner=planner.url if planner else None)
         servers.callback(self.frontend.stop)
         self.frontend.start()
         self._start_engines()
-        if self.planner is not None:
-            self._start_planner(self.planner)
+        if planner is not None:
+            self._start_planner(planner)
 
     def _start_planner(self, planner: Planner) -> None:
         given = settings_of(
@@ -160,6 +161,7 @@ class Stack:
         self._say(f"starting kvbm-planner, for {least} to {least + self._more_engines} engines")
         self._running.callback(planner.stop)
         planner.start(given, least=least, most=least + self._more_engines)
+        self.planner = planner
 
     def _start_engines(self) -> None:
         config = EngineConfig(
