@@ -47,6 +47,8 @@ MODELS_MAX: Final = 64
 """Of which routers are heard, each pool of a model being one."""
 SEQUENCES_MAX: Final = 1 << 17
 ENGINES_MAX: Final = 1 << 14
+COUNT_MAX: Final = 1 << 32
+"""Blocks or tokens of one request."""
 TURN: Final = 256
 _LOWER: Final = ("G2", "G3", "G4")
 _UNKNOWN: Final = Speed(prefill_s_per_token=0.0, load_s_per_block=(0.0, 0.0, 0.0))
@@ -140,10 +142,10 @@ class Events:
             tasks.create_task(self._tick(), name="routers that are silent")
 
     def routed(self, instance: int, card: EngineCard) -> Routed | None:
-        """None where no router has sent it anything."""
-        engine = self._engines.get(instance)
-        if engine is None:
+        """None while no router is heard; one that was sent nothing has nothing to do."""
+        if not any(len(model.peers) for model in self._models.values()):
             return None
+        engine = self._engines.get(instance) or _Engine()
         block, room = card.block_tokens, card.kv_blocks * card.dp_size
         prompt_tokens = max(float(engine.prompt_blocks * block), engine.computed_tokens)
         counters = Counters(
@@ -223,6 +225,9 @@ class Events:
 
     def begin(self, begun: Begun, *, is_new: bool) -> _Sequence | None:
         """None where there is no room for it."""
+        if not _is_sane(begun.blocks, begun.prefill_tokens):
+            self._counts["malformed"] += 1
+            return None
         engine = self._engines.get(begun.instance)
         if self.sequences >= SEQUENCES_MAX or (
             engine is None and len(self._engines) >= ENGINES_MAX
@@ -259,6 +264,9 @@ class Events:
             engine.first_tokens += 1
 
     def grow(self, sequence: _Sequence, blocks: int) -> None:
+        if not _is_sane(blocks):
+            self._counts["malformed"] += 1
+            return
         engine = self._engines[sequence.instance]
         sequence.blocks += blocks
         engine.blocks += blocks
@@ -318,6 +326,11 @@ class _Routers:
         sequence = self._events.begin(begun, is_new=is_new)
         if sequence is not None:
             self._sequences[router, begun.request] = sequence
+
+
+def _is_sane(*counts: float) -> bool:
+    """Of one request; what is no number is not either."""
+    return all(0 <= count <= COUNT_MAX for count in counts)
 
 
 class _NoWorkers:

@@ -56,7 +56,7 @@ SPECS: Final = (
     Spec(f"{_P}waiting_requests", "gauge", "Requests in engines' queues."),
     Spec(f"{_P}running_requests", "gauge", "Requests that engines work on."),
     Spec(f"{_P}start_delay_seconds", "gauge", "What an engine is expected to take to start."),
-    Spec(f"{_P}unread", "gauge", "Engines and frontends that could not be read."),
+    Spec(f"{_P}unread", "gauge", "Engines, frontends and event planes that cannot be read."),
     Spec(
         f"{_P}routers_tell_engines",
         "gauge",

@@ -89,7 +89,7 @@ async def test_engines_that_cannot_be_read_count_as_routers_tell(tmp_path: Path)
                 await until("nothing is under way", lambda: not events.sequences)
                 step = await loop.tick()
                 seen = step.plan.observation
-                assert [e.teller for e in seen.engines if e.seconds is not None] == ["routers"]
+                assert [e.teller for e in seen.engines if e.seconds is not None] == ["routers"] * 2
                 assert seen.traffic is not None
                 assert (seen.traffic.requests, seen.traffic.prompts) == (5, 5)
                 assert seen.traffic.prompt_tokens == pytest.approx(len(PROMPT), abs=16)
@@ -203,7 +203,7 @@ class Routing:
             clock=self.now,
         )
 
-    def begin(self, request: str, instance: int = 1, *, blocks: int = 4, new: int = 32) -> None:
+    def begin(self, request: str, instance: int = 1, *, blocks: int = 4, new: float = 32) -> None:
         row = self.workers.row(WorkerId(instance))
         assert self.router.begin(request, Active(row, list(range(blocks)), 1, new, 0.1))
 
@@ -290,16 +290,21 @@ async def test_a_router_that_is_silent_takes_its_requests_along(routing: Routing
     await routing.until((1, 1, 0, 5))
     routing.plane.is_bad = True
     routing.now.s = SILENCE_S + 1
-    await routing.until((1, 0, 0, 0))
-    assert routing.events.counts["silent"] == 1
-    routing.events.keep(set())
-    assert routing.figures() == (0, 0, 0, 0)
+    await until("it is taken for gone", lambda: routing.events.counts["silent"] == 1)
+    assert routing.events.routed(1, CARD) is None  # nobody is heard
 
 
 async def test_what_makes_no_sense_is_counted(routing: Routing) -> None:
     routing.plane.publish(subject_of("test", "m"), b"\xc1")
     routing.plane.publish("namespace.test.component.kvbm.kv_metrics", b"{")
     await until("it was heard", lambda: routing.events.counts["malformed"] == 2)
+    for count in (-1.0, float("nan"), float("inf"), 1e12):
+        routing.begin(f"{count}", new=count)
+    routing.begin("a")
+    routing.router.grow("a", -1)
+    routing.router.flush()
+    await until("all was heard", lambda: routing.events.counts["malformed"] == 7)
+    assert routing.figures() == (1, 1, 0, 5)
 
 
 # -- with pages ----------------------------------------------------------------------------
