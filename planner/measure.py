@@ -128,7 +128,9 @@ class Measurement:
         """The profile, with what nodes measured of the same instead."""
         prior, told = self._prior, self._told
         if prior is None:
-            return None
+            # One that only computes prompts has no time between tokens to learn from.
+            known = self._role == "prefill" and told.token_s
+            return Speed(0.0, told.token_s, told.pair_s, load_s=told.load_s) if known else None
         if told.token_s:
             prior = replace(prior, token_s=told.token_s, pair_s=told.pair_s)
         return replace(prior, load_s={**prior.load_s, **told.load_s})

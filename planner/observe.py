@@ -155,7 +155,7 @@ class Observer:
             return _observation(snapshot, None, {}, seconds)
         # One that is seen for the first time may have counted for days.
         deltas = {name: _since(before[name], c) for name, c in now.items() if name in before}
-        engines = [d for name, d in deltas.items() if not name.startswith("frontend ")]
+        engines = [(e.role, deltas[key]) for e in snapshot.engines if (key := _key(e)) in deltas]
         frontends = [d for name, d in deltas.items() if name.startswith("frontend ")]
         traffic = _traffic(engines, frontends, seconds) if deltas else None
         return _observation(snapshot, traffic, deltas, seconds)
@@ -194,22 +194,31 @@ def _load(engine: EngineSnapshot, delta: Counters | None, seconds: float) -> Eng
     )
 
 
-def _traffic(engines: list[Counters], frontends: list[Counters], seconds: float) -> Traffic:
-    """Frontends see also what no engine has yet; tokens and hits are the engines' to tell."""
-    both, first = _sum(engines), _sum(frontends or engines)
-    prompt_tokens = both.prompt_tokens or first.prompt_tokens
-    prompts = both.prompts if both.prompt_tokens else first.prompts
+def _traffic(
+    engines: list[tuple[Role, Counters]], frontends: list[Counters], seconds: float
+) -> Traffic:
+    """Frontends see also what no engine has yet; tokens and hits are the engines' to tell.
+
+    Where prefill and decode are apart each request is seen by both: its prompt is told by who
+    computed it, its answer by who gave it.
+    """
+    everybody = [counters for _, counters in engines]
+    prefill = _sum([c for role, c in engines if role != "decode"] or everybody)
+    decode = _sum([c for role, c in engines if role != "prefill"] or everybody)
+    first = _sum(frontends) if frontends else prefill
+    prompt_tokens = prefill.prompt_tokens or first.prompt_tokens
+    prompts = prefill.prompts if prefill.prompt_tokens else first.prompts
     return Traffic(
         requests=first.arrived,
         seconds=seconds,
         prompts=prompts,
         prompt_tokens=_mean(prompt_tokens, prompts),
-        output_tokens=_mean(both.output_tokens, prompts),
-        hits={tier: hit / prompt_tokens for tier, hit in both.cached_tokens.items()}
+        output_tokens=_mean(decode.output_tokens, decode.prompts),
+        hits={tier: hit / prompt_tokens for tier, hit in prefill.cached_tokens.items()}
         if prompt_tokens
         else {},
         ttft_s=_mean(first.ttft_s, first.first_tokens),
-        itl_s=_mean(both.itl_s, both.intervals),
+        itl_s=_mean(decode.itl_s, decode.intervals),
     )
 
 

@@ -352,6 +352,9 @@ def test_what_nodes_measured_corrects_a_profile_and_helps_without_one() -> None:
     found = measured.speed()
     assert found == Speed(0.01, 2e-5, 1e-9, load_s={"G2": 1e-6, "G3": 8e-6})
     assert Measurement("aggregated", None, looks_max=256, looks_min=5).speed() is None
+    prefill = Measurement("prefill", None, looks_max=256, looks_min=5)
+    prefill.add(seen(0.0, [dataclasses.replace(load("p", role="prefill"), told=told)]), None)
+    assert prefill.speed() == Speed(0.0, 2e-5, 1e-9, load_s={"G2": 1e-6})
     alone = Measurement("aggregated", None, looks_max=256, looks_min=5)
     for number in range(8):  # of looks that do not tell what a token takes
         look = dataclasses.replace(
