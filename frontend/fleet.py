@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 
+from frontend.encoder import Tokens
 from frontend.prompt import PromptMaker
-from frontend.tokenizer import Tokens
 from runtime.generation import Hints
 
 

@@ -13,10 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from frontend.encoder import Tokens
 from frontend.errors import bad_request
 from frontend.request import ChatRequest, CompletionRequest, Content
 from frontend.template import ChatTemplate, TemplateError
-from frontend.tokenizer import CACHE_BYTES, Tokenizer, Tokens
+from frontend.tokenizer import CACHE_BYTES, Tokenizer
 
 NO_TOKENS: Tokens = np.empty(0, np.uint32)
 _TOKEN_MAX: Final = (1 << 32) - 1

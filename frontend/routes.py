@@ -11,6 +11,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from frontend.encoder import Tokens
 from frontend.errors import ApiError, bad_request
 from frontend.fleet import Fleet, Job
 from frontend.gate import Scope
@@ -31,7 +32,6 @@ from frontend.request import (
     model_decoder,
     responses_decoder,
 )
-from frontend.tokenizer import Tokens
 
 Reader = Callable[[bytes, Scope], Read]
 R = TypeVar("R", bound=Sampled)

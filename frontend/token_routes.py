@@ -16,6 +16,7 @@ from typing import Final
 
 from frontend import headers as names
 from frontend.answers import DONE, ChatForm, Choice, CompletionForm, Form, Usage
+from frontend.encoder import Tokens
 from frontend.errors import UNSUPPORTED, bad_request
 from frontend.fleet import Assigned, Fleet, Job
 from frontend.gate import Scope
@@ -35,7 +36,6 @@ from frontend.request import (
 from frontend.respond import Reply
 from frontend.sampling import CHOICES_MAX, SamplingFields, sampling_decoder
 from frontend.text_out import CONTEXT_TOKENS, TextOut
-from frontend.tokenizer import Tokens
 from runtime.generation import Generated
 
 OUTPUT_TOKENS: Final = 16  # of a completion that does not say, as OpenAI has it

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer as FastTokenizer
 
-Tokens = NDArray[np.uint32]
+from frontend.encoder import SAMPLE, Encoder, Tokens
 
 CACHE_BYTES: Final = 64 << 20
 _PIECE_CHARS: Final = 256
@@ -46,7 +45,10 @@ class Tokenizer:
     """A model's tokenizer. Not thread-safe. `cache_bytes` bounds what is remembered."""
 
     def __init__(self, fast: FastTokenizer, *, cache_bytes: int = CACHE_BYTES) -> None:
+        fast.no_truncation()  # a tokenizer's file may have what somebody trained with
+        fast.no_padding()
         self._fast = fast
+        self._encoder = Encoder(fast, self._forget)
         self._cache_bytes = cache_bytes
         self._pieces: OrderedDict[str, Tokens] = OrderedDict()
         self._used_bytes = 0
@@ -73,6 +75,11 @@ class Tokenizer:
         return self._cut is not None
 
     @property
+    def is_quick(self) -> bool:
+        """Whether the quicker of two libraries encodes; see `frontend.encoder`."""
+        return self._encoder.is_quick
+
+    @property
     def fast(self) -> FastTokenizer:
         return self._fast
 
@@ -86,26 +93,23 @@ class Tokenizer:
         return np.concatenate([before, self._plain(text), after])
 
     def _plain(self, text: str) -> Tokens:
-        pieces = self._split(text)
-        found = [self._pieces.get(piece) for piece in pieces[:-1]]
-        missing = [i for i, tokens in enumerate(found) if tokens is None]
-        fresh = self._fast.encode_batch_fast(
-            [*(pieces[i] for i in missing), pieces[-1]], add_special_tokens=False
-        )
+        *pieces, last = self._split(text)
+        was_quick = self._encoder.is_quick
         parts: list[Tokens] = []
-        fresh_ids = iter(fresh)
-        for piece, tokens in zip(pieces, found, strict=False):
+        for piece in pieces:
+            tokens = self._pieces.get(piece)
             if tokens is None:
-                tokens = _ids(next(fresh_ids).ids)  # noqa: PLW2901
+                tokens = self._encoder.encode(piece)
                 self._miss_tokens_total += len(tokens)
-                self._remember(piece, tokens)
             else:
                 self._hit_tokens_total += len(tokens)
-                self._remember(piece, tokens)
+            self._remember(piece, tokens)
             parts.append(tokens)
-        last = _ids(next(fresh_ids).ids)  # grows with the conversation: another one next time
-        self._miss_tokens_total += len(last)
-        return np.concatenate([*parts, last]) if parts else last
+        tokens = self._encoder.encode(last)  # grows with the conversation: another one next time
+        self._miss_tokens_total += len(tokens)
+        if self._encoder.is_quick != was_quick:
+            return self._plain(text)  # the parts before are as doubtful
+        return np.concatenate([*parts, tokens]) if parts else tokens
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._fast.decode(list(tokens), skip_special_tokens=skip_special_tokens)
@@ -147,7 +151,7 @@ class Tokenizer:
     def _specials(self) -> tuple[Tokens, Tokens] | None:
         """What the model puts before and after a text; None if that depends on the text."""
         found: set[tuple[tuple[int, ...], tuple[int, ...]] | None] = set()
-        for text in ("a", _SAMPLE):
+        for text in ("a", SAMPLE):
             plain = self._fast.encode(text, add_special_tokens=False).ids
             whole = self._fast.encode(text).ids
             starts = range(len(whole) - len(plain) + 1)
@@ -159,8 +163,8 @@ class Tokenizer:
     def _agrees(self) -> bool:
         """Whether pieces and whole give the same on samples, with special tokens and without."""
         special = sorted(_special(self._fast))[:4]
-        texts = [_SAMPLE * 8, "\n".join([_SAMPLE] * 6)]
-        texts += [f"{token}user\n{_SAMPLE * 3}{token}" * 3 for token in special]
+        texts = [SAMPLE * 8, "\n".join([SAMPLE] * 6)]
+        texts += [f"{token}user\n{SAMPLE * 3}{token}" * 3 for token in special]
         return all(
             len(self._split(text)) > 1
             and np.array_equal(
@@ -168,13 +172,6 @@ class Tokenizer:
             )
             for text in texts
         )
-
-
-_SAMPLE: Final = (
-    "It's a quiet morning  in Zürich, 2026: 3,141 swallows don't wait -- they fly over the Limmat\t"
-    "and back; naïve readers won't notice (should they?). Über den Wolken muss die Freiheit wohl "
-    "grenzenlos sein. Каждый охотник желает знать. 我们今天去图书馆 and then home again. "
-)
 
 
 def _cut_pattern(fast: FastTokenizer) -> re.Pattern[str] | None:

@@ -72,6 +72,7 @@ class WebServer:
             app,
             log_config=None,
             access_log=False,
+            proxy_headers=False,  # nothing here asks who the client is
             lifespan="off",
             ws="none",
             server_header=False,

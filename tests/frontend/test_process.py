@@ -103,23 +103,24 @@ class Site:
     def client(self, **given: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, timeout=30.0, verify=self._verify, **given)
 
-    async def ready(self, engines: int = 1) -> None:
+    async def ready(self, engines: int = 1, *, tokens: bool = False) -> None:
+        """`tokens`: and the model's tokenizer is read."""
         async with self.client() as http:
             try:
                 async with asyncio.timeout(WAIT_S):
-                    while not await self._has(http, engines):
+                    while not await self._has(http, engines, tokens):
                         await asyncio.sleep(0.05)
             except TimeoutError:
                 pytest.fail(f"not ready\n{self.log.read_text()}")
 
-    async def _has(self, http: httpx.AsyncClient, engines: int) -> bool:
+    async def _has(self, http: httpx.AsyncClient, engines: int, tokens: bool) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.log.read_text()
         try:
             found = (await http.get("/health")).json()
         except httpx.TransportError:
             return False
-        return bool(found["engines"] == {MODEL: engines})
+        return found["engines"] == {MODEL: engines} and not (tokens and found["routed_by_load"])
 
     def trust(self, certificate: Path) -> None:
         self.scheme = "https"
@@ -154,7 +155,7 @@ async def test_requests_of_one_beginning_go_to_one_engine(tmp_path: Path) -> Non
         site.start(
             model_paths=paths, index__source="routes", openai__admin_keys="the-admin,another-admin"
         )
-        await site.ready(2)
+        await site.ready(2, tokens=True)
         async with site.client() as http:
             for _ in range(6):
                 reply = await http.post("/v1/completions", json=COMPLETION)

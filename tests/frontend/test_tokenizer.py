@@ -6,12 +6,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from frontend import encoder
+from frontend.encoder import CHECK_EVERY
 from frontend.tokenizer import Tokenizer, TokenizerError
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "[UNK]"]
@@ -38,6 +41,31 @@ def crossing_words() -> FastTokenizer:
     """Byte-level without words: tokens learn to reach over spaces."""
     made = FastTokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    return made
+
+
+WORDS_OF_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def split_by(pattern: str, normalizer: normalizers.Normalizer | None = None) -> FastTokenizer:
+    made = FastTokenizer(models.BPE())
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -87,6 +115,8 @@ def word_piece() -> FastTokenizer:
 
 FAMILIES: dict[str, Callable[[], FastTokenizer]] = {
     "byte-level": byte_level,
+    "as Llama 3": lambda: split_by(WORDS_OF_LLAMA_3),
+    "as Qwen": lambda: split_by(WORDS_OF_LLAMA_3.replace("{1,3}", ""), normalizers.NFC()),
     "crossing words": crossing_words,
     "metaspace first": lambda: metaspace("first"),
     "metaspace always": lambda: metaspace("always"),
@@ -131,6 +161,72 @@ def test_pieces_give_the_tokens_of_the_whole(name: str, text: str, more: str) ->
 )
 def test_families_in_use_are_cut(name: str, cuts: bool) -> None:
     assert MADE[name].cuts is cuts
+
+
+@pytest.mark.parametrize(
+    ("name", "quick"),
+    [("byte-level", True), ("as Llama 3", True), ("as Qwen", True), ("unigram", False)],
+)
+def test_the_quicker_library_has_what_it_knows(name: str, quick: bool) -> None:
+    assert MADE[name].is_quick is quick
+
+
+class Wrong:
+    """A quick library that is right about all that is tried when a tokenizer is loaded."""
+
+    def __init__(self, right: FastTokenizer) -> None:
+        self._right = right
+        self.refuses = False
+
+    def encode_batch_flat(self, texts: list[str]) -> tuple[bytes, bytes]:
+        if self.refuses:
+            raise ValueError("match limit exceeded")
+        [text] = texts
+        ids = self._right.encode(text, add_special_tokens=False).ids
+        return np.array([one + 1 for one in ids], np.uint32).tobytes(), b""
+
+
+def test_a_library_that_is_wrong_is_found_out_and_what_it_gave_is_forgotten() -> None:
+    fast = byte_level()
+    tokenizer = Tokenizer(fast)
+    tokenizer._encoder._quick = Wrong(fast)
+    text = "the quick brown fox jumps over the lazy dog " * 40
+    right = fast.encode(text, add_special_tokens=False).ids
+    for _ in range(CHECK_EVERY):
+        if tokenizer.encode(text).tolist() == right:
+            break
+    assert not tokenizer.is_quick
+    assert tokenizer.encode(text).tolist() == right
+
+
+def test_what_the_quicker_library_refuses_the_slower_one_encodes() -> None:
+    fast = byte_level()
+    tokenizer = Tokenizer(fast)
+    refusing = tokenizer._encoder._quick = Wrong(fast)
+    refusing.refuses = True
+    text = "the quick brown fox " * 40
+    assert tokenizer.encode(text).tolist() == fast.encode(text, add_special_tokens=False).ids
+    assert tokenizer.is_quick
+
+
+def test_a_library_that_differs_on_samples_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = split_by(r"\w")
+
+    class Other:
+        @staticmethod
+        def from_json_str(text: str) -> FastTokenizer:
+            return other
+
+    monkeypatch.setattr(encoder, "QuickTokenizer", Other)
+    assert not Tokenizer(byte_level()).is_quick
+
+
+def test_a_file_that_says_to_cut_off_is_not_heeded() -> None:
+    fast = byte_level()
+    fast.enable_truncation(max_length=8)
+    fast.enable_padding(length=64)
+    text = "the quick brown fox " * 100
+    assert Tokenizer(fast).encode(text).tolist() == byte_level_once().encode(text).ids
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_cut() -> None:
