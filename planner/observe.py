@@ -206,6 +206,8 @@ def _traffic(
     prefill = _sum([c for role, c in engines if role != "decode"] or everybody)
     decode = _sum([c for role, c in engines if role != "prefill"] or everybody)
     first = _sum(frontends) if frontends else prefill
+    if not (first.arrived or first.first_tokens):
+        prefill = Counters()  # no user's prompt: a launcher looks whether the engine computes
     prompt_tokens = prefill.prompt_tokens or first.prompt_tokens
     prompts = prefill.prompts if prefill.prompt_tokens else first.prompts
     return Traffic(
@@ -213,7 +215,7 @@ def _traffic(
         seconds=seconds,
         prompts=prompts,
         prompt_tokens=_mean(prompt_tokens, prompts),
-        output_tokens=_mean(decode.output_tokens, decode.prompts),
+        output_tokens=_mean(decode.output_tokens, decode.prompts) if prompts else None,
         hits={tier: hit / prompt_tokens for tier, hit in prefill.cached_tokens.items()}
         if prompt_tokens
         else {},

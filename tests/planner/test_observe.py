@@ -85,6 +85,15 @@ def test_prefill_and_decode_engines_tell_of_a_request_their_half_each() -> None:
     assert (found.output_tokens, found.hits, found.itl_s) == (9, {"G1": 0.3}, 4)
 
 
+def test_prompts_that_no_frontend_has_seen_tell_nothing_of_users() -> None:
+    """Such as those by which a launcher sees that an idle engine computes."""
+    observer = Observer()
+    observer.take(Snapshot(0.0, (engine("a", counters(0)),), {"f": Counters()}))
+    found = observer.take(Snapshot(5.0, (engine("a", counters(1)),), {"f": Counters()})).traffic
+    assert found is not None
+    assert (found.requests, found.prompts, found.output_tokens, found.hits) == (0, 0, None, {})
+
+
 def test_frontends_tell_what_arrives_and_engines_what_they_did() -> None:
     """What waits in a frontend for room is load, too."""
     observer = Observer()
