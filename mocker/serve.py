@@ -119,6 +119,7 @@ class MockEngine:
         self._serving: Serving | None = None
         self._daemon: DaemonTiers | None = None
         self._fetching: set[asyncio.Task[None]] = set()
+        self.waiting = 0  # for chunks of a daemon: requests that the engine does not have yet
         self._heeding: asyncio.Task[None] | None = None
 
     async def start(self, runtime: Runtime, daemon: DaemonTiers | None) -> Self:
@@ -153,23 +154,31 @@ class MockEngine:
         quiet_s, end_s = loop.time(), loop.time() + timeout_s
         while loop.time() < min(quiet_s + DRAIN_QUIET_S, end_s):
             engine = self.engine.engine
-            if engine.waiting_count + engine.running_count or self._fetching:
+            if engine.waiting_count + engine.running_count + self.waiting:
                 quiet_s = loop.time()
             await asyncio.sleep(DRAIN_QUIET_S / 10)
 
     async def generate(self, payload: bytes, context: RequestContext) -> AsyncIterator[bytes]:
         """The endpoint's handler."""
         request = decode_generate(payload)
-        await self._fetch(request.token_ids)
+        self.waiting += 1
+        try:
+            await self._fetch(request.token_ids)
+        finally:
+            self.waiting -= 1
         async with contextlib.aclosing(generate(self.engine, request)) as items:
             async for item in items:
                 yield item
 
     def begin(self, prompt: Sequence[int], tokens: int, answer: Answer) -> None:
         """The door where chunks are fetched from a daemon first."""
+        self.waiting += 1
 
         async def fetch_and_begin() -> None:
-            await self._fetch(prompt)
+            try:
+                await self._fetch(prompt)
+            finally:
+                self.waiting -= 1
             self._openai.begin(prompt, tokens, answer)
 
         task = asyncio.create_task(fetch_and_begin(), name="fetch")

@@ -101,8 +101,9 @@ def test_an_engine_that_does_not_tell_sources_tells_hits_above_and_below() -> No
 
 def test_the_mock_engines_page_is_an_engines() -> None:
     fleet = FleetSettings(mock_settings())
-    found = engine_page(samples(Gauges("m").text(MockEngine(fleet.engine))))
+    found = engine_page(samples(Gauges("m").text(MockEngine(fleet.engine), waiting=3)))
     assert found is not None
+    assert found.waiting == 3  # what waits for a daemon's chunks keeps a drain from ending
     assert found.kv_tokens == fleet.engine.num_blocks * fleet.engine.block_size
 
 
