@@ -100,9 +100,9 @@ class Direction:
             raise CopyError(str(error)) from error
 
     def close(self) -> None:
-        """Give the buffers back; raises GpuError."""
-        for lane in self._lanes:
-            self._gpu.free(lane.staging)
+        """Give the buffers back; raises GpuError. A second call does nothing."""
+        while self._lanes:
+            self._gpu.free(self._lanes.pop().staging)
 
     def _batches(self, pages: PageMap, parts: Sequence[Part]) -> list[tuple[Blocks, Way]]:
         batches: list[tuple[Blocks, Way]] = []

@@ -95,9 +95,9 @@ class DevicePages:
         return self._copy(self._in, blocks, parts, after)
 
     def close(self) -> None:
-        if self._memory is not None:
-            self._memory.close()
-            self._memory.join(_CLOSE_TIMEOUT_S)
+        if (memory := self._memory) is not None:
+            memory.close()
+            memory.join(_CLOSE_TIMEOUT_S)
         with contextlib.suppress(GpuError):  # the device may be gone already
             self._out.close()
             self._in.close()

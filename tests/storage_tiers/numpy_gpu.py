@@ -61,6 +61,7 @@ class NumpyGpu:
         self._lock = threading.RLock()
         self._streams: dict[int, deque[Callable[[], None] | Mark | tuple[Mark]]] = {}
         self._memory: dict[int, Bytes] = {}
+        self._pending: Counter[tuple[int, int]] = Counter()  # host memory of queued copies
         self._sticky = ""
 
     # -- what the engine does ------------------------------------------------------------
@@ -122,7 +123,10 @@ class NumpyGpu:
                 self._refuse(bool(touched) and not inside, "a copy over a registration's border")
                 self._refuse(pinned and not inside, "memory said to be pinned is not")
 
+            self._pending.update((host, size) for _, host, size in rows)
+
             def work() -> None:
+                self._pending.subtract((host, size) for _, host, size in rows)
                 for device, host, size in self._random.sample(rows, len(rows)):
                     source, target = (device, host) if to_host else (host, device)
                     ctypes.memmove(target, source, size)
@@ -171,8 +175,10 @@ class NumpyGpu:
 
     def unpin(self, address: int) -> None:
         with self._call("unpin"):
-            assert not any(self._streams.values()), "memory is given back before its copies ended"
-            del self.pinned[address]
+            size = self.pinned.pop(address)
+            for (at, of), count in self._pending.items():
+                is_other = at + of <= address or address + size <= at
+                assert not count or is_other, "memory is given back before its copies ended"
 
     # -- how ---------------------------------------------------------------------------------
 

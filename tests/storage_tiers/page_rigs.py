@@ -20,6 +20,7 @@ from tests.storage_tiers.numpy_gpu import NumpyGpu
 BLOCKS = 40
 STAGING_BYTES = 1 << 14  # small, so that transfers take many batches
 EXTENT_BYTES = 1 << 14
+WAIT_S = 20.0
 
 
 class View(NamedTuple):
@@ -114,6 +115,9 @@ class Rig(Protocol):
     @abstractmethod
     def pages(self, layout: Layout, placed: Any) -> PageAccess: ...
 
+    def settle(self, pages: PageAccess) -> None:
+        """Until the slots' memory is as it stays."""
+
 
 class HostRig(Rig):
     def place(self, storages: Sequence[Bytes]) -> Any:
@@ -130,6 +134,11 @@ class HostRig(Rig):
             for storage, offset, page, stride in layout.views
         ]
         return HostPages(tensors, layout.groups)
+
+
+def until_pinned(pages: PageAccess) -> None:
+    assert isinstance(pages, DevicePages) and pages._memory is not None
+    pages._memory.wait(WAIT_S)
 
 
 class NumpyRig(HostRig):
@@ -158,6 +167,9 @@ class NumpyRig(HostRig):
             extent_bytes=EXTENT_BYTES,
         )
 
+    def settle(self, pages: PageAccess) -> None:
+        until_pinned(pages)
+
 
 class CupyRig(Rig):
     """A real GPU."""
@@ -184,6 +196,9 @@ class CupyRig(Rig):
             ways=(self._way, self._way),
             staging_bytes=STAGING_BYTES,
         )
+
+    def settle(self, pages: PageAccess) -> None:
+        until_pinned(pages)
 
 
 def kv_tensors(layout: Layout, addresses: Sequence[int]) -> list[KvTensor]:
