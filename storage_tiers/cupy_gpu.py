@@ -75,7 +75,7 @@ class CupyGpu:
                 mapped = self._runtime.cudaDevAttrCanUseHostPointerForRegisteredMem
                 self.maps_host = bool(self._runtime.deviceGetAttribute(mapped, device))
         except GpuError as error:
-            raise GpuUnavailableError(f"CUDA cannot use cuda:{device}: {error}") from error
+            raise GpuUnavailableError(f"CUDA does not work here: {error}") from error
         self._kernels: dict[int, Any] = self._compiled()
 
     @property
@@ -136,8 +136,10 @@ class CupyGpu:
             self._kernels[unit]((_BLOCKS,), (_THREADS,), arguments)
 
     def descriptors(self, count: int) -> Descriptors:
+        # CuPy keeps what is given back by size, and to lock new memory can stop the GPU: few sizes.
+        size = 1 << max(12, (count * 16 - 1).bit_length())
         with self._calls():
-            memory = self._cupy.cuda.alloc_pinned_memory(max(count, 1) * 16)
+            memory = self._cupy.cuda.alloc_pinned_memory(size)
         return np.frombuffer(memory, dtype=np.uint64, count=2 * count).reshape(count, 2)
 
     def allocate(self, size: int) -> int:

@@ -97,7 +97,7 @@ LAYOUTS = {
     "padded pages": Layout([BLOCKS * 1024], [View(0, 0, 768, 1024)], [[0]]),
     "unaligned": layers_apart(3, 100),
     "one byte": layers_apart(2, 1),
-    "a block larger than a buffer": layers_apart(3, STAGING_BYTES // 2),
+    "a block larger than a buffer": layers_apart(20, STAGING_BYTES // 16),
 }  # fmt: skip
 
 

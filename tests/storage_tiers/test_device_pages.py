@@ -25,6 +25,7 @@ from tests.storage_tiers.page_rigs import (
 )
 
 LAYOUT = layers_apart(4, 1024)
+STILL_THERE_S = 0.1  # long enough for what must not happen to happen
 STRIPE = BLOCKS * LAYOUT.block_bytes(0)  # ten of the rig's buffers
 
 
@@ -231,6 +232,7 @@ def test_memory_is_given_back_when_its_last_copy_has_ended() -> None:
         assert usable
         other = np.zeros(STRIPE, dtype=np.uint8)
         scene.attach(other)
+        first.join(STILL_THERE_S)
         assert scene.gpu.pinned.keys() > before.keys()
     first.join(WAIT_S)
     assert not scene.gpu.pinned.keys() & before.keys()
