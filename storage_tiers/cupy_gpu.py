@@ -55,9 +55,8 @@ class CupyGpu:
             import cupy
         except (ImportError, OSError) as error:
             raise GpuUnavailableError(
-                f"the KV cache is in the memory of cuda:{device}, and to copy it CuPy is needed, "
-                f"which does not import ({error}): install kvbm-daemon[cuda] beside a vLLM built "
-                "for CUDA 12, kvbm-daemon[cuda13] beside one for CUDA 13"
+                f"CuPy is needed to copy KV in the memory of cuda:{device}, and does not import "
+                f"({error}): install kvbm-daemon[cuda] for CUDA 12, kvbm-daemon[cuda13] for CUDA 13"
             ) from error
         self._cupy: Any = cupy
         self._runtime: Any = cupy.cuda.runtime

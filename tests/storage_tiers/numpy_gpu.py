@@ -210,6 +210,10 @@ class NumpyGpu:
             step.reached = True
         elif not isinstance(step, tuple):
             step()
+        if self._sticky:  # the context has ended, and with it all that was queued
+            self._pending.clear()
+            for queue in self._streams.values():
+                queue.clear()
 
     def _can_step(self, step: object) -> bool:
         return not isinstance(step, tuple) or step[0].reached
