@@ -63,6 +63,7 @@ class NumpyGpu:
         self._memory: dict[int, Bytes] = {}
         self._pending: Counter[tuple[int, int]] = Counter()  # host memory of queued copies
         self._sticky = ""
+        self._held = 0
 
     # -- what the engine does ------------------------------------------------------------
 
@@ -75,6 +76,10 @@ class NumpyGpu:
         """Queue work of the engine's."""
         with self._lock:
             self._streams[stream].append(work)
+
+    def hold(self, stream: int) -> None:
+        """The stream stands still from now on."""
+        self._held = stream
 
     def drain(self) -> None:
         """Run all that is queued."""
@@ -203,7 +208,11 @@ class NumpyGpu:
 
     def _turn(self) -> None:
         """One stream takes one step."""
-        ready = [queue for queue in self._streams.values() if queue and self._can_step(queue[0])]
+        ready = [
+            queue
+            for stream, queue in self._streams.items()
+            if queue and stream != self._held and self._can_step(queue[0])
+        ]
         assert ready, "streams wait for each other for ever"
         step = self._random.choice(ready).popleft()
         if isinstance(step, Mark):

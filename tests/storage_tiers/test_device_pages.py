@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def way(request: pytest.FixtureRequest) -> Way:
 def test_a_store_takes_what_the_engine_had_queued_before(way: Way, seed: int) -> None:
     scene = Scene(way, seed)
     for number, layer in enumerate(scene.engine):
-        scene.gpu.run(scene.rig.engine, lambda layer=layer, n=number: layer.fill(10 + n))
+        scene.gpu.run(scene.rig.engine, partial(layer.fill, 10 + number))
     fence = scene.pages.fence()
     scene.gather(fence)
     assert (scene.slot() == np.arange(10, 14)[None, :, None]).all()
@@ -84,20 +85,19 @@ def test_a_load_overwrites_what_the_engine_had_queued_before(way: Way, seed: int
     scene = Scene(way, seed)
     scene.memory[:] = 7
     for layer in scene.engine:
-        scene.gpu.run(scene.rig.engine, lambda layer=layer: layer.fill(0))
+        scene.gpu.run(scene.rig.engine, partial(layer.fill, 0))
     scene.pages.scatter(scene.plan(), scene.pages.fence())
     assert (scene.layers() == 7).all()
 
 
 def test_a_copy_does_not_wait_for_what_the_engine_queues_after(way: Way) -> None:
     scene = Scene(way)
-    done: list[str] = []
     fence = scene.pages.fence()
-    never = scene.gpu.stream()
-    scene.gpu.wait(scene.rig.engine, scene.gpu.mark(scene.rig.engine))
-    scene.gpu.run(never, lambda: done.append("other work"))
-    scene.gpu.run(scene.rig.engine, lambda: done.append("the next step"))
-    scene.gpu.fails = ""
+    later = scene.gpu.stream()
+    # The engine waits for something that is queued only when the copy is done.
+    gate = scene.gpu.mark(later)
+    scene.gpu.hold(later)
+    scene.gpu.wait(scene.rig.engine, gate)
     scene.gather(fence)
     np.testing.assert_array_equal(scene.slot(), scene.layers())
 
