@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Final, NamedTuple
@@ -33,6 +34,7 @@ from storage_tiers.streaming import Addresses
 STAGING_BYTES: Final = 8 << 20
 """Of each of two buffers each way, in the GPU: a batch. 160 us of a PCIe 5 bus."""
 _STREAMS: Final = 2
+_BATCHES_AHEAD: Final = 16  # of a transfer; CUDA's queues are bounded, and block where they end
 _FEW_PAGES: Final = 16  # fewer are not worth a kernel before or after the copy
 _GOOD_ENOUGH: Final = 0.9  # of the fastest way's speed
 _PIN_TIMEOUT_S: Final = 60.0
@@ -58,6 +60,13 @@ class _Lane(NamedTuple):
     staging: int  # address
 
 
+class _Queued(NamedTuple):
+    """A batch under way."""
+
+    mark: object  # its end
+    read: list[Descriptors]  # by its kernels, which needs them to live
+
+
 class Direction:
     """GPU to host or host to GPU: its streams and buffers. Thread-safe."""
 
@@ -80,29 +89,36 @@ class Direction:
         """
         if self._lost:
             raise CopyError(self._lost)
-        kept: list[Descriptors] = []
+        pending: deque[_Queued] = deque()
         try:
-            # Batches of two transfers must not mix: a lane's buffer belongs to one until its end.
+            # A batch is queued as a whole, so that its buffer is its own until its end.
             with self._queueing:
-                used: list[_Lane] = []
+                waiting = list(self._lanes) if after is not None else []
                 for blocks, way in self._batches(pages, parts):
+                    if len(pending) == _BATCHES_AHEAD:
+                        self._finish_first(pending)
                     lane = next(self._turns)
-                    if lane not in used:
-                        used.append(lane)
-                        if after is not None:
-                            self._gpu.wait(lane.stream, after)
-                    kept += self._queue(lane, pages, blocks, way, memory)
-                marks = [self._gpu.mark(lane.stream) for lane in used]
-            for mark in marks:
-                self._gpu.finish(mark)
-        except GpuError as error:
+                    if lane in waiting:
+                        self._gpu.wait(lane.stream, after)
+                        waiting.remove(lane)
+                    read = self._queue(lane, pages, blocks, way, memory)
+                    pending.append(_Queued(self._gpu.mark(lane.stream), read))
+            while pending:
+                self._finish_first(pending)
+        except BaseException as error:
             self._settle()
-            raise CopyError(str(error)) from error
+            if isinstance(error, GpuError):
+                raise CopyError(str(error)) from error
+            raise
 
     def close(self) -> None:
         """Give the buffers back; raises GpuError. A second call does nothing."""
         while self._lanes:
             self._gpu.free(self._lanes.pop().staging)
+
+    def _finish_first(self, pending: deque[_Queued]) -> None:
+        self._gpu.finish(pending[0].mark)
+        pending.popleft()
 
     def _batches(self, pages: PageMap, parts: Sequence[Part]) -> list[tuple[Blocks, Way]]:
         batches: list[tuple[Blocks, Way]] = []

@@ -81,6 +81,11 @@ class NumpyGpu:
         """The stream stands still from now on."""
         self._held = stream
 
+    def waiting(self) -> int:
+        """Steps that are queued."""
+        with self._lock:
+            return sum(map(len, self._streams.values()))
+
     def drain(self) -> None:
         """Run all that is queued."""
         with self._lock:

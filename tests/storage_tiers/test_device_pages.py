@@ -160,6 +160,27 @@ def test_a_few_pages_are_copied_one_by_one(way: Way) -> None:
     assert (scene.gpu.calls["copied"], scene.gpu.calls["copy_pieces"]) == (12, 0)
 
 
+def test_a_long_transfer_is_queued_a_bounded_way_ahead(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's queues are bounded, and where they end a call would stop every thread of Python."""
+    monkeypatch.setattr("storage_tiers.device_copies._BATCHES_AHEAD", 3)
+    scene = Scene(way)
+    most = 0
+    finish = scene.gpu.finish
+
+    def counted(mark: object) -> None:
+        nonlocal most
+        most = max(most, scene.gpu.waiting())
+        finish(mark)
+
+    monkeypatch.setattr(scene.gpu, "finish", counted)
+    scene.gather(scene.pages.fence())
+    # The fence's mark, a wait for it on each stream, and three steps of each batch.
+    assert most <= 1 + 2 + 3 * 3
+    np.testing.assert_array_equal(scene.slot(), scene.layers())
+
+
 @pytest.mark.parametrize(
     ("kernel", "maps", "kernels"), [(False, True, 0), (True, False, STRIPE // STAGING_BYTES)]
 )
@@ -290,6 +311,23 @@ def test_a_call_that_fails_fails_its_copy_and_nothing_goes_on_behind_it(
     np.testing.assert_array_equal(scene.layers(), at_failure[1])
     assert copy(scene.plan(), scene.pages.fence()) == STRIPE
     np.testing.assert_array_equal(scene.slot(), scene.layers())
+
+
+def test_whatever_ends_a_copy_nothing_goes_on_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    queue = Direction._queue
+
+    def fail_in_the_middle(direction: Direction, *arguments: Any) -> Any:
+        if scene.gpu.calls["copy_pieces"] == 3:
+            raise MemoryError
+        return queue(direction, *arguments)
+
+    monkeypatch.setattr(Direction, "_queue", fail_in_the_middle)
+    with pytest.raises(MemoryError):
+        scene.gather(scene.pages.fence())
+    before = scene.memory.copy()
+    scene.gpu.drain()
+    np.testing.assert_array_equal(scene.memory, before)
 
 
 def test_a_fence_that_fails_fails_the_copy_and_not_the_engine() -> None:
