@@ -47,8 +47,8 @@ soak: $(STAMP) ## an hour of mixed load: right bytes, and memory, descriptors an
 demo: $(STAMP) ## two real engines, every tier, routed: build/demo.json and build/demo.svg
 	$(BIN)/python -m examples.demo
 
-up: $(STAMP) ## an OpenAI endpoint over two engines, left running; prints its address
-	$(BIN)/python -m examples.demo up
+up: $(STAMP) ## an OpenAI endpoint over two engines, left running (MORE=1: a planner may start one more)
+	$(BIN)/python -m examples.demo up --more-engines $(or $(MORE),0)
 
 down: $(STAMP) ## end what `make up` started
 	$(BIN)/python -m examples.demo down

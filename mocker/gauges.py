@@ -73,7 +73,8 @@ class Gauges:
         if record.e2e_ps is not None:
             self._e2e.add(np.array([record.e2e_ps]))
 
-    def text(self, engine: Engine) -> str:
+    def text(self, engine: Engine, waiting: int = 0) -> str:
+        """`waiting`: so many more than the engine has."""
         labels, settings, lines = self._labels, engine.settings, list[str]()
 
         def tell(name: str, kind: str, value: float, more: str = "") -> None:
@@ -82,7 +83,7 @@ class Gauges:
 
         lower = sum(tokens for tier, tokens in self._cached.items() if tier != "G1")
         tell("vllm:num_requests_running", "gauge", engine.running_count)
-        tell("vllm:num_requests_waiting", "gauge", engine.waiting_count)
+        tell("vllm:num_requests_waiting", "gauge", engine.waiting_count + waiting)
         tell("vllm:kv_cache_usage_perc", "gauge", engine.pool.used_count / settings.num_blocks)
         tell("vllm:num_preemptions_total", "counter", engine.preemptions_total)
         tell("vllm:prompt_tokens_total", "counter", self._prompt_tokens)

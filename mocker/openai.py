@@ -68,6 +68,8 @@ class Asked(msgspec.Struct, frozen=True):
 class Door(Protocol):
     """What an answer may have to wait for before the engine gets its request."""
 
+    waiting: int  # requests that do
+
     def begin(self, prompt: Sequence[int], tokens: int, answer: Answer) -> None: ...
 
 
@@ -83,6 +85,7 @@ class OpenAi:
         self._context_tokens = context_tokens
         self._created = int(time.time())
         self._numbers = itertools.count()
+        self.waiting = 0
         self.door: Door = self
 
     def __call__(self, request: HttpRequest, reply: Reply) -> None:
@@ -99,7 +102,7 @@ class OpenAi:
                 case "GET", "/version":
                     reply.whole(200, b'{"version":"mock"}')
                 case "GET", "/metrics":
-                    text = self._gauges.text(self._engine.engine)
+                    text = self._gauges.text(self._engine.engine, self.door.waiting)
                     reply.whole(200, text.encode(), b"text/plain; version=0.0.4; charset=utf-8")
                 case _, path:
                     raise Refusal(404, "NotFoundError", f"there is no {request.method} {path}")

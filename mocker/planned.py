@@ -3,34 +3,38 @@
 Engines are asked for, start after a delay with an empty G1, serve, are drained and go; node tiers
 stay. A node's engines share its tiers, and are started node by node. What the planner sees are
 counters as engines' metrics pages would tell them, no more.
+
+With prefill and decode apart a request is two: one that computes the prompt and one token, and when
+that has ended one for the rest of the answer, at an engine of the other pool, which loads the
+prompt's KV from the tiers that the two share. Then nodes also tell how fast they compute, because
+an engine that gives one token shows no time between tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final
 
 from mocker.engine import Engine
 from mocker.events import BlockEvent
 from mocker.policies import Worker
 from mocker.replay import FleetSettings, Replay
 from mocker.results import ReplayResult
-from mocker.routing import RouterPolicy, Routing
+from mocker.routing import RouterPolicy, Routing, speed_of
 from mocker.sequence import Record, Request
 from mocker.timing import PS_PER_S
-from planner.observe import Counters, EngineSnapshot, Phase, Snapshot
+from planner.observe import Counters, EngineSnapshot, Phase, Snapshot, Told
 from planner.planning import Plan, Planner
-
-ROLE: Final = "aggregated"
+from runtime.engine_card import Role
 
 
 @dataclass(slots=True)
 class _Slot:
     """A place for an engine: which life it is in, and since when it costs."""
 
+    role: Role
     life: int = 0
     phase: Phase | None = None
     since_ps: int = 0
@@ -51,18 +55,18 @@ class Outcome:
     engine_s: float
     actions: int
 
-    def reversals(self) -> int:
-        """How often the fleet's size turned: up after down, or down after up."""
+    def reversals(self, role: Role = "aggregated") -> int:
+        """How often a pool's size turned: up after down, or down after up."""
         steps = [
-            change
-            for plan in self.plans
-            if (change := plan.decision.changes.get("aggregated", 0)) != 0
+            change for plan in self.plans if (change := plan.decision.changes.get(role, 0)) != 0
         ]
         return sum(1 for a, b in pairwise(steps) if (a > 0) != (b > 0))
 
 
 class PlannedFleet:
-    """One run. `fleet.engines` is how many there may ever be."""
+    """One run. `fleet.engines` is how many there may ever be, in all pools; `engines` of each pool
+    are there at first. With `prefill` so many places are for prefill engines, and the others for
+    decode engines; request `n` has the records `2n` and `2n + 1` then."""
 
     def __init__(
         self,
@@ -73,25 +77,34 @@ class PlannedFleet:
         engines: int,
         start_delay_s: float,
         tick_s: float,
+        prefill: int = 0,
         routing: Routing | None = None,
         seed: int = 1,
     ) -> None:
-        assert 1 <= engines <= fleet.engines
+        assert 1 <= engines <= fleet.engines and 0 <= prefill < fleet.engines
         self._planner = planner
         self._start_delay_ps = round(start_delay_s * PS_PER_S)
         self._tick_ps = round(tick_s * PS_PER_S)
-        self._policy = RouterPolicy(fleet, routing or Routing(), seed)
-        self._replay = Replay(fleet, self, arrivals, listen=True)
-        self._slots = [_Slot() for _ in range(fleet.engines)]
-        self._wanted = engines
+        roles: tuple[Role, ...] = ("prefill", "decode") if prefill else ("aggregated",)
+        self._policies = {role: RouterPolicy(fleet, routing or Routing(), seed) for role in roles}
+        given = self._halves(arrivals) if prefill else arrivals
+        self._replay = Replay(fleet, self, given, listen=True)
+        places = fleet.engines - prefill
+        self._slots = [_Slot(roles[0]) for _ in range(prefill)]
+        self._slots += [_Slot(roles[-1]) for _ in range(places)]
+        self._wanted = dict.fromkeys(roles, engines)
+        self._told_speed = _told_speed(fleet) if prefill else Told()
+        self._answers: dict[int, Request] = {}  # to come after the prompt with the number before
         self._plans: list[Plan] = []
         self._sizes: list[tuple[float, int, int]] = []
         self._engine_ps = 0
         self._actions = 0
         self._arrived: dict[int, int] = {}  # requests whose first token has not come, and when
-        for index in range(fleet.engines):
-            self._policy.accept(index, index < engines)
-            if index < engines:
+        for role, policy in self._policies.items():
+            own = [index for index, slot in enumerate(self._slots) if slot.role == role]
+            for index in range(fleet.engines):
+                policy.accept(index, index in own[:engines])
+            for index in own[:engines]:
                 self._slots[index].phase = "serving"
 
     def run(self) -> Outcome:
@@ -104,32 +117,57 @@ class PlannedFleet:
         engine_s = self._engine_ps / PS_PER_S
         return Outcome(result, self._plans, self._sizes, engine_s, self._actions)
 
+    def _halves(self, arrivals: Iterable[tuple[int, Request]]) -> Iterator[tuple[int, Request]]:
+        for at_ps, whole in arrivals:
+            number, prompt, content = 2 * whole.request_id, whole.prompt_tokens, whole.content
+            if whole.output_tokens > 1:
+                rest = Request(number + 1, prompt + 1, whole.output_tokens - 1, content)
+                self._answers[number] = rest
+            yield at_ps, Request(number, prompt, 1, content)
+
+    def _hand_over(self, prompt: Record) -> None:
+        answer = self._answers.pop(prompt.request_id, None)
+        if answer is not None and prompt.finished_ps is not None:
+            self._replay.call_at(
+                prompt.finished_ps, lambda now_ps: self._replay.place(answer, now_ps)
+            )
+
     # -- the policy's seam -----------------------------------------------------------------
 
     def choose(self, request: Request, workers: Sequence[Worker], now_ps: int) -> int:
-        index = self._policy.choose(request, workers, now_ps)
+        role = self._role_of(request.request_id)
+        own = [worker for worker in workers if self._slots[worker.index].role == role]
+        index = self._policies[role].choose(request, own, now_ps)
         self._slots[index].counted["arrived"] += 1
         self._arrived[request.request_id] = now_ps
         return index
 
     def on_event(self, event: BlockEvent) -> None:
-        self._policy.on_event(event)
+        for policy in self._policies.values():
+            policy.on_event(event)
 
     def on_first_token(self, request_id: int, worker: int, now_ps: int) -> None:
-        self._policy.on_first_token(request_id, worker, now_ps)
+        self._policies[self._role_of(request_id)].on_first_token(request_id, worker, now_ps)
         record = self._engine(worker).record_of(request_id)
         if record is not None:
             self._count_prompt(record, now_ps)
 
     def on_end(self, record: Record) -> None:
-        self._policy.on_end(record)
+        self._policies[self._role_of(record.request_id)].on_end(record)
         if record.ttft_ps is not None:
             self._count_prompt(record, record.arrival_ps + record.ttft_ps)
         self._slots[record.engine].counted["output_tokens"] += len(record.token_times_ps)
+        self._hand_over(record)
 
     def on_refused(self, request_id: int) -> None:
-        self._policy.on_refused(request_id)
+        self._policies[self._role_of(request_id)].on_refused(request_id)
         self._arrived.pop(request_id)
+        self._answers.pop(request_id, None)
+
+    def _role_of(self, request_id: int) -> Role:
+        if "decode" not in self._policies:
+            return "aggregated"
+        return "decode" if request_id % 2 else "prefill"
 
     def _count_prompt(self, record: Record, first_ps: int) -> None:
         arrived_ps = self._arrived.pop(record.request_id, None)
@@ -149,7 +187,8 @@ class PlannedFleet:
         self._plans.append(plan)
         there = [slot.phase for slot in self._slots if slot.phase is not None]
         self._sizes.append((now_ps / PS_PER_S, there.count("serving"), len(there)))
-        self._scale(plan.decision.targets[ROLE], now_ps)
+        for role in self._policies:
+            self._scale(role, plan.decision.targets[role], now_ps)
         if self._replay.is_busy:
             self._replay.call_at(now_ps + self._tick_ps, self._tick)
 
@@ -159,17 +198,17 @@ class PlannedFleet:
             for index, slot in enumerate(self._slots)
             if slot.phase is not None
         ]
-        return Snapshot(now_ps / PS_PER_S, tuple(engines), desired={ROLE: self._wanted})
+        return Snapshot(now_ps / PS_PER_S, tuple(engines), desired=dict(self._wanted))
 
     def _told(self, index: int, phase: Phase, now_ps: int) -> EngineSnapshot:
         slot, engine = self._slots[index], self._engine(index)
         name = f"{index}.{slot.life}"
         if phase == "starting":
-            return EngineSnapshot(name, ROLE, phase)
+            return EngineSnapshot(name, slot.role, phase)
         engine.sync(now_ps)
         counted, settings = slot.counted, engine.settings
         return EngineSnapshot(
-            *(name, ROLE, phase),
+            *(name, slot.role, phase),
             Counters(
                 arrived=counted["arrived"],
                 prompts=counted["prompts"],
@@ -185,28 +224,31 @@ class PlannedFleet:
             waiting=engine.waiting_count,
             kv_used=engine.pool.used_count / settings.num_blocks,
             kv_tokens=settings.num_blocks * settings.block_size,
+            told=self._told_speed,
         )
 
     # -- the actuator ----------------------------------------------------------------------
 
-    def _scale(self, wanted: int, now_ps: int) -> None:
-        self._wanted = wanted
-        there = [i for i, s in enumerate(self._slots) if s.phase in {"starting", "serving"}]
+    def _scale(self, role: Role, wanted: int, now_ps: int) -> None:
+        self._wanted[role] = wanted
+        own = [(i, s.phase) for i, s in enumerate(self._slots) if s.role == role]
+        there = [i for i, phase in own if phase in {"starting", "serving"}]
         for _ in range(wanted - len(there)):
-            self._begin(now_ps)
+            self._begin(role, now_ps)
         # The last to come go first: those on the way, then the emptiest.
         by_work = sorted(there, key=lambda i: (self._slots[i].phase == "serving", self._work(i)))
         for index in by_work[: max(len(there) - wanted, 0)]:
             self._stop(index, now_ps)
 
-    def _begin(self, now_ps: int) -> None:
-        index = next((i for i, s in enumerate(self._slots) if s.phase is None), None)
+    def _begin(self, role: Role, now_ps: int) -> None:
+        free = (i for i, s in enumerate(self._slots) if s.role == role and s.phase is None)
+        index = next(free, None)
         if index is None:
             return  # all the places there are; drained engines make room
         self._actions += 1
         engine = self._engine(index)
         before = self._slots[index]
-        slot = _Slot(before.life + 1, "starting", now_ps, engine.busy_ps, engine.steps_total)
+        slot = _Slot(role, before.life + 1, "starting", now_ps, engine.busy_ps, engine.steps_total)
         self._slots[index] = slot
         life = slot.life
 
@@ -214,7 +256,7 @@ class PlannedFleet:
             now = self._slots[index]
             if now.life == life and now.phase == "starting":
                 now.phase = "serving"
-                self._policy.accept(index, accepting=True)
+                self._policies[role].accept(index, accepting=True)
 
         self._replay.call_at(now_ps + self._start_delay_ps, serve)
 
@@ -225,7 +267,7 @@ class PlannedFleet:
             self._end(index, now_ps)
         else:
             slot.phase = "draining"
-            self._policy.accept(index, accepting=False)
+            self._policies[slot.role].accept(index, accepting=False)
 
     def _end_drained(self, now_ps: int) -> None:
         for index, slot in enumerate(self._slots):
@@ -244,3 +286,10 @@ class PlannedFleet:
 
     def _engine(self, index: int) -> Engine:
         return self._replay.workers[index].engine
+
+
+def _told_speed(fleet: FleetSettings) -> Told:
+    speed = speed_of(fleet.engine, fleet.tiers)
+    each = zip(("G2", "G3", "G4"), speed.load_s_per_block, strict=True)
+    load_s = {tier: seconds / fleet.engine.block_size for tier, seconds in each}
+    return Told(speed.prefill_s_per_token, speed.prefill_s_per_token2, load_s)

@@ -142,7 +142,11 @@ class Replay:
 
     def _arrive(self, now_ps: int) -> None:
         assert self._next is not None
-        request = self._next[1]
+        self.place(self._next[1], now_ps)
+        self._arrive_next()
+
+    def place(self, request: Request, now_ps: int) -> None:
+        """Have the policy choose who gets it; in a call, for what does not come from outside."""
         for worker in self.workers:
             worker.engine.sync(now_ps)
         index = self._policy.choose(request, self.workers, now_ps)
@@ -152,7 +156,6 @@ class Replay:
             self._policy.on_refused(request.request_id)
         else:
             self._expect(index, now_ps)
-        self._arrive_next()
 
     def _start(self, index: int, now_ps: int) -> None:
         engine = self.workers[index].engine

@@ -40,7 +40,8 @@ from mocker.tiers import LruTier, NodeTiers
 from mocker.tokens import generate
 from runtime import telemetry
 from runtime.component import Runtime, Serving
-from runtime.discovery import DiscoverySettings, create_discovery
+from runtime.discovery import Discovery, DiscoverySettings, create_discovery
+from runtime.drain import drain_asked
 from runtime.engine_card import COMPONENT, ENDPOINT, EngineCard, Role
 from runtime.events import EventPlaneSettings, create_event_plane
 from runtime.events.node_stream import WorkerSpeed
@@ -118,6 +119,8 @@ class MockEngine:
         self._serving: Serving | None = None
         self._daemon: DaemonTiers | None = None
         self._fetching: set[asyncio.Task[None]] = set()
+        self.waiting = 0  # for chunks of a daemon: requests that the engine does not have yet
+        self._heeding: asyncio.Task[None] | None = None
 
     async def start(self, runtime: Runtime, daemon: DaemonTiers | None) -> Self:
         """Raises OSError where there is no address."""
@@ -140,6 +143,7 @@ class MockEngine:
             self.generate, labels=card.labels()
         )
         self.instance = self._serving.name.id
+        self._heeding = asyncio.create_task(self._heed(runtime.discovery), name="drain-asked")
         return self
 
     async def drain(self, timeout_s: float) -> None:
@@ -150,23 +154,31 @@ class MockEngine:
         quiet_s, end_s = loop.time(), loop.time() + timeout_s
         while loop.time() < min(quiet_s + DRAIN_QUIET_S, end_s):
             engine = self.engine.engine
-            if engine.waiting_count + engine.running_count or self._fetching:
+            if engine.waiting_count + engine.running_count + self.waiting:
                 quiet_s = loop.time()
             await asyncio.sleep(DRAIN_QUIET_S / 10)
 
     async def generate(self, payload: bytes, context: RequestContext) -> AsyncIterator[bytes]:
         """The endpoint's handler."""
         request = decode_generate(payload)
-        await self._fetch(request.token_ids)
+        self.waiting += 1
+        try:
+            await self._fetch(request.token_ids)
+        finally:
+            self.waiting -= 1
         async with contextlib.aclosing(generate(self.engine, request)) as items:
             async for item in items:
                 yield item
 
     def begin(self, prompt: Sequence[int], tokens: int, answer: Answer) -> None:
         """The door where chunks are fetched from a daemon first."""
+        self.waiting += 1
 
         async def fetch_and_begin() -> None:
-            await self._fetch(prompt)
+            try:
+                await self._fetch(prompt)
+            finally:
+                self.waiting -= 1
             self._openai.begin(prompt, tokens, answer)
 
         task = asyncio.create_task(fetch_and_begin(), name="fetch")
@@ -175,10 +187,17 @@ class MockEngine:
 
     async def close(self) -> None:
         await self.http.close()
-        for task in list(self._fetching):
+        tasks = [*self._fetching, *([self._heeding] if self._heeding is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._fetching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self.engine.close()
+
+    async def _heed(self, discovery: Discovery) -> None:
+        """Somebody wants it gone: it finishes what it has, and waits for whoever ends it."""
+        assert self._serving is not None
+        await drain_asked(discovery, self._serving.name)
+        await self._serving.leave()
 
     async def _fetch(self, prompt: Sequence[int]) -> None:
         if self._daemon is None:

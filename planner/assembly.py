@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from typing import assert_never
 
 from planner.actuate.base import Actuator
+from planner.events import Events
 from planner.fleet import Fleet
 from planner.loop import Loop
 from planner.measure import Profile
 from planner.planning import Planner
-from planner.settings import PlannerSettings
+from planner.settings import PROGRAM, PlannerSettings
 from planner.sources import Pages, Prometheus, Source
 from runtime.discovery import Discovery, create_discovery
 from runtime.discovery.store import Store
+from runtime.event_peers import joined
+from runtime.events import create_event_plane
 
 
 @contextlib.asynccontextmanager
@@ -28,7 +33,7 @@ async def running(
     if profile is not None:
         profiles = dict.fromkeys(settings.scaling.roles, Profile.read(profile))
     planner = Planner(settings.plan, profiles)
-    async with contextlib.AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         discovery = create_discovery(settings.discovery, environ, memory)
         await discovery.start()
         stack.push_async_callback(discovery.close)
@@ -38,6 +43,7 @@ async def running(
             settings.model,
             settings.observe.frontends,
             _source(settings),
+            events := await _events(settings, discovery, stack),
         )
         await fleet.start()
         stack.push_async_callback(fleet.close)
@@ -51,7 +57,27 @@ async def running(
             settings.scaling.load_adjustment_interval,
             advisory=settings.advisory,
             history_max=settings.history_max,
+            events=events,
         )
+
+
+async def _events(
+    settings: PlannerSettings, discovery: Discovery, stack: AsyncExitStack
+) -> Events | None:
+    """Heard until the stack is left."""
+    given = settings.events.model_copy(update={"namespace": settings.namespace})
+    if given.plane == "none":
+        return None
+    plane = create_event_plane(given, PROGRAM)
+    await plane.start()
+    stack.push_async_callback(plane.close)
+    # Questions to routers go out, too.
+    await stack.enter_async_context(joined(discovery, plane, given, publishes=True, listens=True))
+    events = Events(plane, settings.namespace)
+    tasks = await stack.enter_async_context(asyncio.TaskGroup())
+    hearing = tasks.create_task(events.run(), name="events")
+    stack.callback(hearing.cancel)
+    return events
 
 
 def _source(settings: PlannerSettings) -> Source:

@@ -17,6 +17,7 @@ from typing import Literal
 import structlog
 
 from planner.actuate.base import ActuateError, Actuator, Applied
+from planner.events import Events
 from planner.fleet import Fleet
 from planner.planning import Plan, Planner
 from runtime.engine_card import Role
@@ -47,9 +48,11 @@ class Loop:
         *,
         advisory: bool,
         history_max: int,
+        events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.actuator = actuator
+        self.events = events
         self.advisory = advisory
         self.paused = False
         self.history: deque[Step] = deque(maxlen=history_max)

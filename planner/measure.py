@@ -1,4 +1,4 @@
-"""An engine's speed: what a profile says of it, corrected by what engines turn out to take.
+"""An engine's speed: what a profile or its node says of it, corrected by what engines take.
 
 Each half minute of an engine that was busy is one equation: its mean time between tokens is that
 of a decode step of so many sequences and so much KV, plus the prompt tokens computed in that time.
@@ -17,7 +17,7 @@ from typing import Annotated, Final, Self
 import msgspec
 import numpy as np
 
-from planner.observe import EngineLoad, Observation
+from planner.observe import EngineLoad, Observation, Told
 from planner.perf import Room, Speed, Work
 from runtime.engine_card import Role
 
@@ -99,6 +99,7 @@ class Measurement:
         self._speed: Speed | None = None
         self._stale = False
         self._open: dict[str, _Open] = {}
+        self._told = Told()
 
     @property
     def looks(self) -> int:
@@ -110,14 +111,29 @@ class Measurement:
             self._add(engine, work)
         for name in self._open.keys() - {engine.name for engine in there}:
             del self._open[name]
+        told = _median([engine.told for engine in there])
+        if told != self._told:
+            self._told, self._stale = told, True
 
     def speed(self) -> Speed | None:
         """None while there is neither a profile nor enough that was measured."""
         if self.looks < self._looks_min:
-            return self._prior
+            return self._base
         if self._stale:
             self._speed, self._stale = self._fitted(), False
         return self._speed
+
+    @property
+    def _base(self) -> Speed | None:
+        """The profile, with what nodes measured of the same instead."""
+        prior, told = self._prior, self._told
+        if prior is None:
+            # One that only computes prompts has no time between tokens to learn from.
+            known = self._role == "prefill" and told.token_s
+            return Speed(0.0, told.token_s, told.pair_s, load_s=told.load_s) if known else None
+        if told.token_s:
+            prior = replace(prior, token_s=told.token_s, pair_s=told.pair_s)
+        return replace(prior, load_s={**prior.load_s, **told.load_s})
 
     def _add(self, engine: EngineLoad, work: Work | None) -> None:
         if engine.seconds is None:
@@ -140,9 +156,10 @@ class Measurement:
 
     def _fitted(self) -> Speed | None:
         """Unknowns: step_s, sequence_s, kv_token_s, token_s. What a pair takes beside a token is
-        the profile's: no look tells them apart."""
-        prior = self._prior
-        per_token = prior.pair_s / prior.token_s if prior and prior.token_s else 0.0
+        the node's or the profile's: no look tells them apart."""
+        prior, node = self._base, self._told
+        known = prior or Speed(0.0, node.token_s, node.pair_s, load_s=node.load_s)
+        per_token = known.pair_s / known.token_s if known.token_s else 0.0
         looks = [look for kind in self._looks.values() for look in kind]
         columns = [
             np.ones(len(looks)),
@@ -151,15 +168,12 @@ class Measurement:
             np.array([look.computed_in_itl * (1 + per_token * look.positions) for look in looks]),
         ]
         taken = np.array([look.itl_s for look in looks])
-        told: list[float | None] = [None] * 4
-        if prior is not None:
-            told = [prior.step_s, prior.sequence_s, prior.kv_token_s, prior.token_s]
+        told = [known.step_s, known.sequence_s, known.kv_token_s, known.token_s]
         step_s, sequence_s, kv_token_s, token_s = _least(columns, taken, told)
         if step_s <= 0 or (token_s <= 0 and self._role != "decode"):
             return prior  # nothing was computed that would tell
-        base = prior or Speed(step_s, token_s)
         return replace(
-            base,
+            known,
             step_s=step_s,
             sequence_s=sequence_s,
             kv_token_s=kv_token_s,
@@ -190,15 +204,29 @@ class _Open:
         self.intervals += engine.intervals
 
 
+def _median(told: Sequence[Told]) -> Told:
+    """Of what was measured of engines that are alike."""
+    tiers = {tier for one in told for tier in one.load_s}
+    computed = [one for one in told if one.token_s]
+    return Told(
+        float(np.median([one.token_s for one in computed])) if computed else 0.0,
+        float(np.median([one.pair_s for one in computed])) if computed else 0.0,
+        {
+            tier: float(np.median([one.load_s[tier] for one in told if tier in one.load_s]))
+            for tier in sorted(tiers)
+        },
+    )
+
+
 def _bucket(value: float) -> int:
     return int(np.log(1 + value) / np.log(BUCKET_BASE))
 
 
 def _least(
-    columns: Sequence[np.ndarray], taken: np.ndarray, told: Sequence[float | None] = ()
+    columns: Sequence[np.ndarray], taken: np.ndarray, told: Sequence[float] = ()
 ) -> list[float]:
     """No unknown negative; errors count by their share of what was taken, and an unknown that was
-    told by its share of that."""
+    told (not 0) by its share of that."""
     from scipy.optimize import nnls
 
     rows = np.column_stack(columns) / taken[:, None]

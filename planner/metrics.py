@@ -56,7 +56,20 @@ SPECS: Final = (
     Spec(f"{_P}waiting_requests", "gauge", "Requests in engines' queues."),
     Spec(f"{_P}running_requests", "gauge", "Requests that engines work on."),
     Spec(f"{_P}start_delay_seconds", "gauge", "What an engine is expected to take to start."),
-    Spec(f"{_P}unread", "gauge", "Engines and frontends that could not be read."),
+    Spec(f"{_P}unread", "gauge", "Engines, frontends and event planes that cannot be read."),
+    Spec(
+        f"{_P}routers_tell_engines",
+        "gauge",
+        "Engines that could not be read, whose load routers tell instead.",
+    ),
+    Spec(
+        f"{_P}events_total",
+        "counter",
+        "What came over the event plane: `heard`; `gap`: some of a router's were lost, and it was "
+        "asked for its state; `malformed`; `dropped`: there was no room for them; `refused`: "
+        "requests or routers beyond what is kept; `silent`: routers taken for gone.",
+        ("kind",),
+    ),
     Spec(f"{_P}tick_seconds", "gauge", "What the last tick took, acting included."),
     Spec(f"{_P}ticks_total", "counter", "Looks, each with a decision."),
     Spec(f"{_P}ticks_skipped_total", "counter", "Looks left out because one took too long."),

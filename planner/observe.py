@@ -16,6 +16,7 @@ from typing import Literal
 from runtime.engine_card import Role
 
 Phase = Literal["starting", "serving", "draining"]
+Teller = Literal["page", "routers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,17 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What an engine's node measured, in the terms of `perf.Speed`; 0 where it has not."""
+
+    token_s: float = 0.0
+    pair_s: float = 0.0
+    load_s: Mapping[str, float] = field(default_factory=dict)  # of a token from each tier
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSnapshot:
-    """`counters` is None where the engine could not be read."""
+    """`counters` is None where nobody tells of the engine; `teller` is who does."""
 
     name: str
     role: Role
@@ -45,6 +55,8 @@ class EngineSnapshot:
     waiting: float = 0.0
     kv_used: float = 0.0  # share of its KV blocks
     kv_tokens: int = 0  # that fit into it; 0: not told
+    teller: Teller = "page"
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +106,8 @@ class EngineLoad:
     computed_tokens: float = 0.0  # of prompts, without those it had
     itl_s: float = 0.0  # the sum of so many
     intervals: float = 0.0
+    teller: Teller = "page"
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +140,22 @@ class Observer:
         last, self._last = self._last, snapshot
         now: dict[str, Counters] = {
             **{f"frontend {name}": c for name, c in snapshot.frontends.items()},
-            **{e.name: e.counters for e in snapshot.engines if e.counters is not None},
+            **{_key(e): e.counters for e in snapshot.engines if e.counters is not None},
         }
         before, seconds = self._known, 0.0
         if last is not None:
             seconds = snapshot.at_s - last.at_s
             assert seconds > 0, "snapshots must be in the order of time"
         there = {f"frontend {name}" for name in snapshot.frontends}
-        there |= {engine.name for engine in snapshot.engines}
-        # One that cannot be read now goes on where it was when it can be again.
+        there |= {_key(engine) for engine in snapshot.engines}
+        # One that cannot be read now goes on where it was when it can be again, unless somebody
+        # else has told of it meanwhile: nothing shall count twice.
         self._known = {name: c for name, c in before.items() if name in there} | now
         if last is None:
             return _observation(snapshot, None, {}, seconds)
         # One that is seen for the first time may have counted for days.
         deltas = {name: _since(before[name], c) for name, c in now.items() if name in before}
-        engines = [d for name, d in deltas.items() if not name.startswith("frontend ")]
+        engines = [(e.role, deltas[key]) for e in snapshot.engines if (key := _key(e)) in deltas]
         frontends = [d for name, d in deltas.items() if name.startswith("frontend ")]
         traffic = _traffic(engines, frontends, seconds) if deltas else None
         return _observation(snapshot, traffic, deltas, seconds)
@@ -152,15 +167,21 @@ def _observation(
     return Observation(
         snapshot.at_s,
         traffic,
-        tuple(_load(engine, deltas.get(engine.name), seconds) for engine in snapshot.engines),
+        tuple(_load(engine, deltas.get(_key(engine)), seconds) for engine in snapshot.engines),
         snapshot.desired,
         snapshot.problems,
     )
 
 
+def _key(engine: EngineSnapshot) -> str:
+    return f"{engine.name} by {engine.teller}"
+
+
 def _load(engine: EngineSnapshot, delta: Counters | None, seconds: float) -> EngineLoad:
     now = engine.name, engine.role, engine.phase, engine.running, engine.waiting
-    load = EngineLoad(*now, engine.kv_used, engine.kv_tokens)
+    load = EngineLoad(
+        *now, engine.kv_used, engine.kv_tokens, teller=engine.teller, told=engine.told
+    )
     if delta is None:
         return load
     computed = max(delta.prompt_tokens - sum(delta.cached_tokens.values()), 0.0)
@@ -173,22 +194,33 @@ def _load(engine: EngineSnapshot, delta: Counters | None, seconds: float) -> Eng
     )
 
 
-def _traffic(engines: list[Counters], frontends: list[Counters], seconds: float) -> Traffic:
-    """Frontends see also what no engine has yet; tokens and hits are the engines' to tell."""
-    both, first = _sum(engines), _sum(frontends or engines)
-    prompt_tokens = both.prompt_tokens or first.prompt_tokens
-    prompts = both.prompts if both.prompt_tokens else first.prompts
+def _traffic(
+    engines: list[tuple[Role, Counters]], frontends: list[Counters], seconds: float
+) -> Traffic:
+    """Frontends see also what no engine has yet; tokens and hits are the engines' to tell.
+
+    Where prefill and decode are apart each request is seen by both: its prompt is told by who
+    computed it, its answer by who gave it.
+    """
+    everybody = [counters for _, counters in engines]
+    prefill = _sum([c for role, c in engines if role != "decode"] or everybody)
+    decode = _sum([c for role, c in engines if role != "prefill"] or everybody)
+    first = _sum(frontends) if frontends else prefill
+    if not (first.arrived or first.first_tokens):
+        prefill = Counters()  # no user's prompt: a launcher looks whether the engine computes
+    prompt_tokens = prefill.prompt_tokens or first.prompt_tokens
+    prompts = prefill.prompts if prefill.prompt_tokens else first.prompts
     return Traffic(
         requests=first.arrived,
         seconds=seconds,
         prompts=prompts,
         prompt_tokens=_mean(prompt_tokens, prompts),
-        output_tokens=_mean(both.output_tokens, prompts),
-        hits={tier: hit / prompt_tokens for tier, hit in both.cached_tokens.items()}
+        output_tokens=_mean(decode.output_tokens, decode.prompts) if prompts else None,
+        hits={tier: hit / prompt_tokens for tier, hit in prefill.cached_tokens.items()}
         if prompt_tokens
         else {},
         ttft_s=_mean(first.ttft_s, first.first_tokens),
-        itl_s=_mean(both.itl_s, both.intervals),
+        itl_s=_mean(decode.itl_s, decode.intervals),
     )
 
 

@@ -49,9 +49,12 @@ def _observation(seen: Observation) -> dict[str, Any]:
     told = None
     if traffic is not None:
         told = {**asdict(traffic), "requests_per_s": traffic.requests_per_s}
-    shown = ("name", "role", "phase", "running", "waiting", "kv_used")
+    shown = ("name", "role", "phase", "running", "waiting", "kv_used", "teller")
     return {
-        "engines": [{name: getattr(e, name) for name in shown} for e in seen.engines],
+        "engines": [
+            {**{name: getattr(e, name) for name in shown}, "told": asdict(e.told)}
+            for e in seen.engines
+        ],
         "desired": dict(seen.desired),
         "problems": list(seen.problems),
         "traffic": told,
@@ -70,6 +73,8 @@ def samples(loop: Loop) -> Samples:
         "engine_seconds_total": {(role,): float(s) for role, s in loop.engine_s.items()},
         "ready": {(check,): float(why is None) for check, why in loop.readiness().items()},
     }
+    if loop.events is not None:
+        told["events_total"] = {(kind,): float(n) for kind, n in loop.events.counts.items()}
     if loop.latest is not None:
         told |= _of_step(loop.latest)
     return {f"{_P}{name}": values for name, values in told.items()}
@@ -89,6 +94,7 @@ def _of_step(step: Step) -> dict[str, dict[Labels, float]]:
             (reason.role, reason.kind): reason.engines for reason in decision.reasons
         },
         "unread": {(): len(seen.problems)},
+        "routers_tell_engines": {(): sum(e.teller == "routers" for e in seen.engines)},
         "waiting_requests": {(): sum(e.waiting for e in seen.engines)},
         "running_requests": {(): sum(e.running for e in seen.engines)},
         "prompt_tokens": {(): plan.work.prompt_tokens},

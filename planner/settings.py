@@ -18,6 +18,7 @@ from pydantic_settings import SettingsConfigDict
 from planner.forecast import POINTS_MIN, Predictor
 from runtime.discovery import DiscoverySettings
 from runtime.engine_card import Role
+from runtime.events import EventPlaneSettings
 from runtime.settings import Loaded, Section, Settings, load
 from runtime.settings_docs import markdown
 from runtime.telemetry import LogSettings
@@ -277,6 +278,11 @@ class PlannerSettings(Settings):
     http: HttpSettings = Field(default=HttpSettings(), description="The HTTP API.")
     discovery: DiscoverySettings = Field(
         default=DiscoverySettings(), description="Where engines are found."
+    )
+    events: EventPlaneSettings = Field(
+        default=EventPlaneSettings(),
+        description="The event plane of routers and nodes, whose namespace is `namespace`; with "
+        "`none` only pages are read.",
     )
     log: LogSettings = Field(default=LogSettings(), description="The log, on standard error.")
 

@@ -20,6 +20,7 @@ CLIP: Final = 4.0
 KEEP: Final = 1 - 1 / 32  # of the past, with each sample
 FIRST: Final = 5  # samples before one can be told to be unlikely
 TOKENS_MAX: Final = 1e9
+TOKENS_FULL: Final = 32
 SLOPE_PART_MIN: Final = 20.0
 SECONDS_MIN: Final = 1e-6
 SECONDS_MAX: Final = 3600.0
@@ -43,7 +44,7 @@ class PrefillPace:
 
     def add(self, tokens: float, seconds: float, weight: float = 1.0) -> None:
         """A first token came `seconds` after the request was sent; 0 < weight <= 1."""
-        if not (0 < tokens <= TOKENS_MAX and 0 < weight <= 1 and seconds > 0):
+        if not (1 <= tokens <= TOKENS_MAX and 0 < weight <= 1 and seconds > 0):
             return
         seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
         if len(self._first) < FIRST:
@@ -93,28 +94,36 @@ class PrefillPace:
 
 
 class StepPace:
-    """Seconds of a decode step: a moving average of logarithms, begun with a median."""
+    """Seconds of a decode step: a moving average of logarithms, begun with a median.
 
-    __slots__ = ("_first", "_log")
+    An answer of `TOKENS_FULL` counts in full, a shorter one as the part of them that it has: the
+    only gap of an answer of two tokens may be the time that somebody's prompt took.
+    """
+
+    __slots__ = ("_first", "_heard", "_log")
 
     def __init__(self) -> None:
-        self._first: list[float] = []
+        self._first: list[tuple[float, float]] = []  # logarithms, and how much each counts
+        self._heard = 0.0
         self._log = 0.0
 
-    def add(self, seconds: float) -> None:
-        """One token came `seconds` after the one before it."""
-        if not seconds > 0:
+    def add(self, seconds: float, tokens: int = TOKENS_FULL) -> None:
+        """So many tokens came `seconds` after the one before, on average."""
+        if not (seconds > 0 and tokens > 0):
             return
+        weight = min(tokens / TOKENS_FULL, 1.0)
         seconds = min(max(seconds, SECONDS_MIN), SECONDS_MAX)
-        if len(self._first) < FIRST:
-            self._first.append(math.log(seconds))
-            self._log = statistics.median(self._first)
+        if self._heard < FIRST:
+            self._first.append((math.log(seconds), weight))
+            self._heard += weight
+            self._log = _median(self._first)
             return
-        self._log += (1 - KEEP) * (math.log(_likely(seconds, math.exp(self._log))) - self._log)
+        likely = _likely(seconds, math.exp(self._log))
+        self._log += weight * (1 - KEEP) * (math.log(likely) - self._log)
 
     def step_s(self) -> float | None:
-        """None before the first sample; else more than 0."""
-        return math.exp(self._log) if self._first else None
+        """None before one answer's worth of samples; else more than 0."""
+        return math.exp(self._log) if self._heard >= 1.0 else None
 
 
 @dataclass(slots=True)
@@ -168,7 +177,7 @@ class Paces:
         known = self._known.get(worker)
         if known is None or tokens < 1:
             return False
-        known.step.add(seconds / tokens)
+        known.step.add(seconds / tokens, tokens)
         return _has_changed(known)
 
 
@@ -185,6 +194,19 @@ def with_step(speed: Speed, step_s: float) -> Speed:
 
 def _likely(seconds: float, expected: float) -> float:
     return min(max(seconds, expected / CLIP), expected * CLIP)
+
+
+def _median(weighted: list[tuple[float, float]]) -> float:
+    """The least value that half of the weight is not above; of equal halves, between the two."""
+    ordered = sorted(weighted)
+    half, below = sum(weight for _, weight in ordered) / 2, 0.0
+    for index, (value, weight) in enumerate(ordered):
+        below += weight
+        if below > half:
+            return value
+        if below == half:
+            return (value + ordered[index + 1][0]) / 2
+    return ordered[-1][0]
 
 
 def _has_changed(known: _Known) -> bool:

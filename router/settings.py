@@ -22,8 +22,8 @@ from router.feed_settings import FeedSettings
 from router.index import WORKERS_MAX
 from router.limits import BusyLimits
 from router.load import SEQUENCES_MAX
+from router.peers import SIGN_OF_LIFE_S, SILENCE_S
 from router.queue import QUEUE_MAX, Order
-from router.replica import SIGN_OF_LIFE_S, SILENCE_S
 from router.selector import PolicyName, SessionMode
 from runtime.discovery import DiscoverySettings
 from runtime.events import EventPlaneSettings

@@ -42,12 +42,21 @@ class NixlUnavailableError(Exception):
 
 
 def availability(plugin: str = "POSIX") -> str | None:
-    """Why NIXL's plugin cannot be used here, or None if it can. Seconds the first time."""
+    """Why NIXL's plugin cannot be used here, or None if it can. Seconds the first time.
+
+    NIXL also lists plugins whose libraries are missing, as GDS without libcufile: so it is loaded.
+    """
     try:
-        agent, _ = new_agent("availability")
+        agent, errors = new_agent("availability")
     except NixlUnavailableError as error:
         return str(error)
-    return None if plugin in agent.get_plugin_list() else f"NIXL has no {plugin} plugin here"
+    if plugin not in agent.get_plugin_list():
+        return f"NIXL has no {plugin} plugin here"
+    try:
+        agent.agent.getPluginParams(plugin)  # NIXL's own wrapper logs the failure and goes on
+    except errors as error:
+        return f"NIXL's {plugin} plugin does not load: {error}"
+    return None
 
 
 class NixlFileMover:

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from examples.demo import report
@@ -18,6 +19,7 @@ from examples.demo.client import Answer
 from examples.demo.engine import EngineConfig
 from examples.demo.frontend import Candidate
 from examples.demo.measure import SOURCES, Row, Sample
+from examples.demo.planner import Planner, settings_of
 from examples.demo.process import (
     Process,
     ProcessError,
@@ -199,6 +201,33 @@ def test_with_a_nodes_settings_the_launcher_starts_the_engine(tmp_path: Path) ->
     assert "connectors.vllm.launch" in command
     assert command[command.index("--") + 1] == "m"
     assert command[command.index("--config") + 1] == str(tmp_path / "kvbm.yaml")
+
+
+def test_a_planner_starts_engines_like_the_stacks_and_ends_them_with_itself(
+    tmp_path: Path,
+) -> None:
+    found = {"discovery": "file", "file_directory": str(tmp_path / "found")}
+    config = EngineConfig("model", node_settings=tmp_path / "node.yaml")
+    given = settings_of(config, "http://127.0.0.1:9", tmp_path, {}, found)
+    assert "--port '{port}'" in given["processes"]["command"]
+    given["processes"] |= {
+        "command": f"{sys.executable} -m mocker serve --set port={{port}}",
+        "environment": {"KVBM_MOCK_DISCOVERY__FILE_DIRECTORY": found["file_directory"]},
+    }
+    planner = Planner(tmp_path, tmp_path, tmp_path)
+    try:
+        planner.start(given, least=1, most=1)
+        wait_until(lambda: '"phase":"serving"' in plan_of(planner), 120.0, "an engine serves")
+        [port] = [path.stem.removeprefix("engine-") for path in tmp_path.glob("engine-*.log")]
+        assert httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    finally:
+        planner.stop()
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+
+
+def plan_of(planner: Planner) -> str:
+    return httpx2.get(f"{planner.url}/v1/plan", trust_env=False).text
 
 
 def test_the_json_report_has_a_row_for_each_source(tmp_path: Path) -> None:

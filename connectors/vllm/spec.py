@@ -17,7 +17,7 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 from connectors.vllm.options import Options
 from connectors.vllm.scheduler_side import KvbmManager
 from connectors.vllm.stats import metric_definitions
-from connectors.vllm.worker_side import KvbmWorker, host_pages
+from connectors.vllm.worker_side import KvbmWorker, pages_of
 from kvbm.protocol import VERSION, Hello
 
 
@@ -47,7 +47,7 @@ class KvbmOffloadingSpec(OffloadingSpec):
         return self.manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        pages = host_pages(kv_caches)
+        pages = pages_of(kv_caches)
         parallel = self.config.parallel
         rank = parallel.rank % parallel.world_size
         group_bytes = [

@@ -1,12 +1,15 @@
 """The connector's half in each vLLM worker: copies between the engine's pages and the arena.
 
-vLLM submits jobs and polls for results on the worker's thread; one copy thread runs them in order.
-The link's thread maps the arena and answers the daemon's fences. Rules that keep KV right:
+vLLM submits jobs and polls for results on the worker's thread; one copy thread runs them in order,
+or where the pages allow it (a GPU's) two threads each way, so that one prepares a copy while the
+other's is under way. The link's thread maps the arena and answers the daemon's fences. Rules that
+keep KV right:
 
 - A load counts only if every slot's generation was the expected one before and after the copy.
 - A store runs only while the session that leased its slots is open here; a fence, or the end of
   the connection, waits for the copy in progress, and jobs of that session fail from then on.
 - Nothing is abandoned half-way: a job past its deadline is failed only if it has not started.
+- A copy comes after all that the engine had queued on its device when it submitted the job.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -32,9 +36,15 @@ from connectors.vllm.transfer import ArenaSlots
 from kvbm.link import Link
 from kvbm.protocol import Fence, Fenced, FromDaemon, Hello, Welcome
 from storage_tiers.arena import Arena, ArenaError
-from storage_tiers.hbm import Bytes, CopyPlan, HostPages, PageAccess
+from storage_tiers.cupy_gpu import CupyGpu
+from storage_tiers.device_pages import DevicePages
+from storage_tiers.gpu import GpuUnavailableError
+from storage_tiers.hbm import Bytes, CopyError, CopyPlan, HostPages, KvTensor, PageAccess
 
 logger = logging.getLogger("kvbm.worker")
+
+_THREADS_EACH_WAY = 2
+_STOP_TIMEOUT_S = 10.0
 
 
 class TransferError(Exception):
@@ -48,6 +58,7 @@ class _Job:
     pages: GPULoadStoreSpec
     slots: ArenaSlots
     arena: Arena | None  # the one the slots are in; None if it is not mapped here
+    after: object  # the fence of the pages at its submission
     submitted_at: float
 
     @property
@@ -75,17 +86,23 @@ class KvbmWorker(OffloadingWorker):
         self._load_deadline_s = load_deadline_s
         self._clock = clock
         self._changed = threading.Condition()
-        self._queue: deque[_Job] = deque()
+        self._loads: deque[_Job] = deque()
+        self._stores = deque[_Job]() if pages.concurrent else self._loads
         self._unfinished: set[int] = set()
         self._results: list[TransferResult] = []
         self._failed: list[_Job] = []
         self._arena: Arena | None = None
         self._connection = 0
         self._session: tuple[bytes, int] | None = None  # (epoch, number) that stores may use
-        self._storing = False  # a store is being copied right now
+        self._storing = 0  # stores that are being copied right now
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="kvbm-copy", daemon=True)
-        self._thread.start()
+        queues = (self._loads, self._stores) * _THREADS_EACH_WAY
+        self._threads = [
+            threading.Thread(target=self._run, args=(queue,), name="kvbm-copy", daemon=True)
+            for queue in (queues if pages.concurrent else queues[:1])
+        ]
+        for thread in self._threads:
+            thread.start()
         self._link = Link(socket_path, hello, self)
         self._link.start()
 
@@ -136,8 +153,12 @@ class KvbmWorker(OffloadingWorker):
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join(timeout=10)
+        end = self._clock() + _STOP_TIMEOUT_S
+        for thread in self._threads:
+            thread.join(max(0.0, end - self._clock()))
         self._link.close()
+        if not any(thread.is_alive() for thread in self._threads):
+            self._pages.close()
 
     # -- the link's thread ---------------------------------------------------------------
 
@@ -150,6 +171,7 @@ class KvbmWorker(OffloadingWorker):
         except (ArenaError, OSError) as error:
             logger.error("cannot map the daemon's arena (%s); serving without it", error)
             return
+        self._pages.attach(arena.array(0, arena.capacity_bytes))
         with self._changed:
             # Jobs hold on to the arena they were submitted with, so a load that is queued while
             # the daemon restarts still finds its bytes.
@@ -175,29 +197,31 @@ class KvbmWorker(OffloadingWorker):
     def _submit(
         self, number: int, pages: GPULoadStoreSpec, slots: ArenaSlots, *, is_load: bool
     ) -> None:
+        after = self._pages.fence()
         with self._changed:
             arena = self._arena
             if arena is not None and arena.epoch != slots.epoch:
                 arena = None
-            self._queue.append(_Job(number, is_load, pages, slots, arena, self._clock()))
+            job = _Job(number, is_load, pages, slots, arena, after, self._clock())
+            (self._loads if is_load else self._stores).append(job)
             self._unfinished.add(number)
             self._changed.notify_all()
 
-    def _run(self) -> None:
+    def _run(self, queue: deque[_Job]) -> None:
         leave_the_models_core()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
+                self._changed.wait_for(lambda: queue or self._stopping)
                 if self._stopping:
                     return
-                job = self._queue.popleft()
+                job = queue.popleft()
             copied, seconds, failed = 0, 0.0, True
             try:
                 start = time.perf_counter()
                 copied = self._load(job) if job.is_load else self._store(job)
                 seconds = time.perf_counter() - start
                 failed = False
-            except TransferError as error:
+            except (TransferError, CopyError) as error:
                 logger.warning("%s of request %s failed: %s", job.what, job.slots.request, error)
             except Exception:
                 logger.exception("%s of request %s failed", job.what, job.slots.request)
@@ -215,7 +239,7 @@ class KvbmWorker(OffloadingWorker):
             raise TransferError(f"it waited {waited_s:.1f} s, longer than its deadline")
         arena = _arena_of(job)
         self._check_generations(job, arena)
-        copied = self._pages.scatter(self._plans(job, arena))
+        copied = self._pages.scatter(self._plans(job, arena), job.after)
         self._check_generations(job, arena)
         return copied
 
@@ -223,14 +247,14 @@ class KvbmWorker(OffloadingWorker):
         with self._changed:
             if self._session != (job.slots.epoch, job.slots.session):
                 raise TransferError("the session that leased its slots has ended")
-            self._storing = True
+            self._storing += 1
         try:
             arena = _arena_of(job)
             self._check_generations(job, arena)
-            return self._pages.gather(self._plans(job, arena))
+            return self._pages.gather(self._plans(job, arena), job.after)
         finally:
             with self._changed:
-                self._storing = False
+                self._storing -= 1
                 self._changed.notify_all()
 
     def _check_generations(self, job: _Job, arena: Arena) -> None:
@@ -274,13 +298,40 @@ def _arena_of(job: _Job) -> Arena:
     return job.arena
 
 
-def host_pages(caches: CanonicalKVCaches) -> HostPages:
-    """Access to vLLM's KV tensors in host memory. Raises ValueError for tensors on a device."""
-    for cache in caches.tensors:
-        if cache.tensor.device.type != "cpu":
-            raise ValueError(f"KV tensors are on {cache.tensor.device}, not in host memory")
-    tensors = [cache.tensor.numpy().view(np.uint8) for cache in caches.tensors]
+def pages_of(caches: CanonicalKVCaches) -> PageAccess:
+    """Access to vLLM's KV tensors, wherever they are.
+
+    ValueError for a kind of device that is not supported or more than one device;
+    GpuUnavailableError if a GPU cannot be reached, for example because CuPy is missing.
+    """
+    tensors = [cache.tensor for cache in caches.tensors]
     groups: Sequence[Sequence[int]] = [
         list(dict.fromkeys(ref.tensor_idx for ref in refs)) for refs in caches.group_data_refs
     ]
-    return HostPages(tensors, groups)
+    [device, *others] = sorted({tensor.device for tensor in tensors}, key=str)
+    if others or device.type not in ("cpu", "cuda"):
+        found = ", ".join(map(str, (device, *others)))
+        raise ValueError(f"KV tensors are on {found}: they must be on one CUDA device or the CPU")
+    if device.type == "cpu":
+        return HostPages([tensor.numpy().view(np.uint8) for tensor in tensors], groups)
+    return device_pages(CupyGpu(device.index), tensors, groups)
+
+
+def device_pages(
+    gpu: CupyGpu, tensors: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]
+) -> DevicePages:
+    """Access to (blocks, page bytes) tensors of one-byte elements in this GPU's memory."""
+    for tensor in tensors:
+        if tensor.ndim != 2 or tensor.element_size() != 1 or tensor.stride(1) != 1:
+            raise ValueError("KV tensors must be (blocks, page bytes) of contiguous bytes")
+        if not gpu.owns(tensor.data_ptr()):
+            raise GpuUnavailableError(f"KV tensors on {tensor.device} are not this GPU's memory")
+    places = [
+        KvTensor(each.data_ptr(), each.shape[0], each.shape[1], each.stride(0)) for each in tensors
+    ]
+    device = tensors[0].device
+
+    def engine_stream() -> int:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    return DevicePages(gpu, places, groups, engine_stream=engine_stream, owner=tensors)

@@ -35,14 +35,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("verb", nargs="?", choices=("run", "up", "down", "hold"), default="run")
     parser.add_argument("--documents", type=int, default=3, help="medians are taken over these")
+    parser.add_argument(
+        "--more-engines",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with up: a planner starts so many beside the two while the load asks for it",
+    )
     options = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     verbs: dict[str, Callable[[], int]] = {
         "run": lambda: run(options.documents),
-        "up": lambda: up(BUILD, _model()),
+        "up": lambda: up(BUILD, _model(), options.more_engines),
         "down": lambda: down(BUILD),
-        "hold": lambda: hold(BUILD, _model(), _progress()),
+        "hold": lambda: hold(BUILD, _model(), options.more_engines, _progress()),
     }
     try:
         return verbs[options.verb]()

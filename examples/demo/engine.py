@@ -43,7 +43,7 @@ class EngineConfig:
     arguments: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 
-    def command(self, port: int) -> list[str]:
+    def command(self, port: int | str) -> list[str]:
         return [
             *self._program(),
             *("--served-model-name", SERVED_NAME),
@@ -173,9 +173,12 @@ class Engine:
         """Never use again what this engine stored outside itself; empties G1 too."""
         self._reset("reset_external=true")
 
+    def page(self) -> str:
+        """Its `/metrics`."""
+        return self._client.get("/metrics").raise_for_status().text
+
     def metrics(self, name: str) -> dict[str, float]:
         """A metric's samples by their labels' text, as `/metrics` writes them."""
-        text = self._client.get("/metrics").raise_for_status().text
-        lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
+        lines = [line for line in self.page().splitlines() if line.startswith(f"{name}{{")]
         split = [line.rpartition(" ") for line in lines]
         return {labels.removeprefix(name): float(value) for labels, _, value in split}

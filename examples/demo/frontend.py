@@ -31,6 +31,7 @@ class FrontendConfig:
     discovery: Mapping[str, Any]
     name: str = "kvbm-frontend"
     tokens_for: Sequence[str] = ()  # models whose answers it makes itself
+    planner: str | None = None  # whose plans its dashboard shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ class Frontend:
             # at who decodes quicker, which on one machine is whoever was less disturbed.
             "seconds": {"decode_weight": 0},
             "tokens_for": list(config.tokens_for),
+            "dashboard": {"planner": config.planner},
         }
         # Holds the credentials of the demo's servers.
         descriptor = os.open(self._settings, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)

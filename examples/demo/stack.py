@@ -18,6 +18,7 @@ from typing import Any, Self
 from examples.demo.daemon import Daemon, DaemonConfig
 from examples.demo.engine import Engine, EngineConfig
 from examples.demo.frontend import Frontend, FrontendConfig
+from examples.demo.planner import Planner, settings_of
 from examples.demo.process import ProcessError, end_recorded, free_port, recorded, write_record
 from runtime.embedded import EmbeddedNats, EmbeddedS3
 
@@ -46,12 +47,16 @@ class Stack:
         block_tokens: int = 32,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        more_engines: int = 0,
     ) -> None:
-        """`arguments` and `environment`: more of vLLM's for the engines."""
+        """`arguments` and `environment`: more of vLLM's for the engines. With `more_engines` a
+        planner starts that many beside the two while the load asks for it."""
         self.model = model
         self._arguments = tuple(arguments)
         self._environment = tuple((environment or {}).items())
         self.block_tokens = block_tokens
+        self._more_engines = more_engines
+        self.planner: Planner | None = None
         self.records = build / "run"
         self._build = build
         self._folder = build / "demo"
@@ -86,6 +91,7 @@ class Stack:
             "router": self.frontend.operators,
             **engines,
             "kvbm-daemon": self.daemon.url,
+            **({"planner": self.planner.url} if self.planner is not None else {}),
             "socket": str(self.daemon.socket),
             "nats": self.nats.url,
             "s3": f"{self._s3.endpoint_url}/{BUCKET}",
@@ -114,6 +120,8 @@ class Stack:
         """Raises ProcessError if any of it has ended on its own."""
         self.daemon.process.check()
         self.frontend.process.check()
+        if self.planner is not None:
+            self.planner.process.check()
         for engine in self.engines:
             engine.process.check()
 
@@ -135,10 +143,26 @@ class Stack:
         servers.callback(self.daemon.process.stop)
         self._say("starting kvbm-daemon")
         self.daemon.start()
-        self.frontend = self.make_frontend()
+        planner: Planner | None = None
+        if self._more_engines:
+            planner = Planner(self._folder, self._logs, self.records)
+        self.frontend = self.make_frontend(planner=planner.url if planner else None)
         servers.callback(self.frontend.stop)
         self.frontend.start()
         self._start_engines()
+        if planner is not None:
+            self._start_planner(planner)
+
+    def _start_planner(self, planner: Planner) -> None:
+        given = settings_of(
+            *(self.engines[0].config, self.frontend.url, self._logs),
+            *(self.events(), self.discovery()),
+        )
+        least = len(self.engines)
+        self._say(f"starting kvbm-planner, for {least} to {least + self._more_engines} engines")
+        self._running.callback(planner.stop)
+        planner.start(given, least=least, most=least + self._more_engines)
+        self.planner = planner
 
     def _start_engines(self) -> None:
         config = EngineConfig(
@@ -195,8 +219,8 @@ class Stack:
                 **self._s3.settings(BUCKET),
                 "linger": "250ms",
             },
-            events=self._events(),
-            discovery=self._discovery(),
+            events=self.events(),
+            discovery=self.discovery(),
         )
 
     def make_frontend(self, **more: Any) -> Frontend:
@@ -206,13 +230,13 @@ class Stack:
                 folder=self._folder,
                 logs=self._logs,
                 records=self.records,
-                events=self._events(),
-                discovery=self._discovery(),
+                events=self.events(),
+                discovery=self.discovery(),
                 **more,
             )
         )
 
-    def _events(self) -> Mapping[str, str]:
+    def events(self) -> Mapping[str, str]:
         return {
             "plane": "nats",
             "nats_url": self.nats.url,
@@ -220,7 +244,7 @@ class Stack:
             "nats_password": self.nats.password,
         }
 
-    def _discovery(self) -> Mapping[str, str]:
+    def discovery(self) -> Mapping[str, str]:
         return {"discovery": "file", "file_directory": str(self.discovery_folder)}
 
     def _kept(self) -> str:

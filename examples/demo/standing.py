@@ -20,10 +20,10 @@ from examples.demo.stack import HOLDER, Say, Stack
 
 UP_TIMEOUT_S = 900.0
 # The holder ends engines, daemon and servers before it ends itself.
-DOWN_GRACE_S = 90.0
+DOWN_GRACE_S = 120.0
 
 
-def up(build: Path, model: str) -> int:
+def up(build: Path, model: str, more_engines: int) -> int:
     """Start the holder and wait until everything is ready; prints where it can be reached."""
     if _held_by(build) is not None and _addresses(build).exists():
         print("it is up already:")
@@ -34,7 +34,10 @@ def up(build: Path, model: str) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             holder = subprocess.Popen(
-                [sys.executable, "-m", "examples.demo", "hold"],
+                [
+                    *(sys.executable, "-m", "examples.demo", "hold"),
+                    *("--more-engines", str(more_engines)),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -52,9 +55,9 @@ def up(build: Path, model: str) -> int:
     return 0
 
 
-def hold(build: Path, model: str, say: Say) -> int:
+def hold(build: Path, model: str, more_engines: int, say: Say) -> int:
     """Run the stack until told to end; what `up` starts."""
-    with Stack(build, model, say) as stack:
+    with Stack(build, model, say, more_engines=more_engines) as stack:
         try:
             _addresses(build).write_text(json.dumps(dict(stack.addresses())))
             while True:

@@ -1,8 +1,9 @@
 """Engines as processes of this machine: started from a command, ended by SIGTERM, which drains.
 
 For `make up` and small machines. An engine's process is known by its pid in discovery; the one with
-least to do goes first. One that ends without being asked is started again, later each time. When
-the planner ends, so do they: nobody else would.
+least to do goes first. Engines that others have started count, and stay. One that ends without
+being asked is started again, later each time. When the planner ends, so do those it has started:
+nobody else would end them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +53,7 @@ class Processes:
         self._settings = settings
         self._clock = clock
         self._engines: list[_Engine] = []
+        self._started: set[int] = set()  # pids, also of those that have ended
         self._goal: dict[Role, int] = {}
         self._failures = 0  # in a row
         self._not_before_s = 0.0
@@ -83,15 +86,22 @@ class Processes:
         done: list[str] = []
         for role, target in decision.targets.items():
             kept = [e for e in self._engines if e.role == role and e.stopping_since_s is None]
-            for engine in self._surplus(kept, len(kept) - target, members):
+            there = len(kept) + self._others(role, members)
+            for engine in self._surplus(kept, there - target, members):
                 self._ask_to_end(engine)
                 done.append(f"process {engine.process.pid} is asked to drain and end")
-            for _ in range(target - len(kept)):
+            for _ in range(target - there):
                 if self._clock() < self._not_before_s:
                     done.append("waiting before an engine is started again")
                     break
                 done.append(f"process {self._begin(role)} was started")
         return Applied(accepted=True, text="; ".join(done) or "nothing to do")
+
+    def _others(self, role: Role, members: Sequence[Member]) -> int:
+        """Engines that somebody else has started."""
+        host = socket.gethostname()
+        able = [m for m in members if m.role == role and m.phase != "draining"]
+        return sum(m.record.host != host or m.record.pid not in self._started for m in able)
 
     def _surplus(
         self, kept: Sequence[_Engine], count: int, members: Sequence[Member]
@@ -127,6 +137,7 @@ class Processes:
             if log is not None:
                 log.close()
         self._engines.append(_Engine(role, process))
+        self._started.add(process.pid)
         _log.info("engine_process_started", pid=process.pid, port=port, role=role)
         return process.pid
 

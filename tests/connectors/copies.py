@@ -116,17 +116,30 @@ class Watched:
         self._pages = pages
         self._during = during
 
+    @property
+    def concurrent(self) -> bool:
+        return self._pages.concurrent
+
     def block_bytes(self, group: int) -> int:
         return self._pages.block_bytes(group)
 
-    def gather(self, plans: Sequence[CopyPlan]) -> int:
-        self._during()
-        return self._pages.gather(plans)
+    def attach(self, memory: Bytes) -> None:
+        self._pages.attach(memory)
 
-    def scatter(self, plans: Sequence[CopyPlan]) -> int:
-        copied = self._pages.scatter(plans)
+    def fence(self) -> object:
+        return self._pages.fence()
+
+    def gather(self, plans: Sequence[CopyPlan], after: object = None) -> int:
+        self._during()
+        return self._pages.gather(plans, after)
+
+    def scatter(self, plans: Sequence[CopyPlan], after: object = None) -> int:
+        copied = self._pages.scatter(plans, after)
         self._during()
         return copied
+
+    def close(self) -> None:
+        self._pages.close()
 
 
 class Gate:

@@ -17,8 +17,9 @@ from vllm.v1.kv_offload.base import (
     GPULoadStoreSpec,
 )
 
+from connectors.vllm import worker_side
 from connectors.vllm.transfer import ArenaSlots
-from connectors.vllm.worker_side import KvbmWorker, host_pages
+from connectors.vllm.worker_side import KvbmWorker
 from kvbm.protocol import Fence, Fenced, FromClient
 from storage_tiers.arena import Slot
 from storage_tiers.hbm import CopyPlan, PageAccess
@@ -79,7 +80,7 @@ def make_worker(tmp_path: Path) -> Iterator[MakeWorker]:
     yield make
     for worker in workers:
         worker.shutdown()
-        assert not worker._thread.is_alive()
+        assert not any(thread.is_alive() for thread in worker._threads)
         assert not worker._link._thread.is_alive()
 
 
@@ -207,7 +208,7 @@ def test_vllms_tensors_are_reached_where_they_are() -> None:
             [CanonicalKVCacheRef(2, 8)],
         ],
     )
-    pages = host_pages(caches)
+    pages = worker_side.pages_of(caches)
     assert [pages.block_bytes(group) for group in (0, 1)] == [16, 8]
     stripe = np.full(8, 5, dtype=np.uint8)
     pages.scatter([CopyPlan(1, [3], 0, stripe)])
@@ -218,7 +219,7 @@ def test_tensors_on_a_device_are_refused() -> None:
     tensor = torch.empty((BLOCKS, 8), dtype=torch.int8, device="meta")
     caches = CanonicalKVCaches([CanonicalKVCacheTensor(tensor, 8)], [[CanonicalKVCacheRef(0, 8)]])
     with pytest.raises(ValueError, match="meta"):
-        host_pages(caches)
+        worker_side.pages_of(caches)
 
 
 # -- loads that do not count ------------------------------------------------------------
@@ -568,5 +569,5 @@ def test_shutdown_finishes_the_copy_in_progress_and_leaves_what_is_queued(
     assert not stopping.ended(STILL_THERE_S)
     gate.open()
     assert stopping.ended()
-    assert not tiny.worker._thread.is_alive()
+    assert not any(thread.is_alive() for thread in tiny.worker._threads)
     assert tiny.is_stored(running) and not tiny.is_stored(queued)

@@ -161,6 +161,7 @@ def _check_reachable(file: str, settings: Any) -> None:
     """From other pods, in one namespace of events, over Kubernetes' discovery."""
     if file == "planner.yaml":
         assert settings.namespace == "default"
+        assert settings.events.plane == "nats"
         assert settings.actuator == "kubernetes"
         workloads = settings.kubernetes.workloads
         assert workloads["aggregated"].name == "kv-kvbm-engine-llama"

@@ -31,8 +31,10 @@ from examples.demo.engine import START_TIMEOUT_S, Engine
 from examples.demo.frontend import Frontend
 from examples.demo.routed import Routed
 from examples.demo.stack import Stack
+from planner.pages import engine_page, samples
 from tests.e2e import openai_requests
 from tests.e2e.conftest import ONE_THREAD
+from tests.e2e.planned import Planned, planning
 from tests.e2e.texts import prompt, reusable
 from tests.router.pools.configs import agg
 from tests.router.pools.world import a_site, until
@@ -337,7 +339,7 @@ def test_killing_nats_costs_no_request_and_what_it_missed_is_made_up_for(site: S
 def test_killing_an_engine_costs_what_was_in_flight_there(site: Site, tokens: Frontend) -> None:
     """And where answers are made from tokens, not even that: they go on at the other engine.
 
-    Runs last: it ends with the engine started again, as another instance.
+    It ends with one engine left, in whose place the next test has another.
     """
     stack, load = site.stack, Load(site)
     text = prompt("long", 300)
@@ -362,11 +364,73 @@ def test_killing_an_engine_costs_what_was_in_flight_there(site: Site, tokens: Fr
     assert not load.wrong
     assert all(re.search(LOST, failure) for _, failure in load.failures), load.failures
     assert not [failure for asked_s, failure in load.failures if asked_s > killed_s]
-    killed.start()
-    killed.wait_ready(START_TIMEOUT_S)
-    stack.wait_connected()
-    assert f"{killed.instance:x}.0" != gone
-    test_requests_go_where_their_kv_is(site)
+
+
+def test_an_engine_that_the_planner_lets_go_costs_no_request_and_its_kv_stays(
+    site: Site, tmp_path: Path
+) -> None:
+    """In the place of the one that was killed the planner starts another, and ends it again.
+
+    Runs last: only one engine is left.
+    """
+    stack, load = site.stack, Load(site)
+    kept, gone = sorted(stack.engines, key=lambda one: not one.process.running)
+    before = gone.instance
+    if gone.process.running:
+        gone.kill()
+    wait_until(lambda: stack.frontend.engines() == 1, 60.0, "one engine is there")
+    with planning(stack, gone, tmp_path) as planned, ThreadPoolExecutor(1) as pool:
+        planned.wanted = 2
+        planned.until("it serves", lambda: planned.phases() == ["serving"] * 2, START_TIMEOUT_S)
+        [gone.instance] = planned.started
+        assert gone.instance != before
+        wait_until(lambda: stack.frontend.engines() == 2, 60.0, "the frontend has it")
+        test_requests_go_where_their_kv_is(site)
+        text = prompt("known to the one that goes", 600)
+        site.cold[text] = site.ask(gone, text).tokens
+        long = prompt("long", 300)
+        whole = kept.complete(long, max_tokens=LONG_TOKENS).tokens
+        stack.settle()
+        _check_engines_are_read(planned, kept)
+        there = pool.submit(site.ask, gone, long, max_tokens=LONG_TOKENS)
+        planned.until("it is at work", lambda: planned.load_of(gone).running >= 1, 60.0)
+        with load.running():
+            assert not there.done(), "it ended before the engine was let go"
+            planned.wanted = 1
+            planned.until("it drains", lambda: "draining" in planned.phases(), 60.0)
+            assert there.result(BACK_TIMEOUT_S).tokens == whole
+            planned.until("it has ended", lambda: planned.phases() == ["serving"], 120.0)
+        assert not load.wrong
+        assert not load.failures
+        from_host = _cached(kept, "host")
+        answer = site.ask(kept, text)
+        assert answer.tokens == site.cold[text]
+        assert answer.cached_tokens == _cached(kept, "host") - from_host > 0
+
+
+def _check_engines_are_read(planned: Planned, kept: Engine) -> None:
+    """What vLLM tells of itself is understood: speeds and load can be learnt from it."""
+    assert not planned.seen.problems
+    load = planned.load_of(kept)
+    assert load.kv_tokens > 0
+    assert load.teller == "page"
+    # What no page says comes from the node's daemon, over NATS.
+    planned.until("its speed is told", lambda: planned.load_of(kept).told.token_s > 0, 60.0)
+    last = planned.seen.at_s
+    text = prompt("for the planner to see", 600)
+    for _ in range(2):
+        kept.complete(text, max_tokens=40)
+    planned.until("a look after it", lambda: planned.seen.at_s > last, 60.0)
+    page = engine_page(samples(kept.page()))
+    assert page is not None
+    assert page.counters.cached_tokens["G1"] >= reusable(600)
+    assert page.counters.itl_s > 0
+
+
+def _cached(engine: Engine, source: str) -> float:
+    """Tokens of prompts that it had from there."""
+    told = engine.metrics("vllm:prompt_tokens_cached_by_source_total")
+    return sum(value for labels, value in told.items() if f'source="{source}"' in labels)
 
 
 class Migrating:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from planner.actuate.base import ActuateError
 from planner.actuate.dry_run import DryRun
 from planner.actuate.kubernetes import DELETION_COST, Kubernetes
+from planner.actuate.processes import Processes
 from planner.actuate.virtual import Virtual, VirtualClient
 from planner.decide import Decision, Reason, State
 from planner.fleet import Member
 from planner.observe import Counters, Phase
 from planner.pages import EnginePage
-from planner.settings import KubernetesSettings
+from planner.settings import KubernetesSettings, ProcessSettings
 from runtime.discovery import Discovery, DiscoverySettings, create_discovery
 from runtime.discovery.kubernetes_api import Api
 from runtime.discovery.memory import MemoryStore
@@ -99,6 +103,28 @@ async def test_decisions_are_numbered_and_wait_for_their_completion() -> None:
         await others.put("v1/planner/default/completed", b"nonsense")
         with pytest.raises(ActuateError, match="no completion"):
             await again.apply(decision(7, 6), [])
+
+
+async def test_engines_that_others_have_started_count_and_stay(tmp_path: Path) -> None:
+    settings = ProcessSettings(command="/bin/sleep 600", log_directory=tmp_path)
+    actuator = Processes(settings)
+    await actuator.start()
+    theirs = member(1, "another-host")
+    assert "was started" in (await actuator.apply(decision(2, 1), [theirs])).text
+    [process] = [one.process for one in actuator._engines]
+    found = member(2, socket.gethostname())
+    record = msgspec.structs.replace(found.record, pid=process.pid)
+    ours = dataclasses.replace(found, record=record)
+    assert (await actuator.apply(decision(2, 2), [theirs, ours])).text == "nothing to do"
+    # It has most to do, and goes yet: the other is not the actuator's to end.
+    busy = dataclasses.replace(ours, load=EnginePage(Counters(), 9, 0, 0, 0))
+    asked = await actuator.apply(decision(1, 2), [theirs, busy])
+    assert asked.text == f"process {process.pid} is asked to drain and end"
+    assert (await actuator.apply(decision(0, 1), [theirs])).text == "nothing to do"
+    # A record that is left of one that has ended is nobody else's engine.
+    assert "was started" in (await actuator.apply(decision(2, 2), [theirs, ours])).text
+    await actuator.close()
+    assert process.poll() is not None
 
 
 class Cluster:

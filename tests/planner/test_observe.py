@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from planner.observe import Counters, Observer, Snapshot, Traffic
+from planner.observe import Counters, EngineSnapshot, Observer, Snapshot, Traffic
 from tests.planner.builders import engine
 
 
@@ -63,6 +65,33 @@ def test_a_gap_in_reading_is_made_up_for() -> None:
     found = observer.take(Snapshot(10.0, (engine("a", counters(14)),)))
     assert found.traffic is not None
     assert found.traffic.requests == 4
+
+
+def test_prefill_and_decode_engines_tell_of_a_request_their_half_each() -> None:
+    """The decode engine has the whole prompt from elsewhere: that is nobody's hit."""
+
+    def look(requests: float) -> tuple[EngineSnapshot, ...]:
+        prompt = counters(requests, cached=30 * requests)
+        prefill = replace(engine("p", prompt), role="prefill")
+        answer = replace(prompt, cached_tokens={"G2": 100 * requests}, output_tokens=9 * requests)
+        decode = replace(engine("d", replace(answer, itl_s=4 * requests)), role="decode")
+        return replace(prefill, counters=replace(prompt, output_tokens=requests)), decode
+
+    observer = Observer()
+    observer.take(Snapshot(0.0, look(0)))
+    found = observer.take(Snapshot(5.0, look(10))).traffic
+    assert found is not None
+    assert (found.requests, found.prompts, found.prompt_tokens) == (10, 10, 100)
+    assert (found.output_tokens, found.hits, found.itl_s) == (9, {"G1": 0.3}, 4)
+
+
+def test_prompts_that_no_frontend_has_seen_tell_nothing_of_users() -> None:
+    """Such as those by which a launcher sees that an idle engine computes."""
+    observer = Observer()
+    observer.take(Snapshot(0.0, (engine("a", counters(0)),), {"f": Counters()}))
+    found = observer.take(Snapshot(5.0, (engine("a", counters(1)),), {"f": Counters()})).traffic
+    assert found is not None
+    assert (found.requests, found.prompts, found.output_tokens, found.hits) == (0, 0, None, {})
 
 
 def test_frontends_tell_what_arrives_and_engines_what_they_did() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,6 +69,28 @@ def test_an_engines_page_is_read_over_all_its_ranks() -> None:
     assert (told.ttft_s, told.first_tokens, told.itl_s, told.intervals) == (6.5, 13, 9, 600)
 
 
+def test_a_real_engines_page_is_understood() -> None:
+    """Recorded from vLLM 0.32.0 with our connector in tests/e2e/test_frontend.py; of histograms
+    only sums and counts are kept, and what is not vLLM's is left out."""
+    told = samples(Path(__file__).with_name("vllm_page.txt").read_text())
+    assert {sample.name for sample in told} == {n for n in NAMES if n.startswith("vllm:")}
+    found = engine_page(told)
+    assert found is not None
+    assert (found.running, found.waiting, found.kv_used) == (0, 0, 0)
+    assert found.kv_tokens == 262_144  # as its `kv_cache_size_tokens` says
+    assert found.counters == Counters(
+        arrived=96,
+        prompts=96,
+        prompt_tokens=53_333,
+        output_tokens=6_285,
+        cached_tokens={"G1": 41_888, "G2": 4_512, "peer": 0, "G3": 0, "G4": 0},
+        ttft_s=7.681275844573975,
+        first_tokens=96,
+        itl_s=73.0187599149649,
+        intervals=6_189,
+    )
+
+
 def test_an_engine_that_does_not_tell_sources_tells_hits_above_and_below() -> None:
     lines = [line for line in VLLM.splitlines() if "by_source" not in line]
     page = "\n".join([*lines, "vllm:external_prefix_cache_hits_total 70"])
@@ -78,8 +101,9 @@ def test_an_engine_that_does_not_tell_sources_tells_hits_above_and_below() -> No
 
 def test_the_mock_engines_page_is_an_engines() -> None:
     fleet = FleetSettings(mock_settings())
-    found = engine_page(samples(Gauges("m").text(MockEngine(fleet.engine))))
+    found = engine_page(samples(Gauges("m").text(MockEngine(fleet.engine), waiting=3)))
     assert found is not None
+    assert found.waiting == 3  # what waits for a daemon's chunks keeps a drain from ending
     assert found.kv_tokens == fleet.engine.num_blocks * fleet.engine.block_size
 
 

@@ -15,11 +15,13 @@ SCENE = Scene(engines=6, engines_per_node=3, g2_gb=32.0)
 START_S = 20.0
 
 
-def entries() -> list[TraceEntry]:
+def entries(
+    begin_ms: float = 120_000, end_ms: float = 300_000, span_ms: float = 480_000
+) -> list[TraceEntry]:
     """Two requests a second, and for three of eight minutes sixteen; each with its own prompt."""
     made, at_ms, block = [], 0.0, 0
-    while at_ms < 480_000:
-        at_ms += 62.5 if 120_000 <= at_ms < 300_000 else 500.0
+    while at_ms < span_ms:
+        at_ms += 62.5 if begin_ms <= at_ms < end_ms else 500.0
         made.append(TraceEntry(at_ms, 4096, 60, tuple(range(block, block + 8))))
         block += 8
     return made
@@ -89,3 +91,43 @@ def test_a_run_is_drawn(outcome: Outcome) -> None:
     drawn = picture([("a & b", curve)])
     assert drawn.count("<polyline") == 3
     assert "a &amp; b" in drawn
+
+
+def test_prefill_and_decode_apart_each_follow_their_half_of_the_load() -> None:
+    """More prompts come for a while, with answers of few tokens: that is work for prefill."""
+    made = entries(60_000, 130_000, 260_000)
+    settings = PlanSettings(
+        goals=GoalSettings(ttft=1.0),
+        forecast=ForecastSettings(load_predictor="ewma", throughput_adjustment_interval=20.0),
+        scaling=ScalingSettings(
+            mode="disagg",
+            start_delay=START_S,
+            scale_down_delay=60.0,
+            load_adjustment_interval=5.0,
+            max_gpu_budget=-1,
+        ),
+    )
+    found = PlannedFleet(
+        Scene(engines=10, engines_per_node=10, g2_gb=256.0).fleet(),
+        Planner(settings),
+        requests(made, SCENE.block_tokens),
+        engines=1,
+        start_delay_s=START_S,
+        tick_s=5.0,
+        prefill=5,
+    ).run()
+    records = found.result.records
+    assert [r.request_id for r in records] == list(range(2 * len(made)))
+    assert all(r.outcome == "finished" for r in records)
+    prompts, answers = records[::2], records[1::2]
+    assert all(r.engine < 5 and len(r.token_times_ps) == 1 for r in prompts)
+    assert all(r.engine >= 5 and len(r.token_times_ps) == 59 for r in answers)
+    # What a decode engine is given it does not compute.
+    assert all(r.cached_tokens["G2"] >= 4096 - SCENE.block_tokens for r in answers)
+    traffic = [t for p in found.plans if (t := p.observation.traffic) and t.prompts > 20]
+    assert all(t.prompt_tokens == 4096 and not any(t.hits.values()) for t in traffic)
+    most = {
+        role: max(p.decision.targets[role] for p in found.plans) for role in ("prefill", "decode")
+    }
+    assert most["prefill"] >= 3 > most["decode"]
+    assert found.reversals("prefill") == 1

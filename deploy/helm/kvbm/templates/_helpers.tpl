@@ -49,10 +49,12 @@ log:
   format: json
 {{- end }}
 
-{{/* What no two pods have the same of: a dict of root and prefix (KVBM, KVBM_ROUTER). */}}
+{{/* What no two pods have the same of: a dict of root, prefix (KVBM, KVBM_ROUTER) and apart. */}}
 {{- define "kvbm.planesEnvironment" -}}
+{{- if not .apart }}
 - name: {{ .prefix }}_REQUESTS__ADVERTISE_HOST
   valueFrom: {fieldRef: {fieldPath: status.podIP}}
+{{- end }}
 {{- with .root.Values.fleet.nats.secret }}
 - name: {{ $.prefix }}_EVENTS__NATS_USER
   valueFrom: {secretKeyRef: {name: {{ . }}, key: user}}

@@ -1,6 +1,6 @@
 {{/* A program without a node's hardware: its settings, Deployment, Service and disruption budget. A
      dict of root, key (of the values), part (of names) and port; `own` are settings of its kind,
-     `files` stand beside them, `openai` serves clients, `apart` uses neither events nor requests. */}}
+     `files` stand beside them, `openai` serves clients, `apart` serves no requests of programs. */}}
 {{- define "kvbm.program" -}}
 {{- $root := .root }}
 {{- $given := index .root.Values .key }}
@@ -9,7 +9,7 @@
 {{- $prefix := printf "KVBM_%s" (.part | upper | replace "-" "_") }}
 {{- $http := dict "host" "0.0.0.0" "port" .port "token" "file:/etc/kvbm-auth/token" }}
 {{- $planes := include "kvbm.planes" $root | fromYaml }}
-{{- if .apart }}{{ $planes = pick $planes "discovery" "log" }}{{ end }}
+{{- if .apart }}{{ $planes = omit $planes "requests" }}{{ end }}
 {{- $settings := mergeOverwrite $planes (dict "http" $http) (.own | default dict) }}
 {{- $settings = mustMergeOverwrite $settings (deepCopy $given.settings) }}
 {{- $drain := $given.drainSeconds | default 0 | int }}
@@ -104,9 +104,8 @@ spec:
           imagePullPolicy: {{ $root.Values.image.pullPolicy }}
           command: [kvbm-{{ .part }}, serve, --config, /etc/kvbm/{{ .part }}.yaml]
           env:
-            {{- if not .apart }}
-            {{- include "kvbm.planesEnvironment" (dict "root" $root "prefix" $prefix) | nindent 12 }}
-            {{- end }}
+            {{- $own := dict "root" $root "prefix" $prefix "apart" .apart }}
+            {{- include "kvbm.planesEnvironment" $own | nindent 12 }}
             {{- include "kvbm.writable" $root | nindent 12 }}
             {{- with $given.extraEnv }}
             {{- toYaml . | nindent 12 }}
