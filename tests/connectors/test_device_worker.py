@@ -110,15 +110,18 @@ def test_what_a_step_computes_is_stored_and_loaded_in_the_order_it_was_asked_for
     assert engine.worker.take_failed() == (set(), set())
 
 
-def test_a_load_passes_a_store_that_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, load = engine.slots(2)
+def test_a_load_and_another_store_pass_a_store_that_waits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, load, other = engine.slots(3)
     engine.daemon.arena.view(load.offset, load.length)[:] = b"\7" * load.length
     entered, opened = threading.Event(), threading.Event()
     gather = engine.pages.gather
 
     def slow(plans: list[CopyPlan], after: object = None) -> int:
+        is_first = not entered.is_set()
         entered.set()
-        assert opened.wait(WAIT_S)
+        assert not is_first or opened.wait(WAIT_S)
         return gather(plans, after)
 
     monkeypatch.setattr(engine.pages, "gather", slow)
@@ -127,6 +130,10 @@ def test_a_load_passes_a_store_that_waits(engine: Engine, monkeypatch: pytest.Mo
     engine.load(2, [load], [1])
     assert ended(engine.worker, 2)[2].transfer_size == LAYERS * PAGE
     assert (engine.kv[:, 1] == 7).all()
+    engine.compute([2], 6)
+    engine.store(3, [other], [2])
+    ended(engine.worker, 3)
+    assert engine.held(other) == {6}
     fence = Background(engine.worker.disconnected)
     assert not fence.ended(0.1), "the end of the session waits for the store"
     opened.set()
