@@ -172,6 +172,7 @@ def test_a_lost_gpu_fails_every_job_and_raises_nothing(engine: Engine) -> None:
 
 
 def test_a_new_daemon_s_arena_takes_the_place_of_the_old_one(engine: Engine) -> None:
+    assert Background(lambda: until(lambda: engine.gpu.pinned)).ended()
     old = set(engine.gpu.pinned)
     fresh = Daemon(session=8)
     engine.worker.disconnected()
@@ -182,6 +183,7 @@ def test_a_new_daemon_s_arena_takes_the_place_of_the_old_one(engine: Engine) -> 
     engine.store(1, [slot], [3])
     ended(engine.worker, 1)
     assert engine.held(slot) == {5} and engine.worker.take_failed() == (set(), set())
+    assert Background(lambda: until(lambda: set(engine.gpu.pinned) - old)).ended()
     assert Background(lambda: until(lambda: not old & set(engine.gpu.pinned))).ended()
     earlier.arena.close()
 
