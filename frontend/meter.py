@@ -38,7 +38,8 @@ SPECS: Final = (
     Spec(
         f"{_P}time_to_first_token_seconds",
         "histogram",
-        "From the first byte in to the engine's first word of answer.",
+        "From the first byte in to the engine's first word of answer. Of an answer that is passed "
+        "through whole it is not known.",
         _BY,
     ),
     Spec(

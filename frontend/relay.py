@@ -139,9 +139,8 @@ class Relay:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
+            # When its first token came is not known: as its end it would teach a false speed.
             data = await answer.read()
-            assigned.first_token()
-            measured.first_token()
             measured.status = answer.status
             say_where(assigned, reply)
             if reply.status is not None:  # a comment has begun it: its status is told already

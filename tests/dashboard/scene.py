@@ -98,7 +98,7 @@ def load(scene: Scene) -> Iterator[None]:
         with httpx2.Client(base_url=scene.openai, timeout=30.0, trust_env=False) as client:
             while not is_over.is_set():
                 prompt = dice.choice(shared) + [dice.randrange(1000) for _ in range(CHAT_TOKENS)]
-                body = {"model": MODEL, "prompt": prompt, "max_tokens": 8}
+                body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "stream": True}
                 client.post("/v1/completions", json=body).raise_for_status()
                 time.sleep(0.02)
 

@@ -122,6 +122,7 @@ def test_a_fleets_figures_move_under_load_and_decisions_say_why(
     opened.go(fleet.fleet)
     opened.wait("document.querySelectorAll('.chart canvas').length >= 4")
     opened.waits_for_change("Requests")
+    opened.waits_for_text("Time to first token", r"[1-9][\d.]* m?s")
     assert opened.text("Engines").count("serving") == 2
     assert "kv: it has" in opened.text("Last decisions"), "and in which tier"
     assert "next best" in opened.text("Last decisions")

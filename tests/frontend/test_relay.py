@@ -88,7 +88,8 @@ async def test_an_answer_comes_back_as_the_engine_made_it() -> None:
         assert asked.headers["x-request-id"] == "mine-1"
         assert asked.headers["x-own"] == "yes"
         assert asked.headers["traceparent"].startswith("00-")
-        assert running.fleet.given[0].notes == ["first", "end"]
+        assert running.fleet.given[0].notes == ["end"], "its end is no first token"
+        assert not [sample for one in running.meter.ttft.collect() for sample in one.samples]
         assert running.outcomes() == {"success": 1.0}
 
 
@@ -293,7 +294,7 @@ async def test_a_prompt_is_computed_elsewhere_first(prefill: Any) -> None:
         assert (sent["max_tokens"], sent["stream"], sent["own"]) == (1, False, [1])
         assert "stream_options" not in sent
         assert first.asked[0].json == {**COMPLETION, **more}
-        assert running.fleet.given[0].notes == ["prefilled", "first", "end"]
+        assert running.fleet.given[0].notes == ["prefilled", "end"]
 
 
 @pytest.mark.parametrize(
