@@ -64,7 +64,7 @@ class _Queued(NamedTuple):
     """A batch under way."""
 
     mark: object  # its end
-    read: list[Descriptors]  # by its kernels, which needs them to live
+    read: list[Descriptors]  # by its kernels, so they must outlive it
 
 
 class Direction:

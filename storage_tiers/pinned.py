@@ -63,16 +63,16 @@ class PinnedMemory:
 
     def split(self, copies: Copies) -> Copies:
         """The same copies, more of them where one reaches over the end of an extent."""
-        extent = np.uint64(self._extent_bytes)
+        start, extent = np.uint64(self._start), np.uint64(self._extent_bytes)
         heads: list[Copies] = []
-        while len(copies.sizes):
-            gone = (copies.host - np.uint64(self._start)) % extent
-            sizes = np.minimum(copies.sizes, extent - gone)
+        while (over := (room := extent - (copies.host - start) % extent) < copies.sizes).any():
+            sizes = np.minimum(copies.sizes, room)
             heads.append(copies._replace(sizes=sizes))
-            more = copies.sizes > sizes
             left = Copies(copies.device + sizes, copies.host + sizes, copies.sizes - sizes)
-            copies = Copies(*(each[more] for each in left))
-        return Copies(*(np.concatenate(each) for each in zip(*heads, strict=True)))
+            copies = Copies(*(each[over] for each in left))
+        if not heads:
+            return copies  # nearly always
+        return Copies(*(np.concatenate(each) for each in zip(*heads, copies, strict=True)))
 
     def wait(self, timeout_s: float) -> None:
         """Until all is pinned that can be, or TimeoutError."""

@@ -314,10 +314,10 @@ def pages_of(caches: CanonicalKVCaches) -> PageAccess:
         raise ValueError(f"KV tensors are on {found}: they must be on one CUDA device or the CPU")
     if device.type == "cpu":
         return HostPages([tensor.numpy().view(np.uint8) for tensor in tensors], groups)
-    return device_pages(CupyGpu(device.index), tensors, groups)
+    return _on_gpu(CupyGpu(device.index), tensors, groups)
 
 
-def device_pages(
+def _on_gpu(
     gpu: CupyGpu, tensors: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]
 ) -> DevicePages:
     """Access to (blocks, page bytes) tensors of one-byte elements in this GPU's memory."""

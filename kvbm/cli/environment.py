@@ -1,10 +1,11 @@
-"""What `kvbm doctor` looks at in this Python environment: clashing packages, NIXL, vLLM."""
+"""What `kvbm doctor` looks at in this Python environment: clashing packages, NIXL, vLLM, CuPy."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Final
 
 from kvbm.cli.findings import Finding, Place, ok, problem, warning
@@ -20,6 +21,21 @@ def check_environment(place: Place | None) -> Iterator[Finding]:
     yield _clashes(packages)
     yield _movers(place)
     yield _vllm(packages)
+    yield _gpu(packages)
+
+
+def _gpu(packages: Mapping[str, list[str]], device: Path = Path("/dev/nvidia0")) -> Finding:
+    """What the connector needs in the environment of an engine that keeps KV on a GPU."""
+    for distribution in packages.get("cupy", ()):
+        return ok("GPU", f"{distribution} {importlib.metadata.version(distribution)} is installed")
+    if not device.exists():
+        return ok("GPU", "no NVIDIA GPU is seen")
+    return warning(
+        "GPU",
+        "there is an NVIDIA GPU, and CuPy is missing: an engine with its KV cache there does not "
+        "start with the connector",
+        f"install {OURS}[cuda] (CUDA 12) or {OURS}[cuda13] in the engines' environment",
+    )
 
 
 def _clashes(packages: Mapping[str, list[str]]) -> Finding:

@@ -110,15 +110,18 @@ def test_what_a_step_computes_is_stored_and_loaded_in_the_order_it_was_asked_for
     assert engine.worker.take_failed() == (set(), set())
 
 
-def test_a_load_passes_a_store_that_waits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, load = engine.slots(2)
+def test_a_load_and_another_store_pass_a_store_that_waits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, load, other = engine.slots(3)
     engine.daemon.arena.view(load.offset, load.length)[:] = b"\7" * load.length
     entered, opened = threading.Event(), threading.Event()
     gather = engine.pages.gather
 
     def slow(plans: list[CopyPlan], after: object = None) -> int:
+        is_first = not entered.is_set()
         entered.set()
-        assert opened.wait(WAIT_S)
+        assert not is_first or opened.wait(WAIT_S)
         return gather(plans, after)
 
     monkeypatch.setattr(engine.pages, "gather", slow)
@@ -127,6 +130,10 @@ def test_a_load_passes_a_store_that_waits(engine: Engine, monkeypatch: pytest.Mo
     engine.load(2, [load], [1])
     assert ended(engine.worker, 2)[2].transfer_size == LAYERS * PAGE
     assert (engine.kv[:, 1] == 7).all()
+    engine.compute([2], 6)
+    engine.store(3, [other], [2])
+    ended(engine.worker, 3)
+    assert engine.held(other) == {6}
     fence = Background(engine.worker.disconnected)
     assert not fence.ended(0.1), "the end of the session waits for the store"
     opened.set()
@@ -165,6 +172,7 @@ def test_a_lost_gpu_fails_every_job_and_raises_nothing(engine: Engine) -> None:
 
 
 def test_a_new_daemon_s_arena_takes_the_place_of_the_old_one(engine: Engine) -> None:
+    assert Background(lambda: until(lambda: engine.gpu.pinned)).ended()
     old = set(engine.gpu.pinned)
     fresh = Daemon(session=8)
     engine.worker.disconnected()
@@ -175,6 +183,7 @@ def test_a_new_daemon_s_arena_takes_the_place_of_the_old_one(engine: Engine) -> 
     engine.store(1, [slot], [3])
     ended(engine.worker, 1)
     assert engine.held(slot) == {5} and engine.worker.take_failed() == (set(), set())
+    assert Background(lambda: until(lambda: set(engine.gpu.pinned) - old)).ended()
     assert Background(lambda: until(lambda: not old & set(engine.gpu.pinned))).ended()
     earlier.arena.close()
 
