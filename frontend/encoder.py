@@ -1,9 +1,9 @@
 """Text to token ids: by the quicker library where it gives what the slower one gives.
 
-`tokenizers` is what engines use, so what it gives is right. `fastokens` takes about a sixth of its
-time for the BPE tokenizers that it knows. It is used for a tokenizer only after both have agreed on
-samples, and one text in `CHECK_EVERY` is given to both from then on: should they ever differ, the
-slower one has the tokenizer for good.
+`tokenizers` is what engines use, so what it gives is right. `fastokens` is quicker with the BPE
+tokenizers that it knows. It is used for a tokenizer only after both have agreed on samples, and one
+piece of text in `CHECK_EVERY`, unless it is long, is given to both from then on: should they ever
+differ, the slower one has the tokenizer for good.
 """
 
 from __future__ import annotations
