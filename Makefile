@@ -4,7 +4,10 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
-CODE   := $(wildcard storage_tiers runtime kvbm router frontend planner connectors mocker examples tools benchmarks)
+CODE   := $(wildcard storage_tiers runtime kvbm router frontend planner connectors mocker examples tools benchmarks tests)
+
+# Containers often forbid bytecode: then every program compiles all it imports at every start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup check format test test-fast chaos soak demo up down lock clean
@@ -28,15 +31,16 @@ format: $(STAMP) ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Engines want the machine to themselves; the rest mostly waits for servers and clocks.
+# Engines want the machine to themselves; the rest mostly waits for servers and clocks. By itself
+# xdist would leave files of one test, which are the longest, to the end.
 test: $(STAMP) ## every test, real engines included
 	@$(BIN)/python tools/browser.py
-	$(BIN)/python -m pytest -m e2e
-	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP) ## every test but those that start an engine
 	@$(BIN)/python tools/browser.py
-	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not e2e" -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: $(STAMP) ## kill the daemon 200 times under load, then every program of a fleet, 200 times
 	KVBM_CHAOS_KILLS=200 KVBM_CHAOS_ROUNDS=200 $(BIN)/python -m pytest tests/chaos

@@ -26,7 +26,7 @@ import numpy as np
 
 from kvbm.cli.figures import Row, compared, tell
 from storage_tiers.cupy_gpu import CupyGpu
-from storage_tiers.device_copies import Way
+from storage_tiers.device_batches import Way
 from storage_tiers.device_pages import DevicePages
 from storage_tiers.gpu import Copies, Gpu, GpuUnavailableError
 from storage_tiers.hbm import Bytes, CopyPlan, KvTensor, address_of
@@ -87,10 +87,11 @@ class Shape:
             gpu,
             places,
             [list(range(layers))],
-            engine_stream=lambda: 0,
+            engine_stream=gpu.stream,
             ways=None if way is None else (way, way),
         )
         self.pages.attach(host[: 2 * THREADS_EACH_WAY * self.bytes])
+        self.pages.fence()  # the engine runs
         assert self.pages._memory is not None
         self.pages._memory.wait(PIN_TIMEOUT_S)
         self._stripes = [

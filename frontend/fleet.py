@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import Protocol, Self
 
 from frontend.encoder import Tokens
@@ -90,7 +89,11 @@ class Assigned(Protocol):
     def first_token(self) -> None: ...
 
     def output(self, tokens: int) -> None:
-        """So many more have come."""
+        """So many more have come; fewer than 0: fewer had come than were told of."""
+        ...
+
+    def answered(self, tokens: int) -> None:
+        """A whole answer of so many has come at once: when each did is not known."""
         ...
 
     def failed(self) -> None:
@@ -99,12 +102,7 @@ class Assigned(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None: ...
 
 
 class Fleet(Protocol):

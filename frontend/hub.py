@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import snapshot_download
-
 FILES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -19,6 +17,9 @@ class HubError(Exception):
 
 def folder_of(name: str) -> Path:
     """Blocks for as long as it takes. Raises HubError."""
+    # Half a second's import, for those who name a model at the hub.
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(FILES)))
     except (OSError, ValueError) as error:  # of which its own errors are made

@@ -45,7 +45,7 @@ SPECS: Final = (
     Spec(
         f"{_P}inter_token_latency_seconds",
         "histogram",
-        "Of a streamed request, the mean time between events.",
+        "Of a streamed request, the mean time of an output token behind the first.",
         _BY,
     ),
     Spec(
@@ -63,10 +63,11 @@ SPECS: Final = (
         ("model",),
     ),
     Spec(
-        f"{_P}output_events_total",
+        f"{_P}output_tokens_total",
         "counter",
-        "Events of streams passed on, or tokens where answers are made here.",
-        ("model",),
+        "Tokens of answers. `count` is `told`, or `estimated` of a stream passed on that does not "
+        "say them (`stream_options.include_usage`): by its events.",
+        ("model", "count"),
     ),
     Spec(
         f"{_P}migrations_total",
@@ -105,7 +106,7 @@ class Meter:
         self.stage = made["stage_duration_seconds"]
         self.input_tokens = made["input_sequence_tokens"]
         self.cached_tokens = made["cached_tokens_total"]
-        self.output_events = made["output_events_total"]
+        self.output_tokens = made["output_tokens_total"]
         self.migrations = made["migrations_total"]
         self.responses_remembered = made["responses_remembered"]
         self.responses_forgotten = made["responses_forgotten_total"]
@@ -145,11 +146,12 @@ class Measured:
         self.outcome = ""
         self.status = 200
         self.placed = False  # an engine was chosen
+        self.is_estimate = False  # how many tokens there were
         self._meter = meter
         self._route = route
         self._began = self._latest = time.perf_counter()
         self._first: float | None = None
-        self._events = 0
+        self._tokens = 0
         meter.child(meter.inflight, route).inc()
 
     def prepared(self, tokens: int) -> None:
@@ -169,8 +171,9 @@ class Measured:
         if self._first is None:
             self._first = time.perf_counter()
 
-    def output(self, events: int) -> None:
-        self._events += events
+    def output(self, tokens: int) -> None:
+        """So many more; fewer than 0 if there were fewer than told before."""
+        self._tokens += tokens
 
     def failed(self, error: ApiError) -> None:
         self.status = error.status
@@ -185,9 +188,11 @@ class Measured:
         meter.child(meter.duration, *by).observe(now - self._began)
         if self._first is not None:
             meter.child(meter.ttft, *by).observe(self._first - self._began)
-            if self._events > 1:
-                meter.child(meter.itl, *by).observe((now - self._first) / (self._events - 1))
-                meter.child(meter.output_events, self.model).inc(self._events)
+            if self._tokens > 1:
+                meter.child(meter.itl, *by).observe((now - self._first) / (self._tokens - 1))
+        if self._tokens:
+            count = "estimated" if self.is_estimate else "told"
+            meter.child(meter.output_tokens, self.model, count).inc(self._tokens)
 
     def _stage(self, stage: str) -> None:
         now = time.perf_counter()

@@ -7,6 +7,7 @@ later ends with an error event.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,13 @@ from frontend.gate import Scope
 from frontend.keep_alive import EVENT_STREAM, NEVER, Head, KeepAlive
 from frontend.meter import Measured
 from frontend.respond import Reply
+from frontend.tally import PerEvent, Tally, told_by
 from runtime.engines.upstream import Answer, EngineFault, Given, Upstream, target_of, to_rank
 
 RESPONSES: Final = "/v1/responses"
 GENERATE: Final = "/inference/v1/generate"
 WORKER: Final = b"x-kvbm-worker"
 _CACHED: Final = b"x-kvbm-cached-tokens"
-_EVENT_END: Final = b"\n\n"
 _SAID_BYTES_MAX: Final = 1000
 
 _log = structlog.get_logger("kvbm.frontend")
@@ -61,6 +62,7 @@ class Relay:
         self._upstream = upstream
         self._migrations_max = migrations_max
         self._keep_alive = keep_alive
+        self._per_event: defaultdict[str, PerEvent] = defaultdict(PerEvent)  # of models
 
     async def __call__(self, body: bytes, scope: Scope, reply: Reply, measured: Measured) -> None:
         read = self._read(body, scope)
@@ -139,9 +141,12 @@ class Relay:
             if answer.is_stream:
                 await self._stream(assigned, answer, reply, measured)
                 return
-            # When its first token came is not known: as its end it would teach a false speed.
             data = await answer.read()
             measured.status = answer.status
+            # When its first token came is not known: as its end it would teach a false speed.
+            if answer.status < 300 and (tokens := told_by(data)):
+                assigned.answered(tokens)
+                measured.output(tokens)
             say_where(assigned, reply)
             if reply.status is not None:  # a comment has begun it: its status is told already
                 raise _late(answer.status, data)
@@ -150,22 +155,29 @@ class Relay:
     async def _stream(
         self, assigned: Assigned, answer: Answer, reply: Reply, measured: Measured
     ) -> None:
+        tally = Tally(self._per_event[measured.model])
         first = True
         while chunk := await answer.part():
             if first:
                 first = False
                 assigned.first_token()
                 measured.first_token()
+                measured.output(1)
+                measured.is_estimate = True
                 measured.status = answer.status
                 say_where(assigned, reply)
                 if reply.status is None:
                     await reply.begin(answer.status, back(answer))
-            events = chunk.count(_EVENT_END)
-            assigned.output(events)
-            measured.output(events)
+            if more := tally.take(chunk):
+                assigned.output(more)
+                measured.output(more)
             await reply.part(chunk)
         if first:
             raise EngineFault(assigned.place.url, "its stream was empty", begun=True)
+        if more := tally.end():
+            assigned.output(more)
+            measured.output(more)
+        measured.is_estimate = not tally.is_told
         await reply.end()
 
 

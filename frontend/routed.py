@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Self
 
 from frontend.errors import ApiError, model_not_found, overloaded
@@ -184,18 +183,16 @@ class _Assigned:
     def output(self, tokens: int) -> None:
         self._placed.output(tokens)
 
+    def answered(self, tokens: int) -> None:
+        self._placed.answered(tokens)
+
     def failed(self) -> None:
         self._fleet.avoid(self.place.instance)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         gone = kind is not None and not issubclass(kind, Exception)
         self._placed.end("cancelled" if gone else "done" if kind is None else "failed")
 

@@ -17,7 +17,6 @@ from frontend.exchanges import Exchanges, make_exchanges
 from frontend.gate import Gate
 from frontend.generate import ByAddress, Generation, RequestPlaneEngines
 from frontend.keep_alive import KeepAlive
-from frontend.kserve.service import InferenceService, start_server
 from frontend.meter import Meter
 from frontend.pages import Pages
 from frontend.routed import RoutedFleet
@@ -127,6 +126,9 @@ async def _open(
         dashboard = await stack.enter_async_context(fleet_dashboard(assembly))
         doors.operators_page.app = create_app(service, dashboard)
         if settings.kserve is not None:
+            # gRPC's import takes its time, and few want it.
+            from frontend.kserve.service import InferenceService, start_server
+
             completions = parts.exchanges.posted["/v1/completions"]
             inference = InferenceService(parts.fleet, completions, program.version())
             kserve = await start_server(

@@ -104,6 +104,7 @@ class Lane:
                 return
             self._filled.clear()
             try:
-                await asyncio.wait_for(self._filled.wait(), remaining)
+                async with asyncio.timeout(remaining):
+                    await self._filled.wait()
             except TimeoutError:
                 return

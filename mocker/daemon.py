@@ -9,7 +9,6 @@ the queue is full: it costs hits and nothing else. The daemon's client waits, so
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from kvbm.stand_in import StandIn
 from mocker.content import Chain
 from mocker.tiers import Found, Link
 from mocker.timing import TierTiming
+from runtime.tasks import end
 from storage_tiers.base import Chunk, Key, StoreItem
 
 QUEUED_MAX: Final = 4096
@@ -68,9 +68,7 @@ class DaemonTiers:
 
     async def __aexit__(self, *_: object) -> None:
         if self._storing is not None:
-            self._storing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._storing
+            await end(self._storing)
         await self._call(self._stand_in.close)
         self._threads.shutdown()
 

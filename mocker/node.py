@@ -8,7 +8,6 @@ record in discovery, speeds now and then. One event loop calls it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from collections import deque
@@ -50,6 +49,7 @@ from runtime.events.router_event import (
 )
 from runtime.events.router_wire import encode_msgpack
 from runtime.requests import RequestContext
+from runtime.tasks import end
 
 RING_BYTES: Final = 16 << 20
 ROWS_MAX: Final = 1 << 16  # in one item of a snapshot
@@ -109,9 +109,7 @@ class MockNode:
     async def close(self) -> None:
         """Idempotent; the runtime takes the record back."""
         if self._telling is not None:
-            self._telling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._telling
+            await end(self._telling)
 
     def emit(self, event: BlockEvent) -> None:
         in_engine = event.tier == "G1"

@@ -50,6 +50,7 @@ from runtime.hashing import block_hashes, sequence_hashes
 from runtime.instances import InstanceRecord, Instances
 from runtime.names import EndpointName
 from runtime.requests import RequestError, RequestPlaneSettings, create_request_plane
+from runtime.tasks import end
 
 NAMESPACE: Final = "replay"
 START_S: Final = 60.0
@@ -175,7 +176,7 @@ async def replay_online(
         selector = Selector(workers, policy)
         router = Router(workers, index, load, selector, block_tokens=block_tokens)
         if policy not in BLIND:
-            stack.push_async_callback(_ended, asyncio.create_task(feeds.run(), name="feeds"))
+            stack.push_async_callback(end, asyncio.create_task(feeds.run(), name="feeds"))
         instances = Instances(runtime.discovery, ENDPOINT_NAME.instances_prefix)
         await instances.start()
         stack.push_async_callback(instances.close)
@@ -297,12 +298,6 @@ async def _live(feeds: NodeFeeds, nodes: int) -> None:
     async with asyncio.timeout(START_S):
         while len(feeds.status.nodes) < nodes or not feeds.status.is_exact:
             await asyncio.sleep(0.02)
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
 
 
 def _without_ours() -> dict[str, str]:

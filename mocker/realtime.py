@@ -16,7 +16,6 @@ import asyncio
 from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Final, Protocol, Self
 
 import numpy as np
@@ -161,12 +160,7 @@ class RealtimeEngine:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()
 
     def _ended(self, record: Record) -> None:

@@ -250,7 +250,8 @@ class Events:
             has_token,
         )
 
-    def first_token(self, sequence: _Sequence) -> None:
+    def first_token(self, sequence: _Sequence, *, timed: bool) -> None:
+        """Not `timed`: of an answer that came whole, it came some time before."""
         if sequence.has_token:
             return
         sequence.has_token = True
@@ -259,7 +260,7 @@ class Events:
         engine.prompts += 1
         engine.prompt_blocks += len(sequence.prompt)
         engine.computed_tokens += sequence.computed_tokens
-        if sequence.began_s is not None:
+        if timed and sequence.began_s is not None:
             engine.ttft_s += self.clock() - sequence.began_s
             engine.first_tokens += 1
 
@@ -305,7 +306,7 @@ class _Routers:
             return
         match change:
             case Prefilled():
-                self._events.first_token(sequence)
+                self._events.first_token(sequence, timed=change.timed)
             case Grew():
                 self._events.grow(sequence, change.blocks)
             case Ended():

@@ -101,7 +101,8 @@ class Loop:
             self._fault("desired", error)
             desired = {}
         snapshot, members = await self._fleet.look(begun_s, desired)
-        plan = await asyncio.to_thread(self._planner.tick, snapshot)
+        only_told = self.advisory or not self.actuator.acts
+        plan = await asyncio.to_thread(self._planner.tick, snapshot, only_told=only_told)
         applied = Applied(accepted=False, text="advisory: nothing is done")
         if not self.advisory:
             try:

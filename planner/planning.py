@@ -14,6 +14,7 @@ from typing import Final
 
 from planner.decide import Decision, Perf, State, decide
 from planner.forecast import Forecast, Forecaster
+from planner.imagined import Imagined
 from planner.measure import Measurement, Profile
 from planner.observe import Observation, Observer, Snapshot, Traffic
 from planner.perf import Goals, Room, Speed, Work
@@ -70,8 +71,10 @@ class Planner:
         self._rate = _Rate()
         self._starts = _Starts(settings.scaling.start_delay)
         self._state = State()
+        self._imagined = Imagined()
 
-    def tick(self, snapshot: Snapshot) -> Plan:
+    def tick(self, snapshot: Snapshot, *, only_told: bool = False) -> Plan:
+        """`only_told`: nobody carries it out; it is decided for the fleet there would be by now."""
         seen = self._observer.take(snapshot)
         self._starts.add(seen)
         if seen.traffic is not None:
@@ -85,7 +88,14 @@ class Planner:
         forecast = self._forecaster.forecast(ahead_s)
         rooms = {role: self._room(role, seen) for role in scaling.roles}
         perf = Perf(speeds, rooms, work, self._rate.now)
-        decision = decide(seen, forecast, perf, self._goals, scaling, self._state)
+        fleet = seen
+        if only_told:
+            fleet = self._imagined.see(seen, scaling.roles, scaling.start_delay)
+        else:
+            self._imagined.forget()
+        decision = decide(fleet, forecast, perf, self._goals, scaling, self._state)
+        if only_told:
+            self._imagined.decided(seen.at_s, decision.targets)
         self._state = decision.state
         return Plan(seen, forecast, speeds, work, self._rate.now, scaling.start_delay, decision)
 

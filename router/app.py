@@ -115,6 +115,14 @@ def _requests(service: RouterService) -> APIRouter:
         """More of its output has come."""
         return _happened(service, Happened(request=request_id, kind="output", tokens=tokens))
 
+    @router.post("/requests/{request_id}/answered")
+    async def answered(
+        request_id: RequestId,
+        tokens: Annotated[int, Query(ge=1, le=1 << 31, description="Of the answer.")],
+    ) -> dict[str, str]:
+        """Its whole answer has come at once: when its first token did is not known."""
+        return _happened(service, Happened(request=request_id, kind="answered", tokens=tokens))
+
     @router.post("/requests/{request_id}/end")
     async def end(
         request_id: RequestId,

@@ -70,8 +70,8 @@ class RouteAsk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 class Happened(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     request: Name
-    kind: Literal["prefilled", "first_token", "output", "end"]
-    tokens: Count = 1  # of output
+    kind: Literal["prefilled", "first_token", "output", "answered", "end"]
+    tokens: Count = 1  # of output or of the answer
     ending: Literal["done", "failed", "cancelled"] = "done"
 
 

@@ -55,6 +55,9 @@ class FleetPage:
             "blocks": len(assembly.index),
         }
 
+    def failed(self) -> None:
+        self._assembly.metrics.dashboard_failed()
+
     def state(self) -> Mapping[str, Any]:
         assembly = self._assembly
         feed = assembly.feed_status

@@ -5,8 +5,6 @@ In seconds, whatever the policy chooses by: a caller compares pools with it that
 
 from __future__ import annotations
 
-from typing import Final
-
 import msgspec
 
 
@@ -40,9 +38,6 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     def cost_s(self) -> float:
         """What pools are compared by, as workers are by the policy `kv`."""
         return self.first_token_s + self.decode_s
-
-
-NONE_KNOWN: Final = Forecast(why="no engine of the model was found yet")
 
 
 def split_between(prefill: Forecast, decode: Forecast) -> Forecast:

@@ -68,8 +68,8 @@ class ActiveSequences:
                 self._begin_head(row)
         return True
 
-    def prefilled(self, request: str) -> bool:
-        """Its first token has come."""
+    def prefilled(self, request: str, *, timed: bool = True) -> bool:
+        """Its first token has come; not `timed`: some time before."""
         sequence = self._active.get(request)
         if sequence is None:
             return False

@@ -174,6 +174,18 @@ SPECS: Final = (
     Spec(f"{_P}event_plane_connected", "gauge", "1 while the event plane can be reached."),
     Spec(f"{_P}event_plane_dropped_total", "counter", "Messages the event plane did not take."),
     Spec(
+        f"{_P}event_plane_faults_total",
+        "counter",
+        "Faults, other than of the network, after which the event plane connected anew.",
+    ),
+    Spec(f"{_P}dashboard_faults_total", "counter", "Times the dashboard could not be made."),
+    Spec(
+        f"{_P}plane_requests_total",
+        "counter",
+        "Requests over the request plane, by how they ended; `failed` is a fault of ours.",
+        ("outcome",),
+    ),
+    Spec(
         f"{_P}snapshots_total",
         "counter",
         "Snapshots of the index, by what became of them.",
@@ -200,6 +212,7 @@ class RouterMetrics:
             )
             for name, edges in HISTOGRAMS.items()
         }
+        self._count("dashboard_faults_total", (), 0)
         self._children: dict[tuple[str, str], Histogram] = {}
         overhead = self._histograms[f"{_P}overhead_seconds"]
         self._steps = {
@@ -248,6 +261,9 @@ class RouterMetrics:
 
     def bad_request(self, endpoint: str) -> None:
         self._count("bad_requests_total", (endpoint,))
+
+    def dashboard_failed(self) -> None:
+        self._count("dashboard_faults_total", ())
 
     def snapshot(self, outcome: str) -> None:
         self._count("snapshots_total", (outcome,))

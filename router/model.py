@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
-from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 import msgspec
@@ -149,20 +148,40 @@ class Placed:
         if self._first_at is not None or self.is_over:
             return
         self.prefilled()
+        if self.prefill is not None:
+            self.decode.first_token()
         self._first_at = self._last_at = self.model.now()
         self._tokens = 1
         self.decode.output(1)
         self.model.meter.first_token(self.model.name, self._first_at - self.asked_at)
 
     def output(self, tokens: int) -> None:
-        """So many more have come; the first of all is the first token."""
-        if tokens <= 0 or self.is_over:
+        """So many more have come; the first of all is the first token.
+
+        Fewer than 0: fewer had come than were told of.
+        """
+        if not tokens or self.is_over:
+            return
+        if tokens < 0:
+            self._tokens = max(self._tokens + tokens, 0)
+            self.decode.output(tokens)
             return
         if self._first_at is None:
             self.first_token()
             tokens -= 1
         self._tokens += tokens
         self._last_at = self.model.now()
+        self.decode.output(tokens)
+
+    def answered(self, tokens: int) -> None:
+        """So many have come at once, the whole answer: when each did is not known."""
+        if tokens <= 0 or self._first_at is not None or self.is_over:
+            return
+        if self.prefill is not None and not self._is_prefilled:
+            self.prefill.first_token(timed=False)
+        self._is_prefilled = True
+        self.decode.first_token(timed=False)
+        self._tokens += tokens
         self.decode.output(tokens)
 
     def end(self, ending: Ending = "done") -> None:
@@ -183,12 +202,7 @@ class Placed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.end("done" if kind is None else "failed")
 
 

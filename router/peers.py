@@ -34,6 +34,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
 
 class Prefilled(msgspec.Struct, frozen=True, array_like=True, tag="prefilled"):
     request: str
+    timed: bool = True  # no: its answer came whole, and its first token some time before
 
 
 class Grew(msgspec.Struct, frozen=True, array_like=True, tag="grew"):

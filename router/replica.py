@@ -107,8 +107,8 @@ class ReplicatedLoad:
         self._tell(begun)
         return True
 
-    def prefilled(self, request: str) -> bool:
-        return self._change(request, Prefilled(request))
+    def prefilled(self, request: str, *, timed: bool = True) -> bool:
+        return self._change(request, Prefilled(request, timed))
 
     def grow(self, request: str, blocks: int = 1) -> bool:
         return self._change(request, Grew(request, blocks))

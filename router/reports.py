@@ -123,6 +123,9 @@ def samples(assembly: Assembly) -> Samples:
         found["kv_cache_events_applied_total"][outcome.value,] = count
     found["event_plane_connected"][()] = float(plane.connected)
     found["event_plane_dropped_total"][()] = plane.dropped_total
+    found["event_plane_faults_total"][()] = plane.faults_total
+    for ending, count in assembly.runtime.outcomes_total().items():
+        found["plane_requests_total"][ending,] = count
     found["snapshot_bytes"][()] = 0 if snapshots is None else snapshots.status.bytes
     _of_feed(found, assembly.feed_status)
     for model in assembly.models.values():

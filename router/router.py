@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 from msgspec.structs import replace
@@ -52,7 +51,7 @@ class Load(Protocol):
     """`ActiveSequences`, or `ReplicatedLoad`."""
 
     def begin(self, request: str, sequence: Active) -> bool: ...
-    def prefilled(self, request: str) -> bool: ...
+    def prefilled(self, request: str, *, timed: bool = True) -> bool: ...
     def grow(self, request: str, blocks: int = 1) -> bool: ...
     def end(self, request: str) -> bool: ...
     def worker_added(self, worker: WorkerId) -> None: ...
@@ -98,11 +97,12 @@ class Routed:
         self._request = query.request
         self._room = -query.prompt.tokens % chosen.request.block_tokens
 
-    def first_token(self) -> None:
-        self._router.prefilled(self._request)
+    def first_token(self, *, timed: bool = True) -> None:
+        """Not `timed`: it came some time before."""
+        self._router.prefilled(self._request, timed=timed)
 
     def output(self, tokens: int) -> None:
-        """So many more have come."""
+        """So many more have come; fewer than 0 make room for those that follow."""
         block_tokens = self.chosen.request.block_tokens
         if tokens > self._room:
             blocks = -(-(tokens - self._room) // block_tokens)
@@ -117,12 +117,7 @@ class Routed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.end()
 
 
@@ -304,8 +299,8 @@ class Router:
                     self._memory.sent(chosen.worker, prompt.sequence_hashes, prompt.tokens_hashes)
                 return Routed(self, query, chosen, ahead)
 
-    def prefilled(self, request: str) -> None:
-        self._load.prefilled(request)
+    def prefilled(self, request: str, *, timed: bool = True) -> None:
+        self._load.prefilled(request, timed=timed)
         self._advance()
 
     def grow(self, request: str, blocks: int) -> None:

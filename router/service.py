@@ -130,6 +130,8 @@ class RouterService:
                 placed.first_token()
             case "output":
                 placed.output(what.tokens)
+            case "answered":
+                placed.answered(what.tokens)
         return True
 
     # -- limits ----------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Literal, Self, assert_never
 
 from runtime.discovery import Discovery
@@ -82,6 +82,13 @@ class Runtime:
             self._client = self.requests.client()
         return self._client
 
+    def outcomes_total(self) -> Counter[str]:
+        """How requests to what it serves ended."""
+        found: Counter[str] = Counter()
+        for one in self.serving:
+            found.update(one.server.status().outcomes_total)
+        return found
+
     def keep(self, client: EndpointClient) -> None:
         """Close it with the runtime."""
         self._clients.append(client)
@@ -101,12 +108,7 @@ class Runtime:
         await self.discovery.start()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 

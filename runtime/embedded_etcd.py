@@ -11,7 +11,6 @@ import importlib.util
 import json
 import secrets
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from runtime.server_process import (
@@ -63,12 +62,7 @@ class EmbeddedEtcd:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _launch(self) -> None:

@@ -25,6 +25,7 @@ from runtime.events.settings import EventPlaneSettings
 from runtime.hosts import is_loopback, without_wildcard
 from runtime.instances import new_instance_id
 from runtime.names import EVENT_CHANNELS, encode_segment
+from runtime.tasks import end
 
 PEERS_MAX: Final = 2048
 
@@ -100,9 +101,7 @@ class EventPeers:
         if self._watch is not None:
             self._watch.close()
         for task in tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await end(task)
         if self._announced is not None:
             self._announced = None
             await self._discovery.delete(self._key)

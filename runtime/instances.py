@@ -8,7 +8,6 @@ its key, is counted and left out; it harms nobody else.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import socket
@@ -21,6 +20,7 @@ import structlog
 from runtime.discovery.base import Deleted, Discovery, Event, Outcome, Put, Synced, Watch
 from runtime.lifecycle import SERVING, Lifecycle, State
 from runtime.names import INSTANCE_ID_MAX, EndpointName, InstanceName, NameRefused
+from runtime.tasks import end
 
 LABELS_MAX: Final = 64
 
@@ -171,9 +171,7 @@ class Instances:
         task, self._task = self._task, None
         if self._watch is not None and task is not None:
             self._watch.close()
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await end(task)
 
     async def wait_for(self, count: int, timeout_s: float) -> list[InstanceRecord]:
         """At least `count` that serve; raises TimeoutError."""

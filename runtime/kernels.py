@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import structlog
@@ -41,8 +42,9 @@ async def compiled(modules: Sequence[str]) -> None:
     def load() -> None:
         error: BaseException | None = None
         try:
-            for module in modules:
-                importlib.import_module(module)
+            with _hidden("scipy.linalg"):
+                for module in modules:
+                    importlib.import_module(module)
         except Exception as failure:  # noqa: BLE001 (it is the caller's)
             error = failure
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
@@ -58,3 +60,17 @@ async def compiled(modules: Sequence[str]) -> None:
         await done
     took_s = time.monotonic() - began_s
     _log.info("kernels_ready", seconds=round(took_s, 1))
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """As if it were not installed: numba imports SciPy's linear algebra where it is, which takes
+    half as long as all kernels and serves products of matrices, of which they have none."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]

@@ -1,6 +1,6 @@
 """The life of an instance: created, registered, running, healthy, stopping, deregistered.
 
-A closed state machine. It says which step may follow which, when each was last taken, and tells
+A closed state machine. It says which step may follow which, when the last was taken, and tells
 its listeners; a step that may not be taken is a programmer's error and asserted. `healthy` may
 fall back to `running`, when its health checks fail, and any state may go on to `stopping`.
 """
@@ -39,7 +39,7 @@ class Lifecycle:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._state = State.CREATED
-        self._moments_s: dict[State, float] = {State.CREATED: clock()}
+        self._since_s = clock()
         self._listeners: list[Listener] = []
 
     @property
@@ -49,12 +49,7 @@ class Lifecycle:
     @property
     def since_s(self) -> float:
         """When the present state was entered, by the wall clock."""
-        return self._moments_s[self._state]
-
-    @property
-    def moments_s(self) -> dict[State, float]:
-        """When each state was last entered, in that order."""
-        return dict(self._moments_s)
+        return self._since_s
 
     def may(self, state: State) -> bool:
         return state in NEXT[self._state]
@@ -64,8 +59,7 @@ class Lifecycle:
         before = self._state
         assert self.may(state), f"an instance that is {before} may not become {state}"
         self._state = state
-        self._moments_s.pop(state, None)
-        self._moments_s[state] = self._clock()
+        self._since_s = self._clock()
         for listener in list(self._listeners):
             listener(before, state)
 

@@ -14,7 +14,6 @@ from urllib.parse import quote, unquote
 
 SCHEME: Final = "dyn://"
 INSTANCES: Final = "v1/instances/"
-CARDS: Final = "v1/mdc/"  # model cards
 EVENT_CHANNELS: Final = "v1/event_channels/"
 INSTANCE_ID_MAX: Final = (1 << 64) - 1
 PART_CHARACTERS_MAX: Final = 63
@@ -71,10 +70,6 @@ class EndpointName:
         return f"{INSTANCES}{self._path}"
 
     @property
-    def cards_prefix(self) -> str:
-        return f"{CARDS}{self._path}"
-
-    @property
     def _path(self) -> str:
         return "".join(
             f"{encode_segment(part)}/" for part in (self.namespace, self.component, self.endpoint)
@@ -111,12 +106,6 @@ class InstanceName:
     def key(self) -> str:
         return f"{self.endpoint.instances_prefix}{self.id:x}"
 
-    def card_key(self, model: str) -> str:
-        """Where this instance says that it serves `model`, whatever characters that has."""
-        if not model:
-            raise NameRefused("model", model, "allowed: any text but none")
-        return f"{self.endpoint.cards_prefix}{self.id:x}/{encode_segment(model)}"
-
 
 def parse_instance_id(value: object) -> int:
     """As people write it: in decimal, or in hexadecimal behind 0x. Raises NameRefused."""
@@ -144,10 +133,6 @@ def encode_segment(text: str) -> str:
     """One level of a key, whatever `text` holds: no '/' is left in it, nor is it '.' or '..'."""
     encoded = quote(text, safe="")
     return encoded.replace(".", "%2E") if encoded in {".", ".."} else encoded
-
-
-def decode_segment(segment: str) -> str:
-    return unquote(segment, errors="strict")
 
 
 def _check(part: str, value: str, pattern: re.Pattern[str], allowed: str) -> None:

@@ -9,33 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from runtime.tls import TlsSettings, client_context
-from runtime.units import Secret
+from runtime.nats_access import NatsAccess
+from runtime.tls import client_context
 
 CLOSE_TIMEOUT_S: Final = 2.0
 ABORT_TIMEOUT_S: Final = 0.1  # nothing was said; a failed TLS handshake ends in waiting
 _PING_INTERVAL_S: Final = 10
-
-
-class NatsAccess(Protocol):
-    """The part of a plane's settings that says how its NATS is reached."""
-
-    @property
-    def nats_urls(self) -> list[str]: ...
-    @property
-    def nats_user(self) -> str | None: ...
-    @property
-    def nats_password(self) -> Secret | None: ...
-    @property
-    def nats_credentials(self) -> Path | None: ...
-    @property
-    def tls(self) -> TlsSettings | None: ...
 
 
 class _TlsClient(Client):  # type: ignore[misc]  # the library has no types

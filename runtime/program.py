@@ -22,6 +22,7 @@ import typer
 from runtime import telemetry
 from runtime.settings import Loaded, Settings, SettingsError, parse_assignments
 from runtime.systemd import Notifier
+from runtime.tasks import end
 from runtime.telemetry import LogSettings
 from runtime.unit import Program, unit_text
 
@@ -133,9 +134,7 @@ async def beside_systemd() -> AsyncIterator[Notifier]:
     try:
         yield notifier
     finally:
-        feeding.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await feeding
+        await end(feeding)
 
 
 async def tell_what_is_missing(

@@ -1,7 +1,9 @@
 """`Gpu` through CuPy: the one file that imports it, and only when a GPU's memory is to be copied.
 
 CuPy has no call for a batch of copies, so that one is the driver's own: one call instead of one for
-each page, in drivers since CUDA 12.8. Every call makes the device current on its thread first.
+each page, in drivers since CUDA 12.8. Every call makes the device current on its thread first; a
+thread's first call also makes the device's context current there, which CuPy leaves to the runtime
+and the driver's call needs, and takes the thread out of what captures of others forbid.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +46,7 @@ class MemcpyAttributes(ctypes.Structure):
     )
 
 
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
 _IN_STREAM_ORDER, _IN_ANY_ORDER = 1, 3  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, _ANY
 _BESIDE_COMPUTE = 1  # CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 
@@ -68,11 +72,18 @@ class CupyGpu:
             OSError,  # a library of CUDA's that is loaded at its first use
         )
         self._streams: dict[int, Any] = {}
-        self._batch = _batch_of_driver()
+        self._threads = threading.local()  # those that have called
+        self._driver = _driver()
+        self._batch: _Batch | None = None
         try:
             with self._calls():
                 mapped = self._runtime.cudaDevAttrCanUseHostPointerForRegisteredMem
                 self.maps_host = bool(self._runtime.deviceGetAttribute(mapped, device))
+            # Where the GPU has other addresses for host memory, the driver's call would fault.
+            if self.maps_host and self._driver is not None:
+                self._batch = _Batch.of(self._driver)
+            if self._batch is None:
+                logger.warning("no batches of copies (a driver before CUDA 12.8?): one call each")
         except GpuError as error:
             raise GpuUnavailableError(f"CUDA does not work here: {error}") from error
         self._kernels: dict[int, Any] = self._compiled()
@@ -161,9 +172,22 @@ class CupyGpu:
     def _calls(self) -> Iterator[None]:
         try:
             with self._cupy.cuda.Device(self._device):
+                if not hasattr(self._threads, "entered"):
+                    self._enter()
                 yield
         except self._failures as error:
             raise GpuError(f"cuda:{self._device}: {error}") from error
+
+    def _enter(self) -> None:
+        """Once on each thread."""
+        self._runtime.setDevice(self._device)
+        # While a thread captures a graph, as engines do at their start, calls of other threads such
+        # as `pin` are refused, and the capture fails too, unless those threads say that they have
+        # nothing to do with it. It changes nothing for what this thread captures itself.
+        if self._driver is not None:
+            mode = ctypes.c_int(_THREAD_LOCAL)
+            self._driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        self._threads.entered = True
 
     def _compiled(self) -> dict[int, Any]:
         """The kernels by the bytes of their unit; none, with a warning, if they don't compile."""
@@ -186,6 +210,10 @@ class _Batch:
         self._call.argtypes = [pointer] * 3 + [size] + [pointer] * 2 + [size] + [pointer] * 2
         self._call.restype = ctypes.c_int
 
+    @classmethod
+    def of(cls, driver: ctypes.CDLL) -> _Batch | None:
+        return cls(driver) if hasattr(driver, "cuMemcpyBatchAsync") else None
+
     def copy(
         self, stream: int, target: Any, source: Any, sizes: Any, attributes: MemcpyAttributes
     ) -> None:
@@ -204,8 +232,8 @@ class _Batch:
             raise GpuError(f"cuMemcpyBatchAsync failed with error {status}, copy {failed.value}")
 
 
-def _batch_of_driver() -> _Batch | None:
+def _driver() -> ctypes.CDLL | None:
     try:
-        return _Batch(ctypes.CDLL("libcuda.so.1"))
-    except (OSError, AttributeError):
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
         return None

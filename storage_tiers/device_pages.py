@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from storage_tiers.device_copies import STAGING_BYTES, Direction, Part, Way, measured_ways
+from storage_tiers.device_batches import Part, Way
+from storage_tiers.device_copies import STAGING_BYTES, Direction, measured_ways
 from storage_tiers.gpu import Gpu, GpuError, GpuUnavailableError
 from storage_tiers.hbm import Blocks, Bytes, CopyError, CopyPlan, KvTensor, PageMap
 from storage_tiers.pinned import EXTENT_BYTES, PinnedMemory
@@ -53,6 +54,7 @@ class DevicePages:
         self._extent_bytes = extent_bytes
         self._lock = threading.Lock()
         self._memory: PinnedMemory | None = None
+        self._engine_runs = False
         try:
             self._out = Direction(gpu, to_host=True, staging_bytes=staging_bytes)
             self._in = Direction(gpu, to_host=False, staging_bytes=staging_bytes)
@@ -75,10 +77,14 @@ class DevicePages:
         with self._lock:
             earlier = self._memory
             self._memory = PinnedMemory(self._gpu, memory, extent_bytes=self._extent_bytes)
+            if self._engine_runs:
+                self._memory.begin()
         if earlier is not None:
             earlier.close()
 
     def fence(self) -> object:
+        if not self._engine_runs:
+            self._begin()
         try:
             return self._gpu.mark(self._engine_stream())
         except GpuError as error:
@@ -101,6 +107,15 @@ class DevicePages:
         with contextlib.suppress(GpuError):  # the device may be gone already
             self._out.close()
             self._in.close()
+
+    def _begin(self) -> None:
+        """With the engine's first transfer it has captured its graphs, which pinning would break:
+        https://github.com/vllm-project/vllm/issues/46933
+        """
+        with self._lock:
+            self._engine_runs = True
+            if self._memory is not None:
+                self._memory.begin()
 
     def _copy(
         self, direction: Direction, blocks: list[Blocks], parts: list[Part], after: object

@@ -1,8 +1,9 @@
 """The arena as a GPU reaches it: locked and mapped extent by extent, by a thread of its own.
 
 Locking hundreds of GiB takes minutes, and nothing waits for it: what is not locked yet is copied
-all the same, only slower. One copy must not touch two extents, which CUDA may refuse; `split` sees
-to that.
+all the same, only slower. Locking holds locks of the driver that the engine's launches need too,
+so extents are small. They end at multiples of their size, and so never within a page. One copy must
+not touch two extents, which CUDA refuses; `split` sees to that.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import numpy as np
 
 from storage_tiers.gpu import Copies, Gpu, GpuError, Sizes
 from storage_tiers.hbm import Bytes, address_of
+from storage_tiers.prefault import populate
 from storage_tiers.streaming import Addresses
 
 logger = logging.getLogger("kvbm.gpu")
 
-EXTENT_BYTES: Final = 1 << 30
+EXTENT_BYTES: Final = 256 << 20
+"""Some 25 ms (0.1 s a GB: https://github.com/vllm-project/vllm/issues/51081)."""
 
 
 class PinnedMemory:
-    """Host memory being pinned from its start on. `close` undoes it when no copy uses it."""
+    """Host memory being pinned from its start on, once `begin` is called. `close` undoes it when no
+    copy uses it.
+    """
 
     def __init__(self, gpu: Gpu, memory: Bytes, *, extent_bytes: int = EXTENT_BYTES) -> None:
         self._gpu = gpu
@@ -35,10 +40,16 @@ class PinnedMemory:
         self._pinned_bytes = 0  # from the start on
         self._changed = threading.Condition()
         self._users = 0
+        self._begun = False
         self._closed = False
         self._trouble = ""
         self._thread = threading.Thread(target=self._run, name="kvbm-pin", daemon=True)
         self._thread.start()
+
+    def begin(self) -> None:
+        with self._changed:
+            self._begun = True
+            self._changed.notify_all()
 
     def holds(self, address: int) -> bool:
         return self._start <= address < self._start + self._memory.nbytes
@@ -63,9 +74,9 @@ class PinnedMemory:
 
     def split(self, copies: Copies) -> Copies:
         """The same copies, more of them where one reaches over the end of an extent."""
-        start, extent = np.uint64(self._start), np.uint64(self._extent_bytes)
+        extent = np.uint64(self._extent_bytes)
         heads: list[Copies] = []
-        while (over := (room := extent - (copies.host - start) % extent) < copies.sizes).any():
+        while (over := (room := extent - copies.host % extent) < copies.sizes).any():
             sizes = np.minimum(copies.sizes, room)
             heads.append(copies._replace(sizes=sizes))
             left = Copies(copies.device + sizes, copies.host + sizes, copies.sizes - sizes)
@@ -94,17 +105,21 @@ class PinnedMemory:
         return self._pinned_bytes >= self._memory.nbytes or bool(self._trouble) or self._closed
 
     def _run(self) -> None:
-        extents = list(range(0, self._memory.nbytes, self._extent_bytes))
+        with self._changed:
+            self._changed.wait_for(lambda: self._begun or self._closed)
+        at, end = self._start, self._start + self._memory.nbytes
         pinned: list[int] = []
         try:
-            for at in extents:
-                if self._closed:
-                    break
-                size = min(self._extent_bytes, self._memory.nbytes - at)
-                self._gpu.pin(self._start + at, size)
-                pinned.append(self._start + at)
+            while at < end and not self._closed:
+                size = min(self._extent_bytes - at % self._extent_bytes, end - at)
+                # Else CUDA makes the pages, all the time holding what launches need.
+                with contextlib.suppress(OSError):
+                    populate(at, size, lambda: self._closed)
+                self._gpu.pin(at, size)
+                pinned.append(at)
+                at += size
                 with self._changed:
-                    self._pinned_bytes = at + size
+                    self._pinned_bytes = at - self._start
                     self._changed.notify_all()
         except GpuError as error:
             logger.warning(

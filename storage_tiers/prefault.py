@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
@@ -61,20 +62,32 @@ class Prefault:
 
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
-        # Through ctypes, which releases the GIL; mmap's own madvise does not.
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         start = int(np.frombuffer(self._memory, dtype=np.uint8).__array_interface__["data"][0])
-        for at in range(0, len(self._memory), _SLICE_BYTES):
-            if self._stopping.is_set():
-                return
-            size = min(_SLICE_BYTES, len(self._memory) - at)
-            if madvise(start + at, size, _POPULATE_WRITE) != 0:
-                code = ctypes.get_errno()
-                if code != errno.EINTR:
-                    _log.warning("prefault_ended", at_bytes=at, reason=os.strerror(code))
-                    return
+        try:
+            populate(start, len(self._memory), self._stopping.is_set)
+        except OSError as error:
+            _log.warning("prefault_ended", reason=str(error))
+            return
+        if self._stopping.is_set():
+            return
         _log.info("prefaulted", bytes=len(self._memory))
+
+
+def populate(address: int, size: int, is_ended: Callable[[], bool]) -> None:
+    """Have the kernel make these pages, unless `is_ended` says so meanwhile; other threads run.
+
+    Raises OSError where the kernel does not.
+    """
+    # Through ctypes, which releases the GIL; mmap's own madvise does not.
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for at in range(0, size, _SLICE_BYTES):
+        if is_ended():
+            return
+        if madvise(address + at, min(_SLICE_BYTES, size - at), _POPULATE_WRITE) != 0:
+            code = ctypes.get_errno()
+            if code != errno.EINTR:
+                raise OSError(code, f"{os.strerror(code)} after {at} bytes")
 
 
 def available_bytes() -> int | None:

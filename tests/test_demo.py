@@ -30,6 +30,7 @@ from examples.demo.process import (
     write_record,
 )
 from examples.demo.routed import RoutedRow, is_soonest, is_where_kv_is, why
+from tests.plain_http import PLAIN
 from tests.waiting import wait_until
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -100,7 +101,7 @@ def test_what_a_killed_run_left_is_ended_by_its_record(tmp_path: Path) -> None:
     try:
         write_record(tmp_path / "left.pid", left.pid)
         assert end_recorded(tmp_path, grace_s=5.0) == ["left"]
-        assert left.wait(10.0) != 0
+        assert left.wait(60.0) != 0
     finally:
         left.kill()
         left.wait()
@@ -219,15 +220,18 @@ def test_a_planner_starts_engines_like_the_stacks_and_ends_them_with_itself(
         planner.start(given, least=1, most=1)
         wait_until(lambda: '"phase":"serving"' in plan_of(planner), 120.0, "an engine serves")
         [port] = [path.stem.removeprefix("engine-") for path in tmp_path.glob("engine-*.log")]
-        assert httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+        assert (
+            httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False, verify=PLAIN).status_code
+            == 200
+        )
     finally:
         planner.stop()
     with pytest.raises(httpx2.ConnectError):
-        httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+        httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False, verify=PLAIN)
 
 
 def plan_of(planner: Planner) -> str:
-    return httpx2.get(f"{planner.url}/v1/plan", trust_env=False).text
+    return httpx2.get(f"{planner.url}/v1/plan", trust_env=False, verify=PLAIN).text
 
 
 def test_the_json_report_has_a_row_for_each_source(tmp_path: Path) -> None:

@@ -183,11 +183,7 @@ class KvbmConnector(OffloadingConnector):
             )
 
         self._manager.start(groups, hello, lease_targets, _namespaces(vllm_config, fingerprint))
-        if offloading.kv_load_failure_policy == "fail":
-            logger.warning(
-                "kv_load_failure_policy is 'fail' (vLLM's default): a load that fails ends its "
-                "request with an error; set it to 'recompute' to compute such requests instead"
-            )
+        warn_of(vllm_config)
 
     # -- worker half ---------------------------------------------------------------------
 
@@ -240,6 +236,22 @@ def _noted_group(config: SchedulerOffloadConfig) -> GroupOffloadConfig:
     """The group that routers are told of: the first with full attention, else the first."""
     groups = config.kv_group_configs
     return next((g for g in groups if g.sliding_window_size_in_chunks is None), groups[0])
+
+
+def warn_of(vllm_config: VllmConfig) -> None:
+    """What an operator set, or left as it is, and may come to regret."""
+    if vllm_config.kv_transfer_config.kv_load_failure_policy == "fail":
+        logger.warning(
+            "kv_load_failure_policy is 'fail' (vLLM's default): a load that fails ends its "
+            "request with an error; set it to 'recompute' to compute such requests instead"
+        )
+    on_gpu = vllm_config.device_config.device_type == "cuda"
+    if on_gpu and vllm_config.model_config.enable_sleep_mode:
+        logger.warning(
+            "sleep mode takes the KV cache's memory away without waiting for copies, and one that "
+            "still runs ends the engine: let all requests end, and some seconds more, before "
+            "/sleep (https://github.com/vllm-project/vllm/issues/45268)"
+        )
 
 
 def _routing(vllm_config: VllmConfig, noted: GroupOffloadConfig, worker_id: int) -> Routing:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvbm.address import WORKER_ID_VARIABLE, find_socket
 from kvbm.routing import parse_worker_id
+from storage_tiers.device_batches import Way
 
 # Keys that vLLM's own offloading seam reads from the same dictionary.
 _SEAM_KEYS = frozenset(
@@ -46,6 +47,9 @@ class Options:
     """
     load_deadline_s: float = 10.0
     """How long a load may wait for its turn to be copied before it is given up."""
+    gpu_copies: Way | None = None
+    """How pages in a GPU's memory are copied: `copies`, `staged` or `direct`; else (`auto`) each
+    size of page in the way that is measured to be best when the engine starts."""
     worker_id: int = 0
     """The engine's instance id in discovery, for routers: a number, or text of one (`0x` for
     hexadecimal). Else from the environment's KVBM_WORKER_ID; else derived from vLLM's engine id."""
@@ -65,6 +69,8 @@ class Options:
             value = extra_config[name]
             if name == "worker_id":
                 values[name] = _worker_id("kv_connector_extra_config: worker_id", value)
+            elif name == "gpu_copies":
+                values[name] = _way(value)
             elif name.endswith("_s"):
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
                 if not is_number or not 0 < value < math.inf:
@@ -79,6 +85,16 @@ class Options:
                     f"kv_connector_extra_config: {name} must be a string, not {value!r}"
                 )
         return cls(**values)
+
+
+def _way(given: Any) -> Way | None:
+    named: dict[Any, Way | None] = {"auto": None, **{way.value: way for way in Way}}
+    if not isinstance(given, str) or given not in named:
+        accepted = ", ".join(named)
+        raise OptionError(
+            f"kv_connector_extra_config: gpu_copies must be one of {accepted}, not {given!r}"
+        )
+    return named[given]
 
 
 def _worker_id(name: str, given: Any) -> int:

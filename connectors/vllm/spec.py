@@ -47,7 +47,7 @@ class KvbmOffloadingSpec(OffloadingSpec):
         return self.manager
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
-        pages = pages_of(kv_caches)
+        pages = pages_of(kv_caches, self.options.gpu_copies)
         parallel = self.config.parallel
         rank = parallel.rank % parallel.world_size
         group_bytes = [

@@ -37,6 +37,7 @@ from kvbm.link import Link
 from kvbm.protocol import Fence, Fenced, FromDaemon, Hello, Welcome
 from storage_tiers.arena import Arena, ArenaError
 from storage_tiers.cupy_gpu import CupyGpu
+from storage_tiers.device_batches import Way
 from storage_tiers.device_pages import DevicePages
 from storage_tiers.gpu import GpuUnavailableError
 from storage_tiers.hbm import Bytes, CopyError, CopyPlan, HostPages, KvTensor, PageAccess
@@ -298,8 +299,8 @@ def _arena_of(job: _Job) -> Arena:
     return job.arena
 
 
-def pages_of(caches: CanonicalKVCaches) -> PageAccess:
-    """Access to vLLM's KV tensors, wherever they are.
+def pages_of(caches: CanonicalKVCaches, way: Way | None = None) -> PageAccess:
+    """Access to vLLM's KV tensors, wherever they are; `way`: a GPU's, if not by measuring.
 
     ValueError for a kind of device that is not supported or more than one device;
     GpuUnavailableError if a GPU cannot be reached, for example because CuPy is missing.
@@ -314,11 +315,14 @@ def pages_of(caches: CanonicalKVCaches) -> PageAccess:
         raise ValueError(f"KV tensors are on {found}: they must be on one CUDA device or the CPU")
     if device.type == "cpu":
         return HostPages([tensor.numpy().view(np.uint8) for tensor in tensors], groups)
-    return _on_gpu(CupyGpu(device.index), tensors, groups)
+    return _on_gpu(CupyGpu(device.index), tensors, groups, way)
 
 
 def _on_gpu(
-    gpu: CupyGpu, tensors: Sequence[torch.Tensor], groups: Sequence[Sequence[int]]
+    gpu: CupyGpu,
+    tensors: Sequence[torch.Tensor],
+    groups: Sequence[Sequence[int]],
+    way: Way | None,
 ) -> DevicePages:
     """Access to (blocks, page bytes) tensors of one-byte elements in this GPU's memory."""
     for tensor in tensors:
@@ -334,4 +338,5 @@ def _on_gpu(
     def engine_stream() -> int:
         return int(torch.cuda.current_stream(device).cuda_stream)
 
-    return DevicePages(gpu, places, groups, engine_stream=engine_stream, owner=tensors)
+    ways = None if way is None else (way, way)
+    return DevicePages(gpu, places, groups, engine_stream=engine_stream, owner=tensors, ways=ways)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import yaml
 
 from examples.demo.process import Process, ProcessError, free_port
+from kvbm.cli.client import AdminClient, Failure
 
 START_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 120.0
@@ -54,6 +54,7 @@ class Daemon:
         self._port = free_port()
         self.settings = config.folder / "kvbm.yaml"
         self.url = f"http://127.0.0.1:{self._port}"
+        self._admin = AdminClient(self.url, None)
         self.socket = config.socket
         self.ssd_folder = config.ssd_folder
         program = Path(sys.executable).parent / "kvbm-daemon"
@@ -85,9 +86,10 @@ class Daemon:
 
     def ready(self) -> bool:
         try:
-            return httpx2.get(f"{self.url}/readyz", timeout=2.0, trust_env=False).status_code == 200
-        except httpx2.TransportError:
+            self._admin.get("/readyz")
+        except Failure:
             return False
+        return True
 
     def loaded_bytes(self) -> dict[str, int]:
         """Bytes read from each tier: from G2 by engines, from the others into G2."""
@@ -136,12 +138,10 @@ class Daemon:
 
     def _get(self, path: str) -> dict[str, Any]:
         try:
-            response = httpx2.get(f"{self.url}{path}", timeout=10.0, trust_env=False)
-            answer: dict[str, Any] = response.raise_for_status().json()
-        except httpx2.HTTPError as error:
+            return self._admin.get(path)
+        except Failure as failure:
             self.process.check()
-            raise ProcessError(f"kvbm-daemon did not answer {path}: {error}") from error
-        return answer
+            raise ProcessError(f"kvbm-daemon did not answer {path}: {failure}") from failure
 
     def _write_settings(self) -> None:
         config = self._config

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from runtime.server_process import free_ports
+
 TAIL_LINES = 25
-POLL_S = 0.1
+POLL_S = 0.03
 
 
 class ProcessError(Exception):
@@ -184,10 +185,8 @@ def start_time(pid: int) -> str | None:
 
 
 def free_port() -> int:
-    """A loopback port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port nobody listens on now, and none that the kernel gives to a connection."""
+    return free_ports(1)[0]
 
 
 def _signal(send: Callable[[int, int], None], target: int, number: int) -> None:

@@ -8,7 +8,6 @@ the prefix of each request it has cached anew, so that what is in use becomes kn
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -21,6 +20,7 @@ from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptio
 from runtime.events.engine_router import EngineRouter
 from runtime.events.node_stream import Rows, Worker
 from runtime.events.router_event import KvCacheEventData, StorageTier
+from runtime.tasks import end
 
 ENGINES_MAX: Final = 1024
 BATCHES_AT_ONCE: Final = 16  # then others have their turn
@@ -46,9 +46,7 @@ class EngineFollower:
     async def stop(self) -> None:
         """Nothing is known of it any more."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end(self._task)
         self._publish(self._router.cleared())
         await self._feed.close()
 

@@ -79,7 +79,8 @@ async def _listen(
     try:
         async with plane.subscribe(subject) as subscription:
             try:
-                await asyncio.wait_for(subscription.active.wait(), CONNECT_S)
+                async with asyncio.timeout(CONNECT_S):
+                    await subscription.active.wait()
             except TimeoutError:
                 reason = plane.status().error
                 raise Failure(f"NATS cannot be reached: {reason}; see --nats-url") from None

@@ -14,21 +14,10 @@ from typing import Annotated
 import typer
 
 from kvbm.daemon.holder import Holder
-from kvbm.daemon.ipc import SocketError
-from kvbm.daemon.node import PROGRAM, Node, kernels_of
-from kvbm.daemon.server import Server
-from kvbm.daemon.settings import DaemonSettings
+from kvbm.daemon.settings import PROGRAM, DaemonSettings
 from kvbm.daemon.unit import CACHE, Installation, unit_text
-from kvbm.peers.owner import PeerSocketError
 from runtime import program, telemetry
 from runtime.allocator import map_large_blocks
-from runtime.kernels import WHY, compiled
-from runtime.server_process import ServerError
-from runtime.systemd import Notifier, take_inherited
-from runtime.web.server import ListenError, WebServer
-from runtime.web.starting import Starting
-from storage_tiers.arena import ArenaError
-from storage_tiers.base import TierError
 
 app = program.command_line("KV-cache block manager: one per node, shared by every engine on it.")
 
@@ -42,10 +31,10 @@ def serve(config: Config = None, assignments: program.Assignments = None) -> Non
     settings = loaded.value
     map_large_blocks()
     program.begin_log(settings.log, loaded)
-    with program.ending_with_reason(
-        ArenaError, TierError, SocketError, PeerSocketError, ListenError, ServerError
-    ):
-        asyncio.run(_serve(settings))
+    from kvbm.daemon import start
+
+    with program.ending_with_reason(*start.CANNOT_RUN):
+        asyncio.run(start.serve(settings))
 
 
 @app.command()
@@ -95,24 +84,6 @@ program.add_common_commands(app, DaemonSettings.load)
 
 def main() -> None:
     app(prog_name=PROGRAM)
-
-
-async def _serve(settings: DaemonSettings) -> None:
-    stop = program.stop_signal()
-    notifier = Notifier.from_environ(os.environ)
-    inherited, page, admin = take_inherited(os.environ), Starting(WHY), settings.admin
-    web = WebServer(page, admin.host, admin.port, section="admin")
-    await web.start()
-    try:
-        if kernels := kernels_of(settings):
-            notifier.status(WHY)
-            if not await program.unless_stopped(stop, compiled(kernels)):
-                return
-        page.why = "starting"
-        node = Node(settings, program.version(), notifier, inherited)
-        await Server(node, notifier, web, page).run(stop)
-    finally:
-        await web.stop()
 
 
 def _ssd_path(config: Path) -> Path | None:

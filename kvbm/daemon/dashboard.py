@@ -39,6 +39,9 @@ class NodePage:
         found["events"] = self._view.events().published_total
         return found
 
+    def failed(self) -> None:
+        self._metrics.error("dashboard", "fault")
+
     def state(self) -> Mapping[str, Any]:
         view = self._view
         rates = view.rates()

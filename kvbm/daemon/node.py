@@ -14,7 +14,7 @@ from kvbm.daemon.handover import Handover, inherit
 from kvbm.daemon.metrics import Metrics
 from kvbm.daemon.operations import Operations
 from kvbm.daemon.rates import Rate, Rates
-from kvbm.daemon.settings import DaemonSettings, SsdSettings
+from kvbm.daemon.settings import PROGRAM, DaemonSettings, SsdSettings
 from kvbm.daemon.sizing import Sizing, make_curve
 from kvbm.daemon.tiers import make_admission, make_lower_tiers, make_policy, make_tenants
 from kvbm.daemon.view import (
@@ -59,7 +59,6 @@ from storage_tiers.dram import DramTier
 if TYPE_CHECKING:
     from kvbm.announce.announcer import Announcer
 
-PROGRAM = "kvbm-daemon"
 AFTER_ANSWERS_S = 0.01
 """An engine that asks for several requests in a row gets its answers first."""
 DRAIN_S = 1.0
@@ -284,6 +283,7 @@ class Node:
             connected=plane.connected,
             messages_dropped_total=plane.dropped_total,
             messages_unconfirmed_total=plane.unconfirmed_total,
+            plane_faults_total=plane.faults_total,
         )
 
     def stream(self) -> AnnouncerStatus | None:

@@ -95,7 +95,8 @@ class Operations:
         """Check all of a tier now; tells how far it is if that takes longer."""
         run = self._scrubber(tier).ask()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(run.ended.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await run.ended.wait()
         return _status(tier, run)
 
     def scrub_status(self, tier: TierName) -> ScrubStatus | None:

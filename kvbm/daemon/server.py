@@ -23,6 +23,7 @@ from kvbm.daemon.settings import DaemonSettings
 from runtime import program
 from runtime.embedded import EmbeddedNats
 from runtime.systemd import Notifier
+from runtime.tasks import end
 from runtime.web.dashboard import Dashboard
 from runtime.web.server import WebServer
 from runtime.web.starting import Starting
@@ -79,7 +80,8 @@ class Server:
             unfenced: list[Slot] = []
             async with self._background(unfenced):
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._remote_tried.wait(), REMOTE_WAIT_S)
+                    async with asyncio.timeout(REMOTE_WAIT_S):
+                        await self._remote_tried.wait()
                 node.problems.pop("socket", None)
                 kept = ", ".join(f"{r.tier.value}: {r.chunks} chunks" for r in node.recovery())
                 said = f"listening on {node.settings.socket}; {kept}"
@@ -122,9 +124,9 @@ class Server:
             serving = group.create_task(self._socket.serve(), name="control-socket")
             yield
             # Before engines are sent away: a slot they leave must not be filled with anything.
-            await _cancelled(onboarding)
+            await end(onboarding)
             unfenced += await self._socket.send_away(FENCE_S)
-            await _cancelled(serving)
+            await end(serving)
             manager.offloader.evacuate()
             left = await manager.offloader.drain(DRAIN_S)
             if left:
@@ -201,9 +203,3 @@ async def _start_nats(settings: DaemonSettings, cleanup: contextlib.AsyncExitSta
     await asyncio.to_thread(server.start)
     cleanup.callback(server.stop)
     _log.info("nats_started", url=server.url, pid=server.pid)
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

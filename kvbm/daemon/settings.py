@@ -36,6 +36,7 @@ from runtime.telemetry import LogSettings
 from runtime.units import Duration, Secret, Size, format_size
 from runtime.web.settings import WebSettings
 
+PROGRAM: Final = "kvbm-daemon"
 _SOCKET_PATH_BYTES_MAX: Final = 107  # sun_path, less its final zero
 _DRAM_BYTES_MIN: Final = 16 << 20
 _SSD_BYTES_MIN: Final = 64 << 20
@@ -176,6 +177,12 @@ class S3Settings(Section):
     )
     refresh: Duration = Field(
         default=10.0, gt=0, description="How often the bucket is searched for other nodes' chunks."
+    )
+    timeout: Duration = Field(
+        default=30.0,
+        gt=0,
+        description="How long a request to S3 may take, with what is tried again of it; then "
+        "what it was for has failed, and an engine computes what it waited for.",
     )
     note_reads_per_s: float = Field(
         default=50.0,

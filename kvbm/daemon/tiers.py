@@ -121,6 +121,7 @@ def _s3(
         region=settings.region,
         access_key_id=_revealed(settings.access_key_id),
         secret_access_key=_revealed(settings.secret_access_key),
+        timeout_s=settings.timeout * 2 / 3,  # what hangs leaves time for another attempt
     )
     tier = S3Tier(
         bucket,
@@ -132,6 +133,7 @@ def _s3(
         max_age_s=settings.max_age,
         refresh_s=settings.refresh,
         note_reads_per_s=settings.note_reads_per_s,
+        timeout_s=settings.timeout,
         admission=make_admission(settings.admission),
         put_budget=Budget(settings.put_budget),
         quotas=quotas,

@@ -53,6 +53,7 @@ class EventsStatus:
     connected: bool = False
     messages_dropped_total: int = 0  # taken, and then lost because the plane was away
     messages_unconfirmed_total: int = 0  # sent, but not known to be kept (`nats_durable`)
+    plane_faults_total: int = 0  # after which the plane began anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from, and who ends it, is the caller's business.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from runtime.engine_card import EngineCard
 from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
+from runtime.tasks import end
 
 DRAIN_LOOK_S: Final = 0.2
 
@@ -113,9 +113,7 @@ class Life:
         """Nobody finds it any more. Idempotent."""
         heeding, self._heeding = self._heeding, None
         if heeding is not None:
-            heeding.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await heeding
+            await end(heeding)
         if self.state is not State.DEREGISTERED:
             before = self.state
             self._told(await self._registration.deregister())

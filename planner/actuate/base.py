@@ -31,6 +31,7 @@ class Actuator(Protocol):
     """All calls from one event loop."""
 
     kind: str
+    acts: bool  # no: decisions are only told
 
     async def start(self) -> None: ...
 

@@ -12,6 +12,7 @@ from runtime.engine_card import Role
 
 class DryRun:
     kind = "dry-run"
+    acts = False
 
     async def start(self) -> None: ...
 

@@ -45,6 +45,7 @@ class _Pool:
 
 class Kubernetes:
     kind = "kubernetes"
+    acts = True
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class _Engine:
 
 class Processes:
     kind = "processes"
+    acts = True
 
     def __init__(
         self, settings: ProcessSettings, clock: Callable[[], float] = time.monotonic

@@ -49,6 +49,7 @@ def completed_key(namespace: str) -> str:
 
 class Virtual:
     kind = "virtual"
+    acts = True
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ from runtime.discovery.records import (
     encode_lease,
     encode_value,
 )
-from runtime.discovery.store import LeaseLost, Snapshot
+from runtime.discovery.store import LeaseLost, Snapshot, changes
 
 OPERATION_TIMEOUT_S: Final = 5.0
 LOCK_TIMEOUT_S: Final = 2.0
@@ -110,14 +110,8 @@ class FileStore:
         told: dict[str, bytes] | None = None
         while True:
             values = await self.list(prefix)
-            if told is None:
-                yield Snapshot(values)
-            else:
-                for key in [key for key in told if key not in values]:
-                    yield Deleted(key)
-                for key, value in values.items():
-                    if told.get(key) != value:
-                        yield Put(key, value)
+            for change in changes(told, values):
+                yield change
             told = values
             await asyncio.sleep(self._poll_s)
 

@@ -43,7 +43,7 @@ from runtime.discovery.kubernetes_objects import (
 )
 from runtime.discovery.liveness import Liveness
 from runtime.discovery.settings import DiscoverySettings
-from runtime.discovery.store import LeaseLost, Snapshot
+from runtime.discovery.store import LeaseLost, Snapshot, changes
 
 SWEEP_TTLS: Final = 3.0  # dead leases are deleted after this many times their life
 LOOK_S: Final = 0.25  # how often a watcher looks for leases that fell silent
@@ -166,14 +166,8 @@ class KubernetesStore:
                     continue
                 dead = await self._confirm_dead(mirror, dead)
                 values = self._values(mirror, prefix)
-                if told is None:
-                    yield Snapshot(values)
-                else:
-                    for key in [key for key in told if key not in values]:
-                        yield Deleted(key)
-                    for key, value in values.items():
-                        if told.get(key) != value:
-                            yield Put(key, value)
+                for change in changes(told, values):
+                    yield change
                 told = values
         finally:
             for task in tasks:

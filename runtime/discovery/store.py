@@ -6,7 +6,7 @@ and watchers, so a store is only what its other side can do. Every call has a de
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,20 @@ class LeaseLost(DiscoveryUnavailable):
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     values: dict[str, bytes]
+
+
+def changes(
+    told: Mapping[str, bytes] | None, values: dict[str, bytes]
+) -> Iterator[Snapshot | Put | Deleted]:
+    """What a watcher that was told of `told` (None: of nothing yet) does not know of `values`."""
+    if told is None:
+        yield Snapshot(values)
+        return
+    for key in [key for key in told if key not in values]:
+        yield Deleted(key)
+    for key, value in values.items():
+        if told.get(key) != value:
+            yield Put(key, value)
 
 
 class Store(Protocol):

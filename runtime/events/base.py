@@ -12,7 +12,6 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Protocol, Self, runtime_checkable
 
 SUBSCRIPTION_MESSAGES: Final = 4096
@@ -36,6 +35,7 @@ class PlaneStatus:
     missed_total: int = 0  # known, by their numbers, to have been lost on their way here
     malformed_total: int = 0  # what came and was no message
     unconfirmed_total: int = 0  # sent, but not known to be kept (`nats_durable`)
+    faults_total: int = 0  # of ours or the library's, after which it began anew
 
 
 class EventPlane(Protocol):
@@ -154,12 +154,7 @@ class Subscription:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.close()
 
 

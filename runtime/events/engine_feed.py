@@ -28,6 +28,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from runtime.events.engine_wire import EngineBatch, decode_engine_batch
 from runtime.events.envelope import WireError
+from runtime.tasks import end
 
 SEEN_BATCHES: Final = 1 << 14  # more than vLLM's ring holds by default
 MESSAGE_BYTES_MAX: Final = 256 << 20
@@ -145,9 +146,7 @@ class EngineFeed:
         self._arrived.set()
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await end(task)
             await asyncio.to_thread(self._context.term)  # all sockets are closed: at once
 
     def status(self) -> EngineFeedStatus:

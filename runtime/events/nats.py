@@ -32,6 +32,7 @@ from runtime.events.jetstream import STREAM_RETRY_S, EventStream
 from runtime.events.outbox import Outbox
 from runtime.events.settings import EventPlaneSettings
 from runtime.nats_client import CLOSE_TIMEOUT_S, connect, shut
+from runtime.tasks import end
 
 CONNECT_TIMEOUT_S: Final = 5.0
 CONFIRM_TIMEOUT_S: Final = 5.0
@@ -56,6 +57,7 @@ class NatsPlane:
         self._stream: EventStream | None = None  # of this connection, or the last
         self._error: str | None = "not connected yet"
         self._unconfirmed_total = 0  # on earlier connections
+        self._faults_total = 0
 
     async def start(self) -> None:
         assert self._task is None, "started already"
@@ -67,10 +69,9 @@ class NatsPlane:
             return
         if self._client is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._outbox.empty.wait(), CLOSE_TIMEOUT_S)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._outbox.empty.wait()
+        await end(task)
         for subscription in list(self._subscriptions):
             subscription.close()
 
@@ -105,6 +106,7 @@ class NatsPlane:
             queue_limit=self._outbox.messages_max,
             unconfirmed_total=self._unconfirmed_total
             + (stream.unconfirmed_total if stream is not None else 0),
+            faults_total=self._faults_total,
         )
 
     # -- the one task ---------------------------------------------------------------------
@@ -121,6 +123,8 @@ class NatsPlane:
             except (NatsError, OSError, TimeoutError, ValueError) as error:
                 self._lost(str(error) or type(error).__name__)
             except Exception as error:  # noqa: BLE001 (task border: events must not end a program)
+                self._faults_total += 1
+                _log.exception("event_plane_failed")
                 self._lost(f"{type(error).__name__}: {error}")
             finally:
                 self._client = None

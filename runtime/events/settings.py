@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from runtime.hosts import is_loopback
+from runtime.nats_access import check_access
 from runtime.settings import Section
 from runtime.tls import TlsSettings
 from runtime.units import Duration, Secret, Size
@@ -114,17 +115,11 @@ class EventPlaneSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.nats_user is None) != (self.nats_password is None):
-            raise ValueError("nats_user and nats_password go together: give both or neither")
-        if self.nats_credentials is not None and self.nats_user is not None:
-            raise ValueError("give nats_credentials or nats_user with nats_password, not both")
+        check_access(self)
         if self.nats_durable and self.plane != "nats":
             raise ValueError(f"nats_durable needs plane nats; it is {self.plane}")
         if self.nats_embedded:
             self._check_embedded()
-        for url in self.nats_urls:
-            if not url.startswith(("nats://", "tls://", "ws://", "wss://")):
-                raise ValueError(f"nats_url: {url!r} is no NATS URL; accepted: nats://HOST:PORT")
         for address in [self.zmq_bind, *self.zmq_peers]:
             if not address.startswith(("tcp://", "ipc://")):
                 raise ValueError(f"{address!r} is no ZMQ address; accepted: tcp://HOST:PORT")

@@ -11,7 +11,6 @@ here without a socket. A peer's messages come from the moment it is connected.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from runtime.events.envelope import (
 )
 from runtime.events.outbox import Outbox
 from runtime.events.settings import EventPlaneSettings
+from runtime.tasks import end
 
 MESSAGE_BYTES_MAX: Final = 64 << 20
 SUBJECTS_MAX: Final = 4096  # whose sequences are kept, of one publisher
@@ -85,9 +85,7 @@ class ZmqPlane:
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        await end(task)
         for address in list(self._peers):
             self.remove_peer(address)
         await asyncio.gather(*self._listening, return_exceptions=True)

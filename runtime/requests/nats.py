@@ -30,6 +30,7 @@ from runtime.requests.server import Accept, SessionServer
 from runtime.requests.session import Link, Session
 from runtime.requests.settings import RequestPlaneSettings
 from runtime.requests.wire import LENGTH_BYTES
+from runtime.tasks import end
 
 SCHEME: Final = "nats://"
 NUMBER_BYTES: Final = 8
@@ -101,9 +102,7 @@ class _Connection:
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     while self._queue and not self.broken.is_set():
                         await asyncio.sleep(0.01)
-            writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writer
+            await end(writer)
         for link in list(self.links):
             link.lost("the connection to NATS is closed")
         await asyncio.gather(*self._leaving)
@@ -239,9 +238,7 @@ class _NatsListener:
     async def close(self) -> None:
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await end(task)
         if self._connection is not None:
             await self._connection.close()
 

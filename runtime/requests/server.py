@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from runtime.requests.dispatch import Dispatcher
 from runtime.requests.server_session import ServerSession
 from runtime.requests.session import Link, Session
 from runtime.requests.settings import RequestPlaneSettings
+from runtime.tasks import end
 
 Accept = Callable[[Link], Session]
 
@@ -58,9 +58,7 @@ class SessionServer:
     async def close(self) -> None:
         watching, self._watch = self._watch, None
         if watching is not None:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+            await end(watching)
         await self._dispatcher.close()
         for session in list(self._sessions):
             session.close("the server closes")

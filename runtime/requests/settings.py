@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from runtime.nats_access import check_access
 from runtime.settings import Section
 from runtime.tls import TlsSettings
 from runtime.units import Duration, Secret, Size
@@ -85,10 +86,7 @@ class RequestPlaneSettings(Section):
     def _check(self) -> Self:
         if self.silence_max < 2 * self.ping_interval:
             raise ValueError("silence_max must be at least twice ping_interval")
-        if (self.nats_user is None) != (self.nats_password is None):
-            raise ValueError("nats_user and nats_password go together: give both or neither")
-        if self.nats_credentials is not None and self.nats_user is not None:
-            raise ValueError("give nats_credentials or nats_user with nats_password, not both")
+        check_access(self)
         return self
 
     @property

@@ -117,7 +117,8 @@ class _TcpListener:
         if server is not None:
             server.close()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(server.wait_closed(), 2 * CLOSE_TIMEOUT_S)
+                async with asyncio.timeout(2 * CLOSE_TIMEOUT_S):
+                    await server.wait_closed()
 
 
 class _TcpConnector:

@@ -44,7 +44,7 @@ _log = structlog.get_logger("runtime.web")
 
 
 class Source(Protocol):
-    """What a page is about. Both are called on the event loop, and cost what a scrape may."""
+    """What a page is about. All is called on the event loop, and costs what a scrape may."""
 
     @property
     def kind(self) -> Literal["node", "fleet"]: ...
@@ -58,6 +58,10 @@ class Source(Protocol):
 
     def state(self) -> Mapping[str, Any]:
         """What is shown as it is now: values that JSON has, dataclasses, pydantic's models."""
+        ...
+
+    def failed(self) -> None:
+        """It could not be shown, by a fault of ours: to be counted."""
         ...
 
 
@@ -145,6 +149,7 @@ class Dashboard:
             self._latest = _event("state", self._state())
         except Exception:  # noqa: BLE001 - what a page shows is not worth the program
             _log.exception("dashboard_failed")
+            self._source.failed()
             return
         is_new, self._is_new = self._is_new, asyncio.Event()
         is_new.set()

@@ -30,6 +30,7 @@ from runtime.discovery import DiscoverySettings
 from runtime.embedded import EmbeddedNats
 from runtime.embedded_etcd import EmbeddedEtcd
 from runtime.server_process import free_ports
+from tests.plain_http import PLAIN
 
 ROOT = Path(__file__).parents[2]
 RELAYED, MADE = "relayed", "made"
@@ -204,7 +205,7 @@ class Fleet:
         self.processes: list[Process] = [self.frontend, self.router, self.daemon, *self.engines]
         self.programs: list[Program] = [*brokers, *self.processes]
         self._servers: list[Server] = [broker._server for broker in brokers]
-        self.http = httpx.AsyncClient(timeout=30.0)
+        self.http = httpx.AsyncClient(timeout=30.0, verify=PLAIN)
         self._watching: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:

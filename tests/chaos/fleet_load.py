@@ -17,6 +17,7 @@ import httpx
 from mocker.realtime import answer_to
 from mocker.text import VOCABULARY, text_of
 from tests.chaos.fleet import MADE, MODELS, RELAYED, WAIT_S, Fleet
+from tests.plain_http import PLAIN
 
 USERS = 5
 PROMPTS = 40  # three times what an engine holds
@@ -73,7 +74,9 @@ class Load:
             ) from None
 
     async def _use(self, ended: asyncio.Event, dice: random.Random, number: int) -> None:
-        async with httpx.AsyncClient(base_url=self.fleet.frontend_url, timeout=60.0) as http:
+        async with httpx.AsyncClient(
+            base_url=self.fleet.frontend_url, timeout=60.0, verify=PLAIN
+        ) as http:
             while not ended.is_set():
                 model = dice.choice(MODELS)
                 prompt, tokens = dice.choice(self.prompts[model]), dice.randint(4, 48)
@@ -100,7 +103,9 @@ class Load:
 
     async def _ask_router(self, ended: asyncio.Event, dice: random.Random) -> None:
         """As a frontend elsewhere does that asks the router alone."""
-        async with httpx.AsyncClient(base_url=self.fleet.router_url, timeout=30.0) as http:
+        async with httpx.AsyncClient(
+            base_url=self.fleet.router_url, timeout=30.0, verify=PLAIN
+        ) as http:
             for number in itertools.count():
                 if ended.is_set():
                     return

@@ -31,6 +31,7 @@ KILLS = int(os.environ.get("KVBM_CHAOS_KILLS", "4"))
 CHUNK = 64 << 10
 CHAINS, CHAIN_CHUNKS = 60, 12
 BUCKET = "chaos"
+WAIT_S = 120.0
 
 Chains = list[list[StoreItem]]
 
@@ -70,6 +71,7 @@ class Load:
         self._chains = chains
         self._dice = random.Random(seed)
         self._ended = threading.Event()
+        self.began = threading.Event()
         self.fetched = 0
 
     def end(self) -> None:
@@ -77,6 +79,7 @@ class Load:
 
     def run(self) -> None:
         with StandIn(self._daemon.socket, CHUNK) as engine:
+            self.began.set()
             while not self._ended.is_set():
                 chain = self._dice.choice(self._chains)
                 if self._dice.random() < 0.5:
@@ -105,8 +108,7 @@ def test_nothing_wrong_is_given_out_however_often_the_daemon_is_killed(daemon: D
         loads = [Load(daemon, chains, dice.randrange(1 << 32)) for _ in range(2)]
         with ThreadPoolExecutor(len(loads)) as pool:
             running = [pool.submit(load.run) for load in loads]
-            while daemon.engines() < len(loads):
-                time.sleep(0.02)
+            assert all(load.began.wait(WAIT_S) for load in loads)
             time.sleep(dice.uniform(0.0, 1.5))
             daemon.process.kill()
             for load in loads:

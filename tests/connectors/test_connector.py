@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace as Fields
+from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
@@ -17,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.worker import (
 )
 from vllm.v1.kv_offload.base import GPULoadStoreSpec
 
-from connectors.vllm.connector import KvbmConnector
+from connectors.vllm.connector import KvbmConnector, warn_of
 from connectors.vllm.transfer import ArenaSlots, KvbmMetadata, KvbmWorkerMetadata
 from connectors.vllm.worker_side import KvbmWorker
 from storage_tiers.arena import Slot
@@ -183,3 +184,26 @@ def test_the_number_of_a_timed_step_comes_back_with_its_result(rank: Rank) -> No
     assert isinstance(merged, KvbmWorkerMetadata) and merged.timed_steps == {7}
     rank.connector.bind_connector_metadata(KvbmMetadata({}, {}))
     assert rank.connector.build_connector_worker_meta() is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "device", "sleeps", "warned"),
+    [
+        ("recompute", "cuda", False, []),
+        ("recompute", "cpu", True, []),
+        ("fail", "cuda", False, ["kv_load_failure_policy is 'fail'"]),
+        ("recompute", "cuda", True, ["sleep mode takes the KV cache's memory away"]),
+    ],
+)
+def test_what_may_be_regretted_is_warned_of(
+    policy: str, device: str, sleeps: bool, warned: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config: Any = Fields(
+        kv_transfer_config=Fields(kv_load_failure_policy=policy),
+        device_config=Fields(device_type=device),
+        model_config=Fields(enable_sleep_mode=sleeps),
+    )
+    warn_of(config)
+    told = [each.getMessage() for each in caplog.records if each.name == "kvbm.connector"]
+    assert len(told) == len(warned)
+    assert all(map(str.startswith, told, warned))

@@ -19,7 +19,7 @@ from vllm.v1.kv_offload.base import GPULoadStoreSpec
 from connectors.vllm import worker_side
 from connectors.vllm.worker_side import KvbmWorker
 from storage_tiers.arena import Slot
-from storage_tiers.device_copies import Way
+from storage_tiers.device_batches import Way
 from storage_tiers.device_pages import DevicePages
 from storage_tiers.gpu import GpuUnavailableError
 from storage_tiers.hbm import CopyPlan, KvTensor, address_of
@@ -172,6 +172,9 @@ def test_a_lost_gpu_fails_every_job_and_raises_nothing(engine: Engine) -> None:
 
 
 def test_a_new_daemon_s_arena_takes_the_place_of_the_old_one(engine: Engine) -> None:
+    [slot] = engine.slots(1)
+    engine.store(0, [slot], [3])
+    ended(engine.worker, 0)
     assert Background(lambda: until(lambda: engine.gpu.pinned)).ended()
     old = set(engine.gpu.pinned)
     fresh = Daemon(session=8)
@@ -239,6 +242,9 @@ def test_cuda_tensors_get_their_gpus_pages(monkeypatch: pytest.MonkeyPatch) -> N
     pages = worker_side.pages_of(caches("cuda:1", "cuda:1"))
     assert isinstance(pages, DevicePages) and made[0].device == 1
     assert pages.block_bytes(0) == 192 and pages._page_bytes(0) == 96
+    assert pages._ways == [(Way.COPIES, Way.COPIES)], "measured: there is no kernel"
+    told = worker_side.pages_of(caches("cuda:1"), Way.DIRECT)
+    assert isinstance(told, DevicePages) and told._ways == [(Way.DIRECT, Way.DIRECT)]
 
 
 def test_tensors_of_another_device_than_they_say_are_refused(

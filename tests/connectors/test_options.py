@@ -10,6 +10,7 @@ import pytest
 
 from connectors.vllm.options import OptionError, Options
 from kvbm.address import find_socket
+from storage_tiers.device_batches import Way
 
 SEAM = {
     "spec_name": "KvbmOffloadingSpec",
@@ -34,6 +35,7 @@ def test_every_option_is_taken_as_given() -> None:
         "match_deadline_s": 0.25,
         "onboard_deadline_s": 2.5,
         "load_deadline_s": 30.5,
+        "gpu_copies": "staged",
         "worker_id": 7,
     }
     assert dataclasses.asdict(Options.parse(given)) == given
@@ -76,6 +78,19 @@ def test_text_that_is_no_text_is_refused(key: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
         Options.parse({key: value})
     assert f"{key} must be a string, not {value!r}" in str(refused.value)
+
+
+def test_copies_on_a_gpu_are_measured_or_told() -> None:
+    assert Options.parse({"gpu_copies": "auto"}) == Options.parse({})
+    assert Options.parse({"gpu_copies": "direct"}).gpu_copies is Way.DIRECT
+
+
+@pytest.mark.parametrize("value", ["nixl", "", "COPIES", None, True, ["copies"]])
+def test_a_way_of_copying_that_there_is_not_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError) as refused:
+        Options.parse({"gpu_copies": value})
+    accepted = "one of auto, copies, staged, direct"
+    assert f"gpu_copies must be {accepted}, not {value!r}" in str(refused.value)
 
 
 @pytest.mark.parametrize(

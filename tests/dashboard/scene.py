@@ -20,13 +20,14 @@ import httpx2
 from kvbm.cli.temporary import TemporaryDaemon
 from runtime.embedded import EmbeddedNats
 from runtime.server_process import free_ports
+from tests.plain_http import PLAIN
 from tests.waiting import wait_until
 
 START_S = 240.0  # a fresh checkout compiles its kernels first
 MODEL = "mock"
 CHAT_TOKENS = 512
-PROFILE = {"prefill": [[512, 0.4], [1024, 0.8]], "decode": [[1, 1000, 0.01], [64, 64000, 0.02]]}
-"""Engines of which the load would need more than there are."""
+PROFILE = {"prefill": [[512, 0.8], [1024, 1.6]], "decode": [[1, 1000, 0.01], [64, 64000, 0.02]]}
+"""Engines of which the load would need more than there are, also that of a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,14 @@ def load(scene: Scene) -> Iterator[None]:
     is_over = threading.Event()
 
     def run() -> None:
-        with httpx2.Client(base_url=scene.openai, timeout=30.0, trust_env=False) as client:
+        with httpx2.Client(
+            base_url=scene.openai, timeout=30.0, trust_env=False, verify=PLAIN
+        ) as client:
             while not is_over.is_set():
                 prompt = dice.choice(shared) + [dice.randrange(1000) for _ in range(CHAT_TOKENS)]
                 body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "stream": True}
                 client.post("/v1/completions", json=body).raise_for_status()
-                time.sleep(0.02)
+                time.sleep(0.05)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -129,12 +132,12 @@ def _program(
         yield
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 def _serves(url: str, engines: int) -> bool:
     try:
-        answer = httpx2.get(f"{url}/health", trust_env=False)
+        answer = httpx2.get(f"{url}/health", trust_env=False, verify=PLAIN)
     except httpx2.TransportError:
         return False
     found = json.loads(answer.text).get("engines", {})

@@ -16,7 +16,7 @@ from planner.settings import PlannerSettings
 from router.plans import Plans
 from runtime.web.server import WebServer
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 TOKEN = "a-token-of-16-up"
 
 
@@ -58,7 +58,8 @@ async def test_a_planners_own_reports_are_shown_while_somebody_watches(tmp_path:
             told = plans.state()
             assert told["error"] is None
             assert told["targets"] == {"aggregated": 1}
-            assert {reason.kind for reason in told["reasons"]} == {"blind", "minimum"}
+            # The one engine at least that the first tick asked for is there by now, it imagines.
+            assert {reason.kind for reason in told["reasons"]} == {"blind"}
             first, last = told["points"]
             assert first["at"] <= last["at"]
             assert (last["target"], last["serving"], last["rate"]) == (1, 0, None)

@@ -15,9 +15,10 @@ from runtime.web.access import readers
 from runtime.web.dashboard import WATCHERS_MAX, Dashboard
 from runtime.web.problems import handle_problems
 from runtime.web.server import WebServer
+from tests.plain_http import PLAIN
 
 TOKEN = "a-token-of-16-up"
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Source:
@@ -27,6 +28,7 @@ class Source:
     def __init__(self) -> None:
         self.count = 0
         self.is_broken = False
+        self.failures = 0
         self.states = 0
 
     def figures(self) -> Mapping[str, float]:
@@ -34,6 +36,9 @@ class Source:
         if self.is_broken:
             raise RuntimeError("a bug")
         return {"count": self.count, "endless": float("inf")}
+
+    def failed(self) -> None:
+        self.failures += 1
 
     def state(self) -> Mapping[str, Any]:
         self.states += 1
@@ -79,7 +84,7 @@ async def served(token: str | None = None) -> AsyncIterator[Served]:
     server = WebServer(app, "127.0.0.1", 0, section="test")
     await server.start()
     try:
-        async with httpx2.AsyncClient(base_url=server.url, trust_env=False) as client:
+        async with httpx2.AsyncClient(base_url=server.url, trust_env=False, verify=PLAIN) as client:
             yield Served(source, dashboard, client)
     finally:
         await server.stop()
@@ -121,6 +126,7 @@ async def test_a_fault_in_what_is_shown_is_not_the_programs() -> None:
         it.source.is_broken = True
         while it.source.count < before + 3:
             await asyncio.sleep(0.01)
+        assert it.source.failures >= 2, "each time it is counted"
         it.source.is_broken = False
         while (await watching.next())[1]["figures"]["count"] <= before + 3:
             pass

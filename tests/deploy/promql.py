@@ -60,7 +60,7 @@ def _of_the_connector() -> Iterator[tuple[str, Known]]:
     """Read from the source, because importing it takes vLLM, and that takes its time."""
     tree = ast.parse((ROOT / "connectors/vllm/stats.py").read_text())
     names = {
-        node.targets[0].id: node.value.value
+        node.targets[0].id: str(node.value.value)
         for node in tree.body
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
@@ -78,7 +78,7 @@ def _of_the_connector() -> Iterator[tuple[str, Known]]:
         assert isinstance(made.func, ast.Name)
         is_counter = "Counter" in made.func.id
         labels = ast.literal_eval(made.args[1]) if len(made.args) > 1 else ()
-        name = f"{names[key.id]}_total" if is_counter else str(names[key.id])
+        name = f"{names[key.id]}_total" if is_counter else names[key.id]
         yield name, Known("counter" if is_counter else "gauge", frozenset(labels))
 
 

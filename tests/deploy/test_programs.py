@@ -31,7 +31,7 @@ def test_what_is_not_to_be_had_is_said_and_stops_nothing(tmp_path: Path) -> None
 def test_what_is_there_is_not_fetched_again(tmp_path: Path) -> None:
     for name in ("helm", "promtool"):
         (tmp_path / name).write_text("as it was")
-    command = [sys.executable, ROOT / "tools/programs.py", tmp_path]
+    command: list[str | Path] = [sys.executable, ROOT / "tools/programs.py", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert not done.stdout
     assert (tmp_path / "helm").read_text() == "as it was"

@@ -20,6 +20,7 @@ import yaml
 
 from runtime.server_process import free_ports
 from tests.deploy.chart import EVERYTHING, named, rendered
+from tests.plain_http import PLAIN
 
 WAIT_S: Final = 120
 FIRST_START_S: Final = 500  # kernels are compiled, on a machine with other work
@@ -52,7 +53,9 @@ def test_the_daemon_has_the_node_s_name_drains_and_restarts_in_its_container(
     container, url = _container("DaemonSet", "daemon", tmp_path)
     with _running([*container["command"], *container["args"]], {"NODE_NAME": NODE}) as process:
         _wait_ready(url)
-        assert httpx2.get(f"{url}/version").json()["node"] == "ip-10-1-2-3-ec2-internal"
+        assert (
+            httpx2.get(f"{url}/version", verify=PLAIN).json()["node"] == "ip-10-1-2-3-ec2-internal"
+        )
         _ask_probes(container, url)
         first = _process(url)
         process.send_signal(signal.SIGHUP)
@@ -61,7 +64,7 @@ def test_the_daemon_has_the_node_s_name_drains_and_restarts_in_its_container(
         told = {"KVBM_ADMIN_URL": url, "KVBM_ADMIN_TOKEN": TOKEN}
         with _running(container["lifecycle"]["preStop"]["exec"]["command"], told) as drain:
             assert drain.wait(WAIT_S) == 0
-        assert httpx2.get(f"{url}/readyz").status_code == 503, "drained"
+        assert httpx2.get(f"{url}/readyz", verify=PLAIN).status_code == 503, "drained"
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0
 
@@ -100,13 +103,15 @@ def _here(word: str, folder: Path) -> str:
 
 def _ask_probes(container: dict[str, Any], url: str) -> None:
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        answer = httpx2.get(f"{url}{container[probe]['httpGet']['path']}", timeout=30)
+        answer = httpx2.get(f"{url}{container[probe]['httpGet']['path']}", timeout=30, verify=PLAIN)
         assert answer.status_code == 200, answer.text
-    assert httpx2.get(f"{url}/metrics", timeout=30).status_code == 200
+    assert httpx2.get(f"{url}/metrics", timeout=30, verify=PLAIN).status_code == 200
 
 
 def _process(url: str) -> dict[str, Any]:
-    answer = httpx2.get(f"{url}/v1/node", headers={"Authorization": f"Bearer {TOKEN}"})
+    answer = httpx2.get(
+        f"{url}/v1/node", headers={"Authorization": f"Bearer {TOKEN}"}, verify=PLAIN
+    )
     found: dict[str, Any] = answer.json()["process"]
     return found
 
@@ -115,7 +120,10 @@ def _wait_ready(url: str, but_not: int | None = None) -> None:
     end_s = time.monotonic() + WAIT_S
     while time.monotonic() < end_s:
         try:
-            if httpx2.get(f"{url}/readyz").status_code == 200 and _process(url)["pid"] != but_not:
+            if (
+                httpx2.get(f"{url}/readyz", verify=PLAIN).status_code == 200
+                and _process(url)["pid"] != but_not
+            ):
                 return
         except httpx2.HTTPError:
             pass

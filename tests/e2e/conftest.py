@@ -1,6 +1,6 @@
 """Engines and daemons for the end-to-end tests.
 
-An engine's start costs more than a minute, nearly all of it imports: modules start all theirs side
+An engine's start costs half a minute, nearly all of it imports: modules start all theirs side
 by side and share them between their tests.
 """
 
@@ -22,8 +22,8 @@ from tests.models import tiny_hybrid, tiny_llama
 
 E2E = Path(__file__).parent
 BUCKET = "e2e"
-# With one thread for each core, as vLLM has it, engines side by side wait for each other's threads:
-# a request that takes half a second took thirteen on two busy cores.
+# With one thread for each core, as vLLM has it, an engine waits for whatever else the cores do: a
+# request that takes half a second took thirteen on two busy cores.
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
@@ -40,6 +40,7 @@ class MakeDaemon(Protocol):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked is what lies here: `make test` runs this folder, and then what is unmarked."""
     for item in items:
         if item.path.is_relative_to(E2E):
             item.add_marker(pytest.mark.e2e)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
 import openai
@@ -115,7 +115,8 @@ def said(answer: Any) -> dict[int, tuple[str, Any]]:
     """The text of each choice and why it ended, of an answer or all chunks of a stream."""
     texts: dict[int, str] = defaultdict(str)
     ends: dict[int, Any] = {}
-    for part in [answer] if isinstance(answer, openai.BaseModel) else answer:
+    parts: Iterable[Any] = [answer] if isinstance(answer, openai.BaseModel) else answer
+    for part in parts:
         for choice in part.choices:
             of_chat = getattr(choice, "message", None) or getattr(choice, "delta", None)
             text = of_chat.content if of_chat is not None else choice.text

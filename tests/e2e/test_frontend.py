@@ -58,8 +58,7 @@ class Site:
 
     def client(self, engine: Engine | None = None) -> Client:
         """Of the frontend; with an engine, of that one through it."""
-        headers = {"x-worker-instance-id": f"{engine.instance:x}"} if engine else {}
-        return Client("kvbm-frontend", self.stack.frontend.url, headers=headers)
+        return Client("kvbm-frontend", self.stack.frontend.url, headers=_pinned(engine))
 
     def ask(self, engine: Engine, text: str, *, max_tokens: int = 24) -> Answer:
         with self.client(engine) as client:
@@ -152,9 +151,12 @@ class Asking:
     """OpenAI's client, one that blocks or one that does not, of two servers that are to agree."""
 
     def __init__(self, is_async: bool, engine: Engine, frontend: Frontend) -> None:
-        kind = openai.AsyncOpenAI if is_async else openai.OpenAI
-        pinned = {"x-worker-instance-id": f"{engine.instance:x}"}
-        common: dict[str, Any] = {"api_key": "none", "max_retries": 0, "default_headers": pinned}
+        kind: Any = openai.AsyncOpenAI if is_async else openai.OpenAI
+        common: dict[str, Any] = {
+            "api_key": "none",
+            "max_retries": 0,
+            "default_headers": _pinned(engine),
+        }
         self._loop = asyncio.Runner() if is_async else None
         self._engine = kind(base_url=f"{engine.url}/v1", **common)
         self._frontend = kind(base_url=f"{frontend.url}/v1", **common)
@@ -223,10 +225,11 @@ def test_models_and_tokens_are_the_engines_own(site: Site) -> None:
     for name in ("id", "object", "max_model_len"):
         assert told[name] == own_told[name]
     with Client("engine", engine.url) as direct:
-        for path, body in {
+        bodies: dict[str, dict[str, Any]] = {
             "/tokenize": {"prompt": PROMPTS[0], "return_token_strs": True},
             "/detokenize": {"tokens": [84, 70, 66, 90]},
-        }.items():
+        }
+        for path, body in bodies.items():
             asked = {"model": SERVED_NAME, **body}
             assert frontend.client.post(path, asked).json() == direct.post(path, asked).json()
 
@@ -276,6 +279,35 @@ async def test_the_engines_are_a_pool_of_a_global_router(site: Site, tmp_path: P
         await anext(aiter(left))
         await left.close()
         await until("no engine works on it", lambda: not any(map(_running, site.stack.engines)))
+
+
+def test_output_is_counted_as_the_engine_counts_it(site: Site) -> None:
+    """However many tokens come in one event; where it does not say, by its events."""
+    frontend = site.stack.frontend
+    told, estimated = _output(frontend, "told"), _output(frontend, "estimated")
+    asked: dict[str, Any] = {"model": SERVED_NAME, "max_tokens": 40, "temperature": 0}
+    chat = {**asked, "messages": [{"role": "user", "content": "of tokens"}]}
+    text = {**asked, "prompt": "of tokens"}
+    ids = {"ignore_eos": True, "return_token_ids": True}
+    usage = {"include_usage": True}
+    each = {**usage, "continuous_usage_stats": True}
+    extra: dict[str, Any] = {"ignore_eos": True}
+    with openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none", max_retries=0) as client:
+        client.chat.completions.create(**chat, extra_body=extra)
+        client.completions.create(**text, extra_body=extra)
+        for options in (usage, each):
+            for kind, body in ((client.chat.completions, chat), (client.completions, text)):
+                made: Any = kind
+                parts = made.create(stream=True, **body, stream_options=options, extra_body=extra)
+                assert list(parts)[-1].usage.completion_tokens == 40
+        list(client.completions.create(stream=True, **text, extra_body=ids))
+        assert _output(frontend, "told") == told + 7 * 40
+        list(client.chat.completions.create(stream=True, **chat, extra_body=extra))
+        assert 1 <= _output(frontend, "estimated") - estimated <= 42
+
+
+def _output(frontend: Frontend, count: str) -> float:
+    return _counted(frontend, f'kvbm_frontend_output_tokens_total{{count="{count}"')
 
 
 def test_requests_go_where_their_kv_is(site: Site) -> None:
@@ -344,23 +376,22 @@ def test_killing_an_engine_costs_what_was_in_flight_there(site: Site, tokens: Fr
     stack, load = site.stack, Load(site)
     text = prompt("long", 300)
     undisturbed = stack.engines[0].complete(text, max_tokens=LONG_TOKENS)
-    alone, whole = undisturbed.tokens, undisturbed.text
-    with ThreadPoolExecutor(2) as pool, Migrating(tokens, text) as migrating:
+    with ThreadPoolExecutor(1) as pool, load.running(), Long(tokens, text) as migrating:
         gone = migrating.begin()
         kept, killed = sorted(stack.engines, key=lambda one: f"{one.instance:x}.0" == gone)
-        there = pool.submit(site.ask, killed, text, max_tokens=LONG_TOKENS)
         elsewhere = pool.submit(site.ask, kept, text, max_tokens=LONG_TOKENS)
-        wait_until(lambda: _running(killed) >= 2, 30.0, "the long answer is under way")
-        with load.running():
-            assert not there.done(), "it ended before the engine was killed"
+        with Long(stack.frontend, text, killed) as there:
+            assert there.begin() == gone
             killed.kill()
             killed_s = time.monotonic()
             load.wait_for_more()
-            with pytest.raises(EngineError, match=LOST):
-                there.result(BACK_TIMEOUT_S)
-            assert elsewhere.result(BACK_TIMEOUT_S).tokens == alone
-            assert migrating.rest() == whole
-            wait_until(lambda: stack.frontend.engines() == 1, 60.0, "its record is gone")
+            with pytest.raises(openai.APIError) as told:
+                there.rest()
+        assert re.search(LOST, str(told.value.body))
+        assert elsewhere.result(BACK_TIMEOUT_S).tokens == undisturbed.tokens
+        assert migrating.rest() == undisturbed.text
+        assert _counted(tokens, "kvbm_frontend_migrations_total{") == 1
+        wait_until(lambda: stack.frontend.engines() == 1, 60.0, "its record is gone")
     assert not load.wrong
     assert all(re.search(LOST, failure) for _, failure in load.failures), load.failures
     assert not [failure for asked_s, failure in load.failures if asked_s > killed_s]
@@ -381,6 +412,8 @@ def test_an_engine_that_the_planner_lets_go_costs_no_request_and_its_kv_stays(
     wait_until(lambda: stack.frontend.engines() == 1, 60.0, "one engine is there")
     with planning(stack, gone, tmp_path) as planned, ThreadPoolExecutor(1) as pool:
         planned.wanted = 2
+        long = prompt("long", 300)
+        whole = kept.complete(long, max_tokens=LONG_TOKENS).text  # while the other starts
         planned.until("it serves", lambda: planned.phases() == ["serving"] * 2, START_TIMEOUT_S)
         [gone.instance] = planned.started
         assert gone.instance != before
@@ -388,17 +421,16 @@ def test_an_engine_that_the_planner_lets_go_costs_no_request_and_its_kv_stays(
         test_requests_go_where_their_kv_is(site)
         text = prompt("known to the one that goes", 600)
         site.cold[text] = site.ask(gone, text).tokens
-        long = prompt("long", 300)
-        whole = kept.complete(long, max_tokens=LONG_TOKENS).tokens
         stack.settle()
         _check_engines_are_read(planned, kept)
-        there = pool.submit(site.ask, gone, long, max_tokens=LONG_TOKENS)
-        planned.until("it is at work", lambda: planned.load_of(gone).running >= 1, 60.0)
-        with load.running():
-            assert not there.done(), "it ended before the engine was let go"
+        with load.running(), Long(stack.frontend, long, gone) as there:
+            there.begin()
+            rest = pool.submit(there.rest)
+            planned.until("it is at work", lambda: planned.load_of(gone).running >= 1, 60.0)
+            assert not rest.done(), "it ended before the engine was let go"
             planned.wanted = 1
             planned.until("it drains", lambda: "draining" in planned.phases(), 60.0)
-            assert there.result(BACK_TIMEOUT_S).tokens == whole
+            assert rest.result(BACK_TIMEOUT_S) == whole
             planned.until("it has ended", lambda: planned.phases() == ["serving"], 120.0)
         assert not load.wrong
         assert not load.failures
@@ -414,8 +446,16 @@ def _check_engines_are_read(planned: Planned, kept: Engine) -> None:
     load = planned.load_of(kept)
     assert load.kv_tokens > 0
     assert load.teller == "page"
+    numbers = itertools.count()
+
+    def is_told() -> bool:
+        # Prompts of several lengths: what a token takes is to stand out from what a step takes.
+        number = next(numbers)
+        kept.complete(prompt(f"measured {number}", 300 + 600 * (number % 5)), max_tokens=1)
+        return planned.load_of(kept).told.token_s > 0
+
     # What no page says comes from the node's daemon, over NATS.
-    planned.until("its speed is told", lambda: planned.load_of(kept).told.token_s > 0, 60.0)
+    planned.until("its speed is told", is_told, 60.0)
     last = planned.seen.at_s
     text = prompt("for the planner to see", 600)
     for _ in range(2):
@@ -433,13 +473,16 @@ def _cached(engine: Engine, source: str) -> float:
     return sum(value for labels, value in told.items() if f'source="{source}"' in labels)
 
 
-class Migrating:
-    """A long answer that is made from tokens at an engine which is lost meanwhile."""
+class Long:
+    """A long answer under way, at an engine of one's choice if it is given."""
 
-    def __init__(self, frontend: Frontend, text: str) -> None:
-        self._frontend = frontend
+    def __init__(self, frontend: Frontend, text: str, engine: Engine | None = None) -> None:
         self._client = openai.OpenAI(
-            base_url=f"{frontend.url}/v1", api_key="none", max_retries=0, timeout=BACK_TIMEOUT_S
+            base_url=f"{frontend.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=BACK_TIMEOUT_S,
+            default_headers=_pinned(engine),
         )
         self._asked: dict[str, Any] = {
             "model": SERVED_NAME,
@@ -469,13 +512,17 @@ class Migrating:
         """All of the text, when it has come."""
         for chunk in self._stream:
             self._text += chunk.choices[0].text
-        assert self._migrations() == 1
         return self._text
 
-    def _migrations(self) -> float:
-        lines = self._frontend.client.get("/metrics").text.splitlines()
-        name = "kvbm_frontend_migrations_total{"
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+def _pinned(engine: Engine | None) -> dict[str, str]:
+    return {"x-worker-instance-id": f"{engine.instance:x}"} if engine else {}
+
+
+def _counted(frontend: Frontend, samples: str) -> float:
+    """All whose lines begin so."""
+    lines = frontend.client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(samples))
 
 
 def _running(engine: Engine) -> float:

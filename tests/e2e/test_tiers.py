@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +20,16 @@ from examples.demo.engine import Engine
 from examples.demo.process import free_port
 from kvbm.note import Note
 from runtime.embedded import EmbeddedS3
-from runtime.events.engine_feed import EngineEvents, EngineFeed, EngineFeedOptions
-from runtime.events.engine_router import EngineRouter
-from runtime.events.router_event import Stored
+from runtime.events.engine_feed import EngineFeedOptions
 from storage_tiers.bucket import S3Bucket
 from storage_tiers.s3 import S3Tier
 from storage_tiers.testing import RecordingListener
 from tests.e2e.conftest import BUCKET, MakeDaemon, StartEngines, s3_settings
+from tests.e2e.heard import names_heard
 from tests.e2e.texts import BLOCK_TOKENS, prompt, reusable
 from tests.waiting import wait_until
 
 RELEASE_TIMEOUT_S = 10.0
-QUIET_S = 8.0
-"""Without a word from an engine and its ring: it has said everything."""
 
 
 @dataclass
@@ -42,7 +38,7 @@ class Node:
     a: Engine
     b: Engine
     s3: EmbeddedS3
-    ports: tuple[int, int]  # of a's own KV events, and of their ring
+    events: EngineFeedOptions  # of a's own
 
     def settle(self) -> None:
         self.daemon.settle()
@@ -77,7 +73,8 @@ def node(llama: Path, s3: EmbeddedS3, engines: StartEngines, make_daemon: MakeDa
     }
     with_events = {**config, "arguments": ("--kv-events-config", json.dumps(events))}
     a, b = engines(a=with_events, b=config)
-    node = Node(daemon, a, b, s3, ports)
+    live, ring = (f"tcp://127.0.0.1:{port}" for port in ports)
+    node = Node(daemon, a, b, s3, EngineFeedOptions(live, ring))
     node.connect()
     return node
 
@@ -170,31 +167,10 @@ def test_from_s3_after_the_ssd_was_emptied(node: Node) -> None:
 def test_notes_in_s3_name_blocks_as_the_engines_own_events_do(node: Node) -> None:
     """The daemon of the connector that made them told no router; another node reads them."""
     text = prompt("noted")
-    before = asyncio.run(names_in_events(node))
     cold = computed_and_kept(node, text)
-    heard = [name for name in asyncio.run(names_in_events(node)) if name not in before]
-    blocks = reusable(cold.prompt_tokens) // BLOCK_TOKENS
-    assert len(heard) >= blocks
-    asyncio.run(noted_in_s3(node.s3, set(heard[:blocks])))
-
-
-async def names_in_events(node: Node) -> list[int]:
-    """Sequence hashes of all blocks that engine `a` ever announced, in their order."""
-    live, ring = (f"tcp://127.0.0.1:{port}" for port in node.ports)
-    feed = EngineFeed(EngineFeedOptions(live, ring, probe_s=0.5))
-    translated = EngineRouter(BLOCK_TOKENS)
-    names: list[int] = []
-    await feed.start()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(QUIET_S) as quiet:
-            async for item in feed:
-                assert isinstance(item, EngineEvents)
-                quiet.reschedule(asyncio.get_running_loop().time() + QUIET_S)
-                for data in translated.translate(item.batch):
-                    if isinstance(data, Stored):
-                        names += data.block_hashes.tolist()
-    await feed.close()
-    return list(dict.fromkeys(names))
+    names = names_heard(node.a, node.events, text)
+    assert len(names) >= reusable(cold.prompt_tokens) // BLOCK_TOKENS
+    asyncio.run(noted_in_s3(node.s3, set(names)))
 
 
 async def noted_in_s3(server: EmbeddedS3, wanted: set[int]) -> None:

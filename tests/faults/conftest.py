@@ -18,6 +18,7 @@ from examples.demo.daemon import Daemon, DaemonConfig
 from kvbm.stand_in import StandIn
 from runtime.embedded import EmbeddedS3
 from storage_tiers.base import Key, StoreItem
+from tests.plain_http import PLAIN
 from tests.waiting import wait_until
 
 CHUNK = 64 << 10
@@ -30,7 +31,7 @@ class Watched(Daemon):
 
     def counted(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
-        text = httpx2.get(f"{self.url}/metrics", timeout=WAIT_S, trust_env=False).text
+        text = httpx2.get(f"{self.url}/metrics", timeout=WAIT_S, trust_env=False, verify=PLAIN).text
         return sum(
             sample.value
             for family in text_string_to_metric_families(text)

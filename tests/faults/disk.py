@@ -13,7 +13,7 @@ from typing import Self
 
 from tests.waiting import wait_until
 
-_WAIT_S = 20.0
+_WAIT_S = 60.0
 
 
 class SmallDisk:

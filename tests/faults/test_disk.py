@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -105,6 +106,7 @@ def test_a_filesystem_that_fills_up_costs_stores_only_until_there_is_room(
         disk.empty()
         roomy = make_items("roomy", 200, SMALL)
         engine.store(roomy)
+        assert assert_never_wrong(engine, roomy[::50]) == 4, "it has taken them"
         wait_until(lambda: not daemon.waiting(), WAIT_S, "nothing waits")
         assert daemon.kept_chunks()["G3"] >= len(roomy)
     daemon.restart()
@@ -120,6 +122,7 @@ def test_a_filesystem_that_fills_up_costs_stores_only_until_there_is_room(
         daemon.await_counted("kvbm_tier_errors_total", failed + 1, tier="G3", op="store")
         assert_never_wrong(engine, crowded[::10])
     daemon.process.check()
+    daemon.process.kill()  # its end would wait for room until its deadline
 
 
 def test_a_disk_too_small_at_the_start_is_told_and_ends_the_daemon(
@@ -165,7 +168,7 @@ def test_a_full_map_of_the_catalogue_grows_and_is_told(make_daemon: MakeWatched)
     daemon.process.check()
 
 
-def _fill(env: lmdb.Environment, table: object, size: int) -> None:
+def _fill(env: lmdb.Environment, table: Any, size: int) -> None:
     number = 0
     while True:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,9 @@ def wire(s3: EmbeddedS3) -> Iterator[Proxy]:
         yield proxy
 
 
+TIMEOUT_S = 5.0
+
+
 @pytest.fixture
 def daemon(make_daemon: MakeWatched, s3: EmbeddedS3, wire: Proxy) -> Watched:
     """Only host memory and S3, so that what comes after a restart comes over the wire."""
@@ -45,6 +49,7 @@ def daemon(make_daemon: MakeWatched, s3: EmbeddedS3, wire: Proxy) -> Watched:
         "linger": "50ms",
         "object_bytes": "256KiB",
         "refresh": "500ms",
+        "timeout": TIMEOUT_S,
     }
     return make_daemon(ssd=None, s3=section)
 
@@ -69,7 +74,8 @@ def test_flipped_bits_in_objects_are_misses_and_are_told(
 
 async def _flip_first_records(server: EmbeddedS3, prefix: str) -> int:
     """One bit of the first record of every object; how many objects."""
-    bucket = S3Bucket(**server.settings(BUCKET))
+    settings: dict[str, Any] = {**server.settings(BUCKET)}
+    bucket = S3Bucket(**settings)
     await bucket.open()
     try:
         objects = await bucket.list_after(prefix, "")
@@ -136,7 +142,7 @@ def test_stores_that_s3_refuses_are_tried_again_and_then_dropped_and_told(
 def test_an_s3_that_hangs_delays_nobody_beyond_the_deadline_and_is_told(
     daemon: Watched, wire: Proxy
 ) -> None:
-    """The engine's own deadline is the connector's; here the daemon's: 30 s in the tier."""
+    """The engine's own deadline is the connector's; here the daemon's: that of the tier."""
     items = make_items("hang", 8, CHUNK)
     daemon.start()
     with StandIn(daemon.socket, CHUNK) as engine:
@@ -163,6 +169,7 @@ def test_an_s3_that_hangs_delays_nobody_beyond_the_deadline_and_is_told(
         wire.sever()
         engine.client.forget(waiting)
         daemon.await_counted("kvbm_tier_errors_total", tier="G4", op="load")
-        assert daemon.said("tier_failed", tier="G4", op="load")
+        (line, *_) = daemon.said("tier_failed", tier="G4", op="load")
+        assert line["reason"] == f"no answer within {TIMEOUT_S:g} s"
         assert assert_never_wrong(engine, items) == len(items)
     daemon.process.check()

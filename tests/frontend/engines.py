@@ -1,16 +1,14 @@
-"""Engines whose every answer is written down, and fleets of them without a router."""
+"""Fleets of scripted engines without a router, and a frontend before them."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
-import httptools
 import uvicorn
 
 from frontend.app import make_app
@@ -25,112 +23,9 @@ from frontend.prompt import PromptMaker
 from router.asks import AskRefused
 from router.service import NotRouted
 from runtime.engines.upstream import Upstream
+from tests.runtime.engines.scripted import Engine, Script
 
 MODEL = "test/model"
-
-
-@dataclass
-class Asked:
-    """A request as the engine got it."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def json(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.body)
-        return found
-
-
-Script = Callable[["Wire", Asked], Awaitable[None]]
-
-
-class Wire(asyncio.Protocol):
-    """One connection to the engine."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.gone = asyncio.Event()
-        self._engine = engine
-        self._parser: Any = httptools.HttpRequestParser(self)
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.gone.set()
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
-
-    def on_message_begin(self) -> None:
-        self._url, self._body, self._headers = b"", b"", {}
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers[name.decode().lower()] = value.decode()
-
-    def on_body(self, body: bytes) -> None:
-        self._body += body
-
-    def on_message_complete(self) -> None:
-        method = self._parser.get_method().decode()
-        self._engine.take(self, Asked(method, self._url.decode(), self._headers, self._body))
-
-    def whole(self, body: bytes, status: int = 200, kind: str = "application/json") -> None:
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"server: uvicorn\r\n\r\n" + body)
-
-    def begin(self) -> None:
-        self.transport.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
-        )
-
-    def part(self, data: bytes) -> None:
-        self.transport.write(b"%x\r\n%s\r\n" % (len(data), data))
-
-    def end(self) -> None:
-        self.transport.write(b"0\r\n\r\n")
-
-    def break_off(self) -> None:
-        self.transport.abort()
-
-
-class Engine:
-    """A server that does what its script says."""
-
-    def __init__(self, instance: int, script: Script) -> None:
-        self.instance = instance
-        self.script = script
-        self.asked: list[Asked] = []
-        self.wires: list[Wire] = []
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._connected, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def stop(self) -> None:
-        self._server.close()
-        for wire in self.wires:
-            wire.transport.abort()
-        for task in self._tasks:
-            task.cancel()
-
-    def take(self, wire: Wire, asked: Asked) -> None:
-        self.asked.append(asked)
-        task = asyncio.ensure_future(self.script(wire, asked))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _connected(self) -> Wire:
-        self.wires.append(Wire(self))
-        return self.wires[-1]
 
 
 @dataclass
@@ -164,18 +59,16 @@ class Given:
     def output(self, tokens: int) -> None:
         self.notes.append(f"output {tokens}")
 
+    def answered(self, tokens: int) -> None:
+        self.notes.append(f"answered {tokens}")
+
     def failed(self) -> None:
         self.notes.append("failed")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.notes.append("end")
 
 

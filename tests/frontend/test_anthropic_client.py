@@ -11,7 +11,9 @@ import httpx
 import pytest
 
 from frontend.gate import Gate
-from tests.frontend.engines import MODEL, Asked, Running, Wire, frontend
+from tests.frontend.engines import MODEL, Running, frontend
+from tests.plain_http import PLAIN
+from tests.runtime.engines.scripted import Asked, Wire
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 USAGE = {"input_tokens": 9, "output_tokens": 2}
@@ -87,7 +89,7 @@ async def test_errors_are_the_clients_exceptions() -> None:
                 await asking.messages.create(model=MODEL, messages="x", max_tokens=1)  # type: ignore[arg-type]
             with pytest.raises(anthropic.NotFoundError):
                 await asking.messages.count_tokens(model="other", messages=MESSAGES)
-        async with httpx.AsyncClient(base_url=running.url) as http:
+        async with httpx.AsyncClient(base_url=running.url, verify=PLAIN) as http:
             wrong_method = await http.get("/v1/messages")
             assert wrong_method.json()["type"] == "error"
 

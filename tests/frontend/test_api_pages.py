@@ -23,10 +23,12 @@ from frontend.meter import Meter
 from frontend.pages import Pages
 from router.asks import BusyAsk
 from runtime.engines.upstream import Upstream
-from tests.frontend.engines import MODEL, Asked, InTurn, OneLimit, Wire, frontend
+from tests.frontend.engines import MODEL, InTurn, OneLimit, frontend
 from tests.frontend.test_anthropic_client import answer as answer_message
 from tests.frontend.test_responses import Keeping
 from tests.frontend.token_engines import TokenEngine, token_frontend
+from tests.plain_http import PLAIN
+from tests.runtime.engines.scripted import Asked, Wire
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -99,7 +101,7 @@ async def test_what_is_passed_through_comes_to_the_engine_as_it_was(path: str) -
     async def same(wire: Wire, asked: Asked) -> None:
         wire.whole(b'{"path": "%s"}' % asked.path.encode())
 
-    async with frontend(same) as running, httpx.AsyncClient() as http:
+    async with frontend(same) as running, httpx.AsyncClient(verify=PLAIN) as http:
         reply = await http.post(f"{running.url}{path}?a=b%20c", content=body)
         assert reply.json() == {"path": f"{path}?a=b%20c"}
         assert running.fleet.engines[0].asked[0].body == body
@@ -165,7 +167,7 @@ async def serving(example: Example) -> AsyncIterator[httpx.AsyncClient]:
     script = keeping if "/v1/responses" in example.path else an_engine
     async with (
         frontend(script, gate=gate) as running,
-        httpx.AsyncClient(base_url=running.url) as http,
+        httpx.AsyncClient(base_url=running.url, verify=PLAIN) as http,
     ):
         if example.path.startswith("/v1/responses/"):
             await http.post("/v1/responses", json={"model": MODEL, "input": "Hello"})

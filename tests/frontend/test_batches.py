@@ -19,8 +19,9 @@ from frontend.token_routes import TokenRoutes
 from frontend.tokenizer import Tokenizer
 from runtime.engines.upstream import EngineFault, Upstream
 from runtime.generation import Generate, Generated, Sampling, encode
-from tests.frontend.engines import MODEL, Asked, Engine, InTurn, Wire, Worker
+from tests.frontend.engines import MODEL, InTurn, Worker
 from tests.frontend.test_tokenizer import byte_level_once
+from tests.runtime.engines.scripted import Asked, Engine, Wire
 
 ANSWER = "the lazy dog jumps over it"
 TOKENS = byte_level_once().encode(ANSWER, add_special_tokens=False).ids

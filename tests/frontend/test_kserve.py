@@ -126,7 +126,7 @@ async def test_a_streamed_inference() -> None:
 
 async def test_bad_requests_say_what_is_wrong() -> None:
     async with serving(TokenEngine(1, ANSWER)) as (client, asking):
-        for given, said in [
+        wrong: list[tuple[dict[str, Any], str]] = [
             ({"model_name": "other", "inputs": inputs()}, "other"),
             ({"model_name": MODEL, "inputs": inputs(b"\xff\xfe")}, "UTF-8"),
             ({"model_name": MODEL, "inputs": inputs(streaming=True)[1:]}, "text_input"),
@@ -134,7 +134,8 @@ async def test_bad_requests_say_what_is_wrong() -> None:
                 {"model_name": MODEL, "inputs": inputs(), "parameters": {"max_tokens": "x"}},
                 "max_tokens",
             ),
-        ]:
+        ]
+        for given, said in wrong:
             with pytest.raises(InferenceServerException, match=said):
                 await client.infer(**given)
         assert not asking.given

@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from frontend.gate import Gate
-from tests.frontend.engines import MODEL, Asked, Running, Wire, frontend
+from tests.frontend.engines import MODEL, Running, frontend
+from tests.runtime.engines.scripted import Asked, Wire
 
 USAGE = {
     "prompt_tokens": 9,
@@ -112,7 +113,7 @@ async def test_errors_are_the_clients_exceptions() -> None:
                 await asking.chat.completions.create(model="other", messages=MESSAGES)
             assert missing.value.code == "model_not_found"
             with pytest.raises(openai.BadRequestError) as bad:
-                await asking.chat.completions.create(model=MODEL, messages="hello")  # type: ignore[call-overload]
+                await asking.chat.completions.create(model=MODEL, messages="hello")  # type: ignore[arg-type]
             assert bad.value.param == "messages"
 
 

@@ -30,9 +30,10 @@ from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
 from runtime.requests import RequestPlaneSettings, create_request_plane
 from runtime.server_process import free_ports
-from tests.frontend.engines import Asked, Engine, Wire
 from tests.frontend.token_engines import TokenEngine
 from tests.models import tiny_llama
+from tests.plain_http import PLAIN
+from tests.runtime.engines.scripted import Asked, Engine, Wire
 
 WAIT_S = 240.0  # a fresh checkout compiles its kernels first
 ROOT = Path(__file__).parents[2]
@@ -176,7 +177,7 @@ async def test_requests_of_one_beginning_go_to_one_engine(tmp_path: Path) -> Non
         asked = sorted(len(engine.asked) for engine in engines)
         assert asked == [0, 6], first
         assert 'kvbm_frontend_requests_total{model="tiny",outcome="success"' in metrics
-        async with httpx.AsyncClient(base_url=site.operators) as operators:
+        async with httpx.AsyncClient(base_url=site.operators, verify=PLAIN) as operators:
             told = (await operators.get("/v1/workers")).json()
             assert len(told["models"][0]["workers"]) == 2
             told = (await operators.get("/v1/busy_threshold")).json()

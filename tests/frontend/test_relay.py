@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 
 from frontend.gate import Gate
-from tests.frontend.engines import MODEL, Asked, Running, Wire, Worker, frontend
+from tests.frontend.engines import MODEL, Running, Worker, frontend
+from tests.runtime.engines.scripted import Asked, Wire
 
 COMPLETION = {"model": MODEL, "prompt": "hello", "max_tokens": 4}
 EVENTS = [b'data: {"n":%d}\n\n' % n for n in range(5)] + [b"data: [DONE]\n\n"]
@@ -101,7 +102,48 @@ async def test_a_stream_comes_back_as_the_engine_made_it() -> None:
         notes = running.fleet.given[0].notes
         assert notes[0] == "first"
         assert notes[-1] == "end"
-        assert sum(int(note.split()[1]) for note in notes if "output" in note) == len(EVENTS)
+        assert _output(running) == len(EVENTS) - 2, "[DONE] is no token; the first was told of"
+        assert _counts(running) == {"estimated": len(EVENTS) - 1}
+
+
+async def test_a_whole_answers_tokens_are_counted_and_an_errors_are_not() -> None:
+    async def whole(wire: Wire, asked: Asked) -> None:
+        status = 500 if b"bad" in asked.body else 200
+        wire.whole(b'{"choices":[],"usage":{"completion_tokens":5}}', status)
+
+    async with frontend(whole) as running:
+        await post(running)
+        await post(running, {**COMPLETION, "prompt": "bad"})
+        assert [given.notes for given in running.fleet.given] == [["answered 5", "end"], ["end"]]
+        assert _counts(running) == {"told": 5}
+
+
+async def test_a_stream_that_says_its_tokens_is_believed() -> None:
+    async def burst(wire: Wire, asked: Asked) -> None:
+        wire.begin()
+        for event in (*EVENTS[:2], b'data: {"usage":{"completion_tokens":9}}\n\n', EVENTS[-1]):
+            wire.part(event)
+        wire.end()
+
+    async with frontend(burst) as running:
+        await post(running, {**COMPLETION, "stream": True})
+        assert _output(running) == 8
+        assert _counts(running) == {"told": 9}
+
+
+def _output(running: Running) -> int:
+    """Tokens that the router was told of, but the first."""
+    notes = running.fleet.given[0].notes
+    return sum(int(note.split()[1]) for note in notes if "output" in note)
+
+
+def _counts(running: Running) -> dict[str, float]:
+    return {
+        sample.labels["count"]: sample.value
+        for metric in running.meter.output_tokens.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    }
 
 
 async def test_a_trace_goes_on() -> None:
@@ -184,7 +226,7 @@ async def test_a_client_that_leaves_ends_the_engines_work(streamed: bool) -> Non
         while not engine.asked:
             await asyncio.sleep(0.01)
         writer.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await engine.wires[0].gone.wait()
             while not running.outcomes():
                 await asyncio.sleep(0.01)

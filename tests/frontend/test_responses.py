@@ -12,8 +12,10 @@ import pytest
 
 from frontend.meter import Meter
 from frontend.responses import Makers
-from tests.frontend.engines import MODEL, Asked, Running, Wire, Worker, frontend
+from tests.frontend.engines import MODEL, Running, Worker, frontend
 from tests.frontend.test_openai_client import client
+from tests.plain_http import PLAIN
+from tests.runtime.engines.scripted import Asked, Wire
 
 
 class Keeping:
@@ -31,7 +33,7 @@ class Keeping:
         elif parts[0] not in self.kept:
             wire.whole(b'{"error": {"message": "not here", "code": 404}}', 404)
         elif parts[1:] == ["input_items"]:
-            item = {"id": "i", "type": "message", "role": "user", "content": [], "status": None}
+            item = {"id": "i", "type": "message", "role": "user", "content": (), "status": None}
             wire.whole(json.dumps({"object": "list", "data": [item], "has_more": False}).encode())
         elif "stream=true" in asked.path:
             self._stream(wire, self.kept[parts[0]])
@@ -49,7 +51,7 @@ class Keeping:
         if previous is not None and previous not in self.kept:
             wire.whole(b'{"error": {"message": "no such previous response"}}', 404)
             return
-        made = {
+        made: dict[str, Any] = {
             "id": f"resp_{self.name}{len(self.kept)}",
             "object": "response",
             "created_at": 1,
@@ -151,7 +153,7 @@ async def test_an_id_that_no_engine_has() -> None:
         with pytest.raises(openai.NotFoundError, match="no such previous"):  # the engine's say
             await asking.responses.create(model=MODEL, input="x", previous_response_id="resp_x")
         asked = [len(engine.asked) for engine in running.fleet.engines]
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(verify=PLAIN) as http:
             for odd in ("%2e%2e", "a%20b", "x" * 300):
                 reply = await http.get(f"{running.url}/v1/responses/{odd}")
                 assert (reply.status_code, reply.json()["error"]["code"]) == (

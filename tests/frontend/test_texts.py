@@ -15,7 +15,7 @@ from frontend.texts import Texts
 from tests.models import tiny_llama
 
 MODEL = "a-model"
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 @asynccontextmanager

@@ -77,8 +77,8 @@ def split_by(pattern: str, normalizer: normalizers.Normalizer | None = None) -> 
 
 def metaspace(scheme: str) -> FastTokenizer:
     made = FastTokenizer(models.BPE(unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)  # type: ignore[arg-type]
-    made.decoder = decoders.Metaspace(prepend_scheme=scheme)  # type: ignore[arg-type]
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, show_progress=False)
     made.train_from_iterator(CORPUS, trainer)
     return made

@@ -20,7 +20,7 @@ from storage_tiers.memory import MemoryTier
 from storage_tiers.testing import make_items
 
 CHUNK_BYTES = 8192
-WAIT_S = 10.0
+WAIT_S = 60.0
 """Bound of every wait here; what is waited for takes milliseconds."""
 
 Wrap = Callable[[MemoryTier], Tier]

@@ -19,6 +19,7 @@ from runtime.instances import InstanceRecord
 from runtime.names import component_prefix
 from runtime.server_process import free_ports
 from tests.kvbm import fake_engine
+from tests.plain_http import PLAIN
 from tests.waiting import wait_until
 
 WAIT_S = 60.0
@@ -75,13 +76,15 @@ class FakeEngine:
         self.url = f"http://127.0.0.1:{port}"
 
     def told(self) -> dict[str, Any]:
-        answer = httpx2.get(f"{self.url}/control", timeout=WAIT_S, trust_env=False)
+        answer = httpx2.get(f"{self.url}/control", timeout=WAIT_S, trust_env=False, verify=PLAIN)
         found: dict[str, Any] = answer.raise_for_status().json()
         return found
 
     def do(self, **what: Any) -> None:
         try:
-            httpx2.post(f"{self.url}/control", json=what, timeout=WAIT_S, trust_env=False)
+            httpx2.post(
+                f"{self.url}/control", json=what, timeout=WAIT_S, trust_env=False, verify=PLAIN
+            )
         except httpx2.TransportError:
             assert "exit" in what
 

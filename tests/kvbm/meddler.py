@@ -12,12 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-from kvbm.daemon.handover import ARENA, INDEX
-from kvbm.daemon.snapshot import read_snapshot
-from storage_tiers.arena import Arena
-
 
 def meddle(action: str, keys: list[str], fds: dict[str, int]) -> None:
+    # Most starts have nothing to do here.
+    from kvbm.daemon.handover import ARENA, INDEX
+    from kvbm.daemon.snapshot import read_snapshot
+    from storage_tiers.arena import Arena
+
     index = fds[INDEX]
     size = os.fstat(index).st_size
     if action == "cut":

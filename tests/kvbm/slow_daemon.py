@@ -14,11 +14,10 @@ from typing import Any
 
 from kvbm.daemon import __main__ as program
 from kvbm.daemon import node
+from kvbm.daemon.tiers import make_lower_tiers
 from kvbm.offload import LaneSettings
 from storage_tiers.base import LoadItem, LoadOutcome, Tier, TierName
 from storage_tiers.throttled import Throttled
-
-_make_lower_tiers = node.make_lower_tiers
 
 
 class SlowWhile(Throttled):
@@ -40,15 +39,16 @@ class SlowWhile(Throttled):
             await super()._delay(moved_bytes)
 
 
-def make_slow_tiers(*arguments: Any) -> list[tuple[Tier, LaneSettings]]:
+def make_slow_tiers(*arguments: Any) -> list[tuple[Tier, LaneSettings | None]]:
     file = Path(sys.argv[0])
-    return [
-        (SlowWhile(tier, file) if tier.name is TierName.SSD else tier, lane)
-        for tier, lane in _make_lower_tiers(*arguments)
-    ]
+    made: list[tuple[Tier, LaneSettings | None]] = []
+    for tier, lane in make_lower_tiers(*arguments):
+        slow: Any = SlowWhile(tier, file)
+        made.append((slow if tier.name is TierName.SSD else tier, lane))
+    return made
 
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
-    node.make_lower_tiers = make_slow_tiers
+    setattr(node, "make_lower_tiers", make_slow_tiers)  # noqa: B010 (mypy: it is not exported)
     program.main()

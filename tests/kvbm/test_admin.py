@@ -14,6 +14,7 @@ from kvbm.daemon.metrics import DURATION, SPECS, Metrics, daemon_metrics_page
 from runtime.web.server import WebServer
 from storage_tiers.base import TierName
 from tests.kvbm.plain_node import KEY, PARENT, Node
+from tests.plain_http import PLAIN
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +43,7 @@ def metrics() -> Metrics:
 async def client(node: Node, metrics: Metrics) -> AsyncIterator[httpx2.AsyncClient]:
     server = WebServer(create_app(node, node, metrics), "127.0.0.1", 0, section="admin")
     await server.start()
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with httpx2.AsyncClient(base_url=server.url, verify=PLAIN) as client:
         yield client
     await server.stop()
 
@@ -269,7 +270,7 @@ async def test_a_web_page_cannot_act(
 async def guarded(node: Node, metrics: Metrics) -> AsyncIterator[httpx2.AsyncClient]:
     server = WebServer(create_app(node, node, metrics, TOKEN), "127.0.0.1", 0, section="admin")
     await server.start()
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with httpx2.AsyncClient(base_url=server.url, verify=PLAIN) as client:
         yield client
     await server.stop()
 

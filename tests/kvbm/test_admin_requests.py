@@ -11,7 +11,8 @@ import pytest
 from kvbm.daemon.admin import create_app
 from kvbm.daemon.metrics import Metrics
 from runtime.web.server import WebServer
-from tests.kvbm.test_admin import Node
+from tests.kvbm.plain_node import Node
+from tests.plain_http import PLAIN
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ async def client() -> AsyncIterator[httpx2.AsyncClient]:
         create_app(node, node, Metrics("1.2.3", "node-1")), "127.0.0.1", 0, section="admin"
     )
     await server.start()
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with httpx2.AsyncClient(base_url=server.url, verify=PLAIN) as client:
         yield client
     await server.stop()
 

@@ -12,6 +12,7 @@ from kvbm.daemon.metrics import Metrics
 from runtime.web.server import WebServer
 from storage_tiers.base import TierName
 from tests.kvbm.plain_node import Node
+from tests.plain_http import PLAIN
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ async def client(node: Node) -> AsyncIterator[httpx2.AsyncClient]:
     metrics = Metrics("1.2.3", "node-1")
     server = WebServer(create_app(node, node, metrics), "127.0.0.1", 0, section="admin")
     await server.start()
-    async with httpx2.AsyncClient(base_url=server.url) as client:
+    async with httpx2.AsyncClient(base_url=server.url, verify=PLAIN) as client:
         yield client
     await server.stop()
 

@@ -27,6 +27,7 @@ from kvbm.stand_in import StandIn
 from storage_tiers.arena import Slot
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items
+from tests.plain_http import PLAIN
 from tests.waiting import wait_until
 
 CHUNK = 64 << 10
@@ -168,7 +169,9 @@ def test_an_engine_that_stays_finds_its_chunks_again_on_a_node_not_drained_any_m
     with StandIn(daemon.socket, CHUNK) as engine:
         engine.store(ITEMS[:20])
         assert engine.fetch(KEYS[:20]) == BYTES[:20]
-        httpx2.post(f"{daemon.url}/v1/drain", timeout=10.0, trust_env=False).raise_for_status()
+        httpx2.post(
+            f"{daemon.url}/v1/drain", timeout=10.0, trust_env=False, verify=PLAIN
+        ).raise_for_status()
         assert not daemon.ready()
         assert daemon.next()["adopted_chunks"] == 20
         engine.wait(lambda: engine.client.ready, "it is connected again")

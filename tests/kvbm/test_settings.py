@@ -74,6 +74,7 @@ def test_credentials_are_secrets() -> None:
         ({"admin__port": 70000}, "70000 is not accepted; should be less than or equal to 65535"),
         ({"events__plane": "kafka"}, "accepted: 'nats', 'zmq', 'memory' or 'none'"),
         ({"events__nats_url": "localhost"}, "is no NATS URL; accepted: nats://HOST:PORT"),
+        ({"requests__nats_url": "localhost"}, "is no NATS URL; accepted: nats://HOST:PORT"),
         ({"events__nats_user": "u"}, "nats_user and nats_password go together"),
         ({"node": "a.b"}, "node (from override)"),
         ({"admin__host": "0.0.0.0"}, "is no loopback address, so that others could reach"),

@@ -20,7 +20,7 @@ TOKENS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20)
 
 
 async def collected(engine: RealtimeEngine, prompt: list[int], tokens: int) -> list[int]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return [token async for token in engine.generate(prompt, tokens)]
 
 

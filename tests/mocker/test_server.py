@@ -22,6 +22,7 @@ from mocker.text import VOCABULARY, conversation, text_of, tokens_of
 from mocker.timing import PS_PER_MS, StepTiming
 from runtime.hashing import block_hashes
 from tests.mocker.builders import settings
+from tests.plain_http import PLAIN
 
 TIMING = StepTiming(PS_PER_MS, PS_PER_MS, 1000, 0, 0)
 MODEL = "mock"
@@ -65,7 +66,7 @@ async def served(speedup: float = 1000.0, **engine: Any) -> AsyncIterator[Served
         server = HttpServer(OpenAi(mock, MODEL, gauges, context_tokens=8192))
         await server.start()
         port = int(server.url.rpartition(":")[2])
-        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=WAIT_S, verify=PLAIN) as client:
             yield Served(mock, client, port)
         await server.close()
         mock.engine.check_integrity()

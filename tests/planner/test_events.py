@@ -33,6 +33,7 @@ from runtime.engine_card import EngineCard
 from runtime.events.memory import MemoryPlane
 from tests.planner.builders import WORK, engine, load, seen
 from tests.router.pools.world import MODEL, Site, a_site, until
+from tests.router.service.world import World
 
 NAMESPACE = "front"
 CARD = EngineCard(model=MODEL, url="http://x", block_tokens=16, kv_blocks=100)
@@ -66,7 +67,7 @@ async def planner_of(site: Site, **given: Any) -> AsyncIterator[Loop]:
 
 
 async def ask(client: openai.AsyncOpenAI, prompt: list[int], tokens: int = 20) -> str:
-    """As a stream: an answer that is passed through whole tells no first token."""
+    """As a stream, which tells when its first token came."""
     events = await client.completions.create(
         model=MODEL, prompt=prompt, max_tokens=tokens, stream=True
     )
@@ -99,6 +100,7 @@ async def test_engines_that_cannot_be_read_count_as_routers_tell(tmp_path: Path)
                 assert seen.traffic.hits[ANY_TIER] > 0.9
                 assert seen.traffic.ttft_s is not None
                 await _an_answer_under_way_is_seen(client, loop, events)
+                await _an_answer_that_comes_whole_is_seen(client, loop, events)
                 told = step.plan.observation.engines[0].told
                 assert 0 < told.load_s["G2"] < told.token_s
                 assert not any(n for kind, n in events.counts.items() if kind != "heard")
@@ -120,6 +122,19 @@ async def _an_answer_under_way_is_seen(
     await until("it has ended", lambda: not events.sequences)
     step = await loop.tick()
     assert not any(e.running + e.waiting + e.kv_used for e in step.plan.observation.engines)
+
+
+async def _an_answer_that_comes_whole_is_seen(
+    client: openai.AsyncOpenAI, loop: Loop, events: Events
+) -> None:
+    """When its first token came nobody told; all else counts as of a stream."""
+    await client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=320)
+    await until("it has ended", lambda: not events.sequences)
+    traffic = (await loop.tick()).plan.observation.traffic
+    assert traffic is not None
+    assert (traffic.requests, traffic.prompts, traffic.ttft_s) == (1, 1, None)
+    assert traffic.prompt_tokens == pytest.approx(len(PROMPT), abs=16)
+    assert traffic.output_tokens == pytest.approx(320, abs=16)
 
 
 async def test_a_mock_engine_that_is_asked_to_drain_gets_nothing_more(tmp_path: Path) -> None:
@@ -258,6 +273,33 @@ async def test_each_request_counts_once_from_its_begin_to_its_end(routing: Routi
     assert not routing.events.sequences
 
 
+async def test_where_prompts_are_computed_elsewhere_both_engines_are_told_of() -> None:
+    async with World.begin() as world:
+        router = await world.router(index__source="routes", events__plane="memory")
+        for instance, role in ((1, "prefill"), (2, "decode")):
+            await world.engines.add(instance, role=role)
+        await router.see("1.0", "2.0")
+        events = Events(router.assembly.plane, router.assembly.namespace)
+        hearing = asyncio.create_task(events.run())
+        await asyncio.sleep(0)
+        told = {"streamed": ("first_token", "output?tokens=31"), "whole": ("answered?tokens=32",)}
+        for request, happened in told.items():
+            await router.route(list(range(64)), request=request)
+            for what in happened:
+                answer = await router.client.post(f"/v1/requests/{request}/{what}")
+                assert answer.status_code == 200
+        await until("both are under way", lambda: _told_of(events, 2).running == 2)
+        assert _told_of(events, 2).waiting == 0
+        for request in told:
+            await router.client.post(f"/v1/requests/{request}/end")
+        await until("both have ended", lambda: not events.sequences)
+        # Of the second prompt only a last token was new.
+        computed, decoded = _told_of(events, 1).counters, _told_of(events, 2).counters
+        assert (computed.prompts, computed.prompt_tokens, computed.first_tokens) == (2, 65, 1)
+        assert (decoded.prompts, decoded.output_tokens) == (2, 64)
+        hearing.cancel()
+
+
 async def test_what_was_lost_is_made_up_for_and_counts_no_request_twice(routing: Routing) -> None:
     routing.begin("a")
     await routing.until((1, 1, 0, 5))
@@ -308,6 +350,11 @@ async def test_what_makes_no_sense_is_counted(routing: Routing) -> None:
     routing.router.flush()
     await until("all was heard", lambda: routing.events.counts["malformed"] == 7)
     assert routing.figures() == (1, 1, 0, 5)
+
+
+def _told_of(events: Events, instance: int) -> Routed:
+    found = events.routed(instance, CARD)
+    return found or Routed(Counters(), 0, 0, 0)
 
 
 # -- with pages ----------------------------------------------------------------------------
@@ -366,4 +413,5 @@ def test_what_nodes_measured_corrects_a_profile_and_helps_without_one() -> None:
         alone.add(seen(30.0 * number, [look]), WORK)
     learnt = alone.speed()
     assert learnt is not None
-    assert (learnt.token_s, learnt.load_s) == (pytest.approx(2e-5), {"G2": 1e-6})
+    assert learnt.token_s == pytest.approx(2e-5)
+    assert learnt.load_s == {"G2": 1e-6}

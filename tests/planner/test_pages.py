@@ -239,7 +239,7 @@ async def test_engines_are_found_with_their_phase_and_their_load(state: State) -
                 await one.move(state)
         fleet = Fleet(discovery, "default", "m", [answers.url], Pages(5.0))
         await fleet.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not fleet.is_synced:
                 await asyncio.sleep(0.01)
         snapshot, [member] = await fleet.look(5.0, {})

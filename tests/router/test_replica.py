@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from router import peers
 from router.index import WorkerId
 from router.load import Active, ActiveSequences
+from router.peers import Changes, Prefilled, decode
 from router.replica import ReplicatedLoad
 from router.workers import Workers
 from runtime.events.base import Message
@@ -186,3 +188,8 @@ async def test_malformed_messages_are_counted_and_do_nothing() -> None:
     for payload in (b"", b"\xc1", b"\x93\xa3ask", b"\x92\xa3ask\x01"):
         one.load.hear(Message(SUBJECT, payload))
     assert one.load.counts.malformed == 4
+
+
+def test_what_older_routers_tell_of_a_first_token_is_understood() -> None:
+    told = decode(msgspec.msgpack.encode(["changes", "r", 1, 0, [["prefilled", "a"]]]))
+    assert told == Changes("r", 1, 0, [Prefilled("a", timed=True)])

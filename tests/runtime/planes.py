@@ -12,7 +12,8 @@ from runtime.embedded import EmbeddedNats
 from runtime.events import EventPlane, EventPlaneSettings, Subscription, create_event_plane
 from runtime.server_process import free_ports
 
-WAIT_S = 15.0
+WAIT_S = 60.0
+QUICK_S = 10.0  # for what waits for nobody, on a busy machine
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -46,7 +46,7 @@ def publisher(plane: MemoryPlane, **other: float) -> BlockPublisher:
 
 
 async def batch(subscription: Subscription) -> BlockBatch:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         return decode_batch((await anext(subscription)).payload)
 
 

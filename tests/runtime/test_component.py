@@ -129,7 +129,7 @@ async def test_leaving_takes_the_instance_back_and_lets_requests_end(tmp_path: P
             answer = asyncio.create_task(all_of(client.generate(b"")))
             await begun.wait()
             ending = asyncio.create_task(runtime.close())
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while client.instance_ids:
                     await asyncio.sleep(0.01)
             assert not answer.done(), "it is found no more, and still answers"
@@ -157,7 +157,7 @@ async def test_closing_an_answer_cancels_its_handler(tmp_path: Path) -> None:
         answer = client.generate(b"")
         assert await anext(answer) == b"more"
         await answer.aclose()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await ended.wait()
 
 
@@ -174,7 +174,7 @@ async def test_a_canary_makes_an_instance_healthy_and_its_failure_is_seen(tmp_pa
         serving = await runtime.endpoint("n.C.e").serve(handler, canary=canary)
 
         async def reach(state: State) -> None:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while serving.state is not state:
                     await asyncio.sleep(0.02)
 
@@ -302,16 +302,16 @@ async def test_what_an_instance_says_of_itself_may_change_while_it_serves(tmp_pa
             lambda _, record: seen.append({} if record is None else dict(record.labels)),
         )
         await view.start()
-        await view.wait_for(1, 10.0)
+        await view.wait_for(1, 60)
         assert seen[-1] == {"gpu": "1"}
         await serving.relabel({"gpu": "2"})
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             while seen[-1] != {"gpu": "2"}:
                 await asyncio.sleep(0.01)
         assert view.serving[0].state is State.RUNNING
         await serving.stop()
         await serving.relabel({"gpu": "3"})  # it is gone, and stays so
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60):
             while view.known:
                 await asyncio.sleep(0.01)
         await view.close()

@@ -26,7 +26,7 @@ from runtime.events.envelope import (
 )
 from runtime.events.zmq import ZmqPlane
 from runtime.server_process import free_ports
-from tests.runtime.planes import WAIT_S, ZmqFleet, take, until, zmq_settings
+from tests.runtime.planes import QUICK_S, WAIT_S, ZmqFleet, take, until, zmq_settings
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ async def test_what_a_listener_has_no_room_for_is_dropped_and_counted_there(
     sent = publisher.status().published_total
     begin_s = time.perf_counter()
     assert all(publisher.publish("s", b"x" * 400_000) for _ in range(100))
-    assert time.perf_counter() - begin_s < 1
+    assert time.perf_counter() - begin_s < QUICK_S
     await until(lambda: publisher.status().published_total == sent + 100)
     received = 0
     async with asyncio.timeout(WAIT_S):

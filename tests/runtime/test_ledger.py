@@ -120,7 +120,7 @@ def _compare(ledger: Ledger, held: dict[int, set[int]]) -> None:
     assert all(rows[n] >= 0 for n in everything if held[n])
     assert sum(row >= 0 and not held[n] for n, row in rows.items()) <= SLACK
     noted = {n: ledger.note(row) for n, row in rows.items() if row >= 0}
-    found = set()
+    found: set[tuple[int, ...]] = set()
     for groups in ledger.groups(3, blocks=5):
         for group in groups:
             pairs = zip(group.parents.tolist(), group.tokens.tolist(), strict=True)

@@ -16,7 +16,7 @@ from typing import Final
 
 ENGINES: Final = 4
 CHUNK_BYTES: Final = (8 << 10, 40 << 10, 128 << 10)
-LIFE_S_MIN, LIFE_S_MAX = 6.0, 40.0
+LIFE_S = 6.0, 40.0  # from, to
 KILLED_OF_FIVE: Final = 2  # engines, at a random moment of their life
 END_TIMEOUT_S: Final = 60.0
 
@@ -28,12 +28,15 @@ class _Engine:
 
 
 class Fleet:
-    """Call `tend` often; `end` once."""
+    """Call `tend` often; `end` once. No engine lives longer than `life_s_max`."""
 
-    def __init__(self, socket: Path, dice: random.Random, log: Path) -> None:
+    def __init__(
+        self, socket: Path, dice: random.Random, log: Path, life_s_max: float = LIFE_S[1]
+    ) -> None:
         self._socket = socket
         self._dice = dice
         self._log = log.open("a")
+        self._life_s_max = min(life_s_max, LIFE_S[1])
         self._engines: list[_Engine] = []
         self._began = time.time()
         self.counts: Counter[str] = Counter()  # chunks moved, and engines by how they ended
@@ -53,7 +56,7 @@ class Fleet:
     def end(self) -> None:
         """Let those that run come to their end."""
         for engine in list(self._engines):
-            engine.child.wait(END_TIMEOUT_S + LIFE_S_MAX)
+            engine.child.wait(END_TIMEOUT_S + self._life_s_max)
             self._bury(engine)
         self._log.close()
 
@@ -67,7 +70,7 @@ class Fleet:
     def _start(self) -> None:
         dice = self._dice
         size = CHUNK_BYTES[self.counts["engines"] % len(CHUNK_BYTES)]
-        life_s = dice.uniform(LIFE_S_MIN, LIFE_S_MAX)
+        life_s = dice.uniform(min(LIFE_S[0], self._life_s_max / 2), self._life_s_max)
         arguments = [self._socket, size, dice.randrange(1 << 32), life_s, self._began]
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.soak.engine", *map(str, arguments)],
@@ -89,4 +92,5 @@ class Fleet:
             self.counts["killed"] += 1
             return
         assert status == 0, f"an engine ended with status {status}; see {self._log.name}"
+        self.counts["ended"] += 1
         self.counts.update(json.loads(told))

@@ -22,6 +22,7 @@ from benchmarks.match import anonymous_bytes, ask_ms
 from examples.demo.daemon import Daemon
 from kvbm.stand_in import StandIn
 from storage_tiers.testing import make_items
+from tests.plain_http import PLAIN
 
 KEYS: Final = 64
 CHUNK_BYTES: Final = 4096
@@ -38,7 +39,7 @@ class Probe:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._engine = StandIn(daemon.socket, CHUNK_BYTES, lease_chunks=KEYS)
-        self._http = httpx2.Client(timeout=10.0, trust_env=False)
+        self._http = httpx2.Client(timeout=10.0, trust_env=False, verify=PLAIN)
         self._lookup_ms: list[float] = []
         self._answer_ms: list[float] = []
         self._echo_ms: list[float] = []

@@ -25,12 +25,15 @@ import pytest
 from examples.demo.daemon import Daemon, DaemonConfig
 from kvbm.cli.figures import Row, tell
 from runtime.embedded import EmbeddedNats, EmbeddedS3
+from tests.plain_http import PLAIN
 from tests.soak.flat import Trend, trend_of
 from tests.soak.fleet import Fleet
 from tests.soak.probe import Probe
 from tests.waiting import wait_until
 
-SECONDS = float(os.environ.get("KVBM_SOAK_S", "45"))
+SECONDS = float(os.environ.get("KVBM_SOAK_S", "30"))
+LIFE_S_MAX = SECONDS / 3  # of an engine, so that some come and go in a short soak
+WAIT_S = 120.0  # a busy machine needs longer until each tier has been read from
 JUDGED_S_MIN = 600.0  # a shorter soak cannot tell a leak from a cache that fills
 WARM_UP = 0.25  # of the soak, not looked at
 INTERVALS = 80
@@ -93,15 +96,16 @@ def test_nothing_grows_and_no_byte_is_wrong(
     daemon: Daemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = int(os.environ.get("KVBM_SOAK_SEED", random.randrange(1 << 32)))
-    fleet = Fleet(daemon.socket, random.Random(seed), tmp_path / "engines.log")
+    fleet = Fleet(daemon.socket, random.Random(seed), tmp_path / "engines.log", LIFE_S_MAX)
     try:
         with Probe(daemon) as probe:
             _load(fleet, probe)
+            _until_all_was_seen(fleet, daemon)
             fleet.end()
-            wait_until(lambda: daemon.engines() == 1, 30, "only the probe is connected")
-            wait_until(lambda: daemon.claims() == 0, 30, "no chunk is claimed")
-            wait_until(lambda: _waiting(daemon) == 0, 60, "nothing waits in a queue")
-        wait_until(lambda: daemon.leased_bytes() == 0, 30, "no slot is lent")
+            wait_until(lambda: daemon.engines() == 1, WAIT_S, "only the probe is connected")
+            wait_until(lambda: daemon.claims() == 0, WAIT_S, "no chunk is claimed")
+            wait_until(lambda: _waiting(daemon) == 0, WAIT_S, "nothing waits in a queue")
+        wait_until(lambda: daemon.leased_bytes() == 0, WAIT_S, "no slot is lent")
     finally:
         fleet.kill()
     loaded, tiers = daemon.loaded_bytes(), daemon.tiers()
@@ -109,8 +113,6 @@ def test_nothing_grows_and_no_byte_is_wrong(
     with capsys.disabled():
         sys.stderr.write(f"\nKVBM_SOAK_SEED={seed}\n")
         tell("soak", rows)
-    assert all(loaded.values()), f"a tier was never read from: {loaded}"
-    assert fleet.counts["killed"] > 0 and fleet.counts["engines"] > fleet.counts["killed"]
     assert not any(tier["corrupt"] for tier in tiers), tiers
     assert all(row["ok"] for row in rows), [row for row in rows if not row["ok"]]
 
@@ -131,8 +133,19 @@ def _load(fleet: Fleet, probe: Probe) -> None:
             RESULT.write_text(json.dumps({"interval_s": SECONDS / INTERVALS, **probe.series}))
 
 
+def _until_all_was_seen(fleet: Fleet, daemon: Daemon) -> None:
+    """Each tier was read from, an engine was killed and one ended by itself."""
+
+    def seen() -> bool:
+        fleet.tend()
+        counts = fleet.counts
+        return all(daemon.loaded_bytes().values()) and counts["killed"] > 0 and counts["ended"] > 0
+
+    wait_until(seen, WAIT_S, "each tier was read from, engines were killed and ended")
+
+
 def _waiting(daemon: Daemon) -> int:
-    answer = httpx2.get(f"{daemon.url}/v1/tiers", timeout=10.0, trust_env=False)
+    answer = httpx2.get(f"{daemon.url}/v1/tiers", timeout=10.0, trust_env=False, verify=PLAIN)
     queues: list[dict[str, Any]] = answer.raise_for_status().json()["queues"]
     return sum(queue["depth"] for queue in queues)
 

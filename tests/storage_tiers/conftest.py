@@ -1,4 +1,4 @@
-"""One real S3 server for all tests of this folder."""
+"""One real S3 server for all tests of this folder, and short transfers to a GPU."""
 
 from __future__ import annotations
 
@@ -34,3 +34,9 @@ def make_bucket(s3_server: EmbeddedS3) -> Callable[[], S3Bucket]:
         )
 
     return make
+
+
+@pytest.fixture
+def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the test rigs' transfers to a GPU take several."""
+    monkeypatch.setattr("storage_tiers.device_batches._WINDOW", 3)

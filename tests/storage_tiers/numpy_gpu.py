@@ -21,6 +21,8 @@ import numpy as np
 from storage_tiers.gpu import Copies, Descriptors, GpuError
 from storage_tiers.hbm import Bytes, address_of
 
+_HEAP_BYTES = 16 << 20
+_ALIGNMENT = 4096
 ILLEGAL = "an illegal memory access was encountered"
 
 
@@ -62,6 +64,10 @@ class NumpyGpu:
         self._streams: dict[int, deque[Callable[[], None] | Mark | tuple[Mark]]] = {}
         self._memory: dict[int, Bytes] = {}
         self._pending: Counter[tuple[int, int]] = Counter()  # host memory of queued copies
+        # Small allocations lie next to each other, as CUDA's often do.
+        heap = np.empty(_HEAP_BYTES, dtype=np.uint8)
+        self._heap = heap[-address_of(heap) % _ALIGNMENT :]
+        self._allocated = 0
         self._sticky = ""
         self._held = 0
 
@@ -143,6 +149,7 @@ class NumpyGpu:
                     self.now_s += self.costs.copy_s + size * self.costs.bus_s
 
             self.calls["copied"] += len(rows)
+            self.calls["copied, pinned"] += len(rows) * pinned
             self._streams[stream].append(work)
 
     def copy_pieces(self, stream: int, pieces: Descriptors, size: int) -> None:
@@ -171,7 +178,13 @@ class NumpyGpu:
 
     def allocate(self, size: int) -> int:
         with self._call("allocate"):
-            return self.own(np.full(size + 16, 0xEE, dtype=np.uint8)[:size])
+            memory = self._heap[self._allocated : self._allocated + size]
+            self._allocated += -(-size // _ALIGNMENT) * _ALIGNMENT
+            if memory.nbytes < size:
+                memory = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+                memory = memory[-address_of(memory) % _ALIGNMENT :][:size]
+            memory[:] = 0xEE
+            return self.own(memory)
 
     def free(self, address: int) -> None:
         with self._call("free"):
@@ -179,6 +192,10 @@ class NumpyGpu:
 
     def pin(self, address: int, size: int) -> None:
         with self._call("pin"):
+            overlaps = any(
+                at < address + size and address < at + of for at, of in self.pinned.items()
+            )
+            self._refuse(overlaps, "memory is registered already")
             total = sum(self.pinned.values()) + size
             self._refuse(self.pin_limit is not None and total > self.pin_limit, "out of memory")
             self.pinned[address] = size

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from storage_tiers.cupy_gpu import CupyGpu
-from storage_tiers.device_copies import Way
+from storage_tiers.device_batches import Way
 from storage_tiers.device_pages import DevicePages
 from storage_tiers.gpu import GpuUnavailableError
 from storage_tiers.hbm import Bytes, HostPages, KvTensor, PageAccess, address_of
@@ -138,6 +138,7 @@ class HostRig(Rig):
 
 def until_pinned(pages: PageAccess) -> None:
     assert isinstance(pages, DevicePages) and pages._memory is not None
+    pages.fence()  # the engine runs
     pages._memory.wait(WAIT_S)
 
 

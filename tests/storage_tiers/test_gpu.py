@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 
 from storage_tiers.arena import Arena
 from storage_tiers.cupy_gpu import CupyGpu
-from storage_tiers.device_copies import Way
+from storage_tiers.device_batches import Way
 from storage_tiers.device_pages import DevicePages
-from storage_tiers.hbm import Bytes, CopyError, CopyPlan, KvTensor
-from tests.storage_tiers.page_rigs import gpu_or_skip
+from storage_tiers.hbm import Bytes, CopyError, CopyPlan, KvTensor, address_of
+from tests.storage_tiers.page_rigs import gpu_or_skip, until_pinned
 
 pytestmark = pytest.mark.gpu
 
@@ -93,6 +94,9 @@ def test_a_copy_runs_beside_a_step_that_was_queued_after_it(engine: Engine) -> N
     """It ends while the step still runs: neither waits for the other."""
     memory = np.zeros(STRIPE, dtype=np.uint8)
     engine.pages.attach(memory)
+    # Before: to lock memory, also for descriptors, may wait for all that runs.
+    until_pinned(engine.pages)
+    engine.pages.gather(plan(memory))
     engine.compute(3, cycles=1)
     fence = engine.pages.fence()
     with engine.stream:
@@ -102,6 +106,29 @@ def test_a_copy_runs_beside_a_step_that_was_queued_after_it(engine: Engine) -> N
     assert not step.done, "the copy waited for the step"
     assert (memory == 3).all()
     step.synchronize()
+    engine.pages.close()
+
+
+def test_pinning_goes_on_beside_a_capture_and_leaves_it_whole(gpu: CupyGpu) -> None:
+    """Engines capture graphs at their start, and may later."""
+    engine = Engine(gpu, Way.STAGED)
+    memory = np.zeros(STRIPE, dtype=np.uint8)
+    before = engine.pages.fence()  # the engine runs: memory is pinned at once
+    with engine.stream:
+        engine.kv[:] = 1  # what is compiled and loaded first must not be captured
+        engine.stream.begin_capture(mode=engine.cupy.cuda.runtime.streamCaptureModeGlobal)
+        engine.kv[:] = 5
+        engine.pages.attach(memory)
+        until = threading.Thread(target=lambda: gpu.finish(before))
+        until.start()
+        assert engine.pages._memory is not None
+        engine.pages._memory.wait(PROCESS_TIMEOUT_S)
+        until.join()
+        graph = engine.stream.end_capture()
+    assert engine.pages._memory.is_pinned(np.array([address_of(memory)], np.uint64), STRIPE)
+    graph.launch(engine.stream)
+    engine.pages.gather(plan(memory), engine.pages.fence())
+    assert (memory == 5).all()
     engine.pages.close()
 
 

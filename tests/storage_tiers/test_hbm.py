@@ -12,6 +12,8 @@ import pytest
 from storage_tiers.hbm import Bytes, CopyPlan
 from tests.storage_tiers.page_rigs import BLOCKS, LAYOUTS, RIGS, Layout, Rig, layers_apart
 
+pytestmark = pytest.mark.usefixtures("short_windows")
+
 POISON = 0xA5
 PER_CHUNK = 4  # blocks
 MakeRig = Callable[[], Rig]

@@ -1,4 +1,4 @@
-"""`benchmarks.hbm` runs to its end on the GPU of NumPy arrays, and says so where there is none."""
+"""Benchmarks of a GPU end on the one of NumPy arrays, and say so where there is none."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
-from benchmarks import hbm
+from benchmarks import gpu_movers, hbm
 from storage_tiers.gpu import GpuUnavailableError
+from storage_tiers.hbm import address_of
 from tests.storage_tiers.numpy_gpu import NumpyGpu
 
 
@@ -46,16 +50,42 @@ def test_every_figure_is_told_against_the_limit_of_its_direction(
     assert not gpu.pinned, "all is given back"
 
 
+def test_nixl_moves_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its own plugins, with host memory in the place of a GPU's."""
+    monkeypatch.setattr(gpu_movers, "PAGE_BYTES", (4096,))
+    monkeypatch.setattr(gpu_movers, "BATCH", 32)
+    gpu = NumpyGpu()
+    rows = gpu_movers.memory_rows(gpu, "DRAM", rounds=1, window_s=0.01)
+    rows += gpu_movers.file_rows(gpu, "DRAM", "POSIX", tmp_path, size=4 << 20, rounds=1)
+    assert [row["name"] for row in rows] == [
+        "G1 to G2, 4 KiB",
+        "G2 to G1, 4 KiB",
+        "file to host memory",
+    ]
+    assert all(row["against_value"] > 0 for row in rows)
+    agent = gpu_movers.Agent("UCX")
+    source = np.random.default_rng(0).integers(0, 256, 8192, dtype=np.uint8)
+    target = np.zeros_like(source)
+    for each in (source, target):
+        agent.register("DRAM", address_of(each), each.nbytes)
+    far = [address_of(target) + 4096, address_of(target)]
+    near = [address_of(source), address_of(source) + 4096]
+    assert agent.work("WRITE", ("DRAM", near), ("DRAM", far), 4096)() == 8192
+    np.testing.assert_array_equal(target, np.roll(source, 4096))
+    agent.close()
+
+
+@pytest.mark.parametrize("benchmark", [hbm, gpu_movers])
 def test_without_a_gpu_it_says_why_and_ends_with_a_status_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def no_gpu(device: int) -> NumpyGpu:
         raise GpuUnavailableError("no driver is loaded")
 
-    monkeypatch.setattr(hbm, "CupyGpu", no_gpu)
-    monkeypatch.setattr(sys, "argv", ["hbm"])
+    monkeypatch.setattr(benchmark, "CupyGpu", no_gpu)
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
     with pytest.raises(SystemExit) as ended:
-        hbm.main()
+        benchmark.main()
     assert ended.value.code == hbm.NO_GPU == 3
     told = capsys.readouterr()
     assert "needs an NVIDIA GPU, and none is seen: no driver is loaded" in told.err

@@ -13,7 +13,7 @@ from tests.waiting import wait_until
 
 BYTES = 24 << 20
 FAR_TOO_MANY_BYTES = 64 << 30  # of address space; few are touched
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def taken_bytes(arena: Arena) -> int:

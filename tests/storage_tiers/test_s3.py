@@ -117,7 +117,7 @@ async def test_a_running_node_learns_of_new_and_deleted_objects(
         Node(make_bucket, prefix, "two", refresh_s=0.05) as two,
     ):
         await store_all(one.tier, items)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not all(two.tier.find([item.chunk.key for item in items])):
                 await asyncio.sleep(0.02)
         assert two.listener.came == [item.chunk.key for item in items]
@@ -314,7 +314,7 @@ async def test_an_outage_fails_calls_within_the_deadline_and_loses_nothing() -> 
     await store_all(tier, items)
     for trouble, hangs in ((BucketError("503 SlowDown"), False), (None, True)):
         bucket.trouble, bucket.hangs = trouble, hangs
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             outcome, _ = await load_one(tier, items[0])
             assert isinstance(outcome, Failed)
             assert outcome.reason in {"503 SlowDown", "no answer within 0.1 s"}

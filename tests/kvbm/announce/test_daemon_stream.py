@@ -41,12 +41,12 @@ from runtime.server_process import free_ports
 from storage_tiers.base import Key, StoreItem
 from storage_tiers.testing import make_items
 from tests.kvbm.announce.consumer import Consumer, Held
-from tests.runtime.engines import Engine, Engines
+from tests.runtime.forked_engines import Engine, Engines
 
 CHUNK = 256 << 10
 NODE = "node-1"
 BLOCKS = 2  # of a chunk
-WAIT_S = 30.0
+WAIT_S = 60.0
 BUCKET = "stream"
 TIER_OF = {"G2": StorageTier.HOST_PINNED, "G3": StorageTier.DISK, "G4": StorageTier.EXTERNAL}
 OWNER = owner_of(NODE, domain_of(b"model", b"", 0))
@@ -173,7 +173,7 @@ async def world(
         "nats_user": nats.user,
         "nats_password": nats.password,
     }
-    discovery = {"file_directory": str(tmp_path / "discovery"), "file_poll": 0.02, "ttl": 2.0}
+    discovery = {"file_directory": str(tmp_path / "discovery"), "file_poll": 0.02, "ttl": 30.0}
     runtime_folder = Path(tempfile.mkdtemp(prefix="kvbm-test-"))
     with ExitStack() as started:
         started.callback(shutil.rmtree, runtime_folder, ignore_errors=True)

@@ -193,7 +193,7 @@ async def test_changes_are_told_soon_by_themselves() -> None:
     keys, notes, _ = sequence("a", 500)
     bay.tiers.learn(keys, notes)
     bay.tiers.stored(TierName.DRAM, keys)
-    async with asyncio.timeout(20.0):
+    async with asyncio.timeout(60):
         while bay.tiers.status().waiting_chunks:
             await asyncio.sleep(0.001)
     assert bay.tiers.status().blocks["G2"] == 1000

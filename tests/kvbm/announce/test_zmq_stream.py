@@ -25,7 +25,7 @@ from runtime.hashing import block_hashes
 from storage_tiers.testing import make_items
 
 CHUNK = 256 << 10
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
             records=tmp_path / "node",
             node="node-1",
             events={"plane": "zmq", "zmq_bind": "tcp://0.0.0.0:0"},
-            discovery={"file_directory": str(tmp_path / "discovery"), "file_poll": 0.02, "ttl": 2},
+            discovery={"file_directory": str(tmp_path / "discovery"), "file_poll": 0.02},
             dram="16MiB",
             ssd="64MiB",
         )

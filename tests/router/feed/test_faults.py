@@ -256,7 +256,7 @@ async def test_a_node_killed_amid_its_snapshot_leaves_what_was_known_and_no_trac
         node.begin()
         life.live(30)
         await node.relabel()
-        await asyncio.wait_for(amid.wait(), 10)
+        await asyncio.wait_for(amid.wait(), 60)
         await until(lambda: len(held_by(router.index, staged=True)) >= 3)
         assert held_by(router.index) == before  # half a snapshot lies beside it
         assert node._serving is not None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,16 @@ async def complete(client: openai.AsyncOpenAI, prompt: list[int], tokens: int, *
     )
     assert found.choices[0].text == answer_text(prompt, tokens)
     return found
+
+
+async def complete_all(
+    client: openai.AsyncOpenAI, prompts: list[list[int]], tokens: int, **more: Any
+) -> None:
+    """Together; but what the client does with each prompt holds up the loop that all share."""
+    async with asyncio.TaskGroup() as tasks:
+        for prompt in prompts:
+            tasks.create_task(complete(client, prompt, tokens, **more))
+            await asyncio.sleep(0.01)
 
 
 async def stream(client: openai.AsyncOpenAI, prompt: list[int], tokens: int, **more: Any) -> None:
@@ -57,7 +69,8 @@ async def test_targets_priorities_and_hits_choose_among_aggregated_pools(
     async with a_site(tmp_path, nats) as site:
         await three(site)
         config = agg("fast", "mid", "slow", strategy={"priority_overrides": rules})
-        routing = await site.global_router(config)
+        # What a busy machine makes of the engines' speeds is no reason to leave the grid.
+        routing = await site.global_router(config, feedback__margin="1h")
         client = await site.frontend(1)
         prompt = list(range(100, 1300))
         await complete(client, prompt, 5)  # nothing said: the middle
@@ -119,7 +132,7 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
         client = await site.frontend(1)
         known, *others = prompts(13, 8000)
         await complete(client, known, 2, **target(ttft=1500))  # which the pool mid now has
-        await asyncio.gather(*(complete(client, prompt, 2, **said) for prompt in others))
+        await complete_all(client, others, 2, **said)
         first, *found = await routing.decisions()
         assert first["pool"] == "mid"
         assert {one["grid"]["pool"] for one in found} == {"slow"}
@@ -137,7 +150,8 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
             "mid": 8000 - 8000 % 16,
         }
         for service in services:  # they were told of every end
-            await until("its requests end", lambda one=service: not len(one.assembly.reservations))
+            held = service.assembly.reservations
+            await until("its requests end", partial(operator.not_, held))
             assert not service.assembly.reservations.expired_total
         computes = {one["pool"]: one["terms"]["compute_s"] for one in told["pools"]}
         assert computes["mid"] < computes["slow"] - 0.1
@@ -151,20 +165,23 @@ async def test_load_and_hits_move_requests_and_do_not_without_feedback(
 async def test_a_session_stays_on_one_engine_of_its_pool(
     tmp_path: Path, nats: EmbeddedNats, kind: str
 ) -> None:
-    """Its prompts have nothing in common that would keep them there."""
-    names = ["first", "second", "third", "4" * 300]
+    """Its prompts have nothing in common that would keep them there.
+
+    Which engine has which session is chance: that one has all of a dozen is one in four million.
+    """
+    names = [*(f"session {n}" for n in range(11)), "4" * 300]
     async with a_site(tmp_path, nats) as site:
         await site.engines("only", engines=4)
         if kind == "found":
             await site.router("only")
         routing = await site.global_router(agg("only"), pool_routers=kind)
         client = await site.frontend(1)
-        asked = prompts(16, 100)
+        asked = prompts(2 * len(names), 100)
         for number, prompt in enumerate(asked):
-            said = {"x-session-id": names[number % 4]}
+            said = {"x-session-id": names[number % len(names)]}
             await complete(client, prompt, 2, extra_headers=said)
         found = [one["attempts"][0]["instance"] for one in await routing.decisions()]
-        assert found == found[:4] * 4 and len(set(found)) > 1
+        assert found == found[: len(names)] * 2 and len(set(found)) > 1
         pools = (await routing.explain(asked[0], session=names[0]))["aggregated"]["pools"]
         assert pools[0]["worker"] == f"{found[0]}.0"
 
@@ -179,7 +196,7 @@ async def test_without_feedback_the_grid_alone_decides(tmp_path: Path, nats: Emb
         routing = await site.global_router(agg("fast", "mid", "slow"), feedback__enabled=False)
         client = await site.frontend(1)
         said = target(ttft=2500)
-        await asyncio.gather(*(complete(client, p, 2, **said) for p in prompts(12, 4000)))
+        await complete_all(client, prompts(12, 4000), 2, **said)
         found = await routing.decisions()
         assert [(one["pool"], one["reason"]) for one in found] == [("slow", "grid")] * 12
         assert found[0]["pools"] == [{"pool": name} for name in ("fast", "mid", "slow")]
@@ -200,10 +217,10 @@ async def test_a_pool_is_killed_under_load_and_every_answer_is_right(
         await until("the slow pool is seen", lambda: bool(pools["slow"].engines))
         client = await site.frontend(1)
         said = target(ttft=1e6)  # at the edge of the grid, and never missed
-        asking = [
-            asyncio.create_task(complete(client, prompt, 400, **said))
-            for prompt in prompts(16, 4000)
-        ]
+        asking = []
+        for prompt in prompts(16, 4000):
+            asking.append(asyncio.create_task(complete(client, prompt, 400, **said)))
+            await asyncio.sleep(0.01)
         log = routing.assembly.log
         await until("some have begun", lambda: sum(0 < d.tokens < 400 for d in log.latest(99)) > 1)
         begun = {one.id for one in log.latest(99) if 0 < one.tokens < 400}

@@ -24,6 +24,7 @@ from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
 from runtime.server_process import free_ports
 from runtime.settings import SettingsError
+from tests.plain_http import PLAIN
 from tests.router.pools.configs import agg, disagg
 from tests.router.service.world import card
 
@@ -104,7 +105,7 @@ async def test_it_serves_tells_and_ends(tmp_path: Path) -> None:
     process = started(given, log)
     base = f"http://127.0.0.1:{port}"
     try:
-        async with httpx2.AsyncClient(base_url=base, timeout=30.0) as client:
+        async with httpx2.AsyncClient(base_url=base, timeout=30.0, verify=PLAIN) as client:
             await _ready(client, process, log.read_text)
             await _answers(client)
         process.send_signal(signal.SIGTERM)
@@ -148,12 +149,13 @@ async def _answers(client: httpx2.AsyncClient) -> None:
     [here, gone] = told["prefill"]["pools"]
     assert here["first_token_s"] > 0.0 and gone["away"]
     assert told["decode"]["reason"] == "grid"
-    for body, status, says in [
+    wrong: list[tuple[dict[str, Any], int, str]] = [
         ({"tokens": [1], "model": "other"}, 404, "known: m"),
         ({"tokens": [-1]}, 400, "no token"),
         ({"tokens": [1], "ttft_target_ms": -3}, 400, "$.ttft_target_ms"),
         ({"tokens": [1], "targets": 3}, 400, "targets"),
-    ]:
+    ]
+    for body, status, says in wrong:
         answer = await post(**body)
         assert answer.status_code == status and says in answer.json()["detail"], answer.text
     pools = (await client.get("/v1/pools")).json()

@@ -17,11 +17,19 @@ from runtime.engine_card import COMPONENT, ENDPOINT
 from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
-from tests.frontend.engines import Asked, Engine, Script, Wire
-from tests.frontend.test_completions import ending, event, refusing, saying
 from tests.router.pools.configs import agg
 from tests.router.pools.world import MODEL, GlobalRouting, Site, a_site, until
 from tests.router.service.world import card
+from tests.runtime.engines.scripted import (
+    Asked,
+    Engine,
+    Script,
+    Wire,
+    ending,
+    event,
+    refusing,
+    saying,
+)
 
 PROMPT = [1, 2, 3]
 ANSWER = [4, 5, 6, 7]

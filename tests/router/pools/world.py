@@ -37,6 +37,7 @@ from runtime.engine_card import Role
 from runtime.hashing import block_hashes
 from runtime.settings import load
 from runtime.web.server import WebServer
+from tests.plain_http import PLAIN
 
 ROOT = Path(__file__).parents[3]
 WAIT_S = 120.0
@@ -126,7 +127,7 @@ class Site:
         server = WebServer(create_app(assembly), "127.0.0.1", 0, section="http")
         await server.start()
         self.stack.push_async_callback(server.stop)
-        client = httpx2.AsyncClient(base_url=server.url, timeout=WAIT_S)
+        client = httpx2.AsyncClient(base_url=server.url, timeout=WAIT_S, verify=PLAIN)
         await self.stack.enter_async_context(client)
         await until(
             "the global router is ready",
@@ -150,7 +151,7 @@ class Site:
         doors = await self.stack.enter_async_context(listening(settings))
         await self.stack.enter_async_context(serving_frontend(settings, {}, doors))
         clients = doors.clients
-        async with httpx2.AsyncClient(base_url=clients.url, timeout=WAIT_S) as http:
+        async with httpx2.AsyncClient(base_url=clients.url, timeout=WAIT_S, verify=PLAIN) as http:
             async with asyncio.timeout(WAIT_S):
                 while (await http.get("/health")).json()["engines"] != {model: engines}:
                     await asyncio.sleep(0.02)
@@ -184,7 +185,7 @@ def tokenizer(folder: Path) -> None:
     """Of the mock engines' tokens; prompts are given as tokens."""
     folder.mkdir()
     words = {text.decode(): number for number, text in enumerate(TEXTS)}
-    made = Tokenizer(models.WordLevel(words, unk_token=" aaa"))  # type: ignore[no-untyped-call]
+    made = Tokenizer(models.WordLevel(words, unk_token=" aaa"))
     made.decoder = decoders.Fuse()
     made.save(str(folder / "tokenizer.json"))
 

@@ -18,6 +18,7 @@ import pytest
 from runtime.discovery import DiscoverySettings, create_discovery
 from runtime.embedded import EmbeddedNats
 from runtime.server_process import free_ports
+from tests.plain_http import PLAIN
 from tests.router.service.world import MODEL, Engines
 
 WAIT_S = 240.0  # a fresh checkout compiles its kernels first
@@ -38,7 +39,9 @@ class Process:
             command += ["--set", f"{key}={value}"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log)
-        self.client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30.0)
+        self.client = httpx2.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", timeout=30.0, verify=PLAIN
+        )
 
     async def get(self, path: str) -> Any:
         return (await self.client.get(path)).json()
@@ -133,8 +136,8 @@ async def test_replicas_count_the_same_and_one_that_is_killed_is_forgotten(
     tmp_path: Path, nats: EmbeddedNats
 ) -> None:
     async with a_site(tmp_path, 2) as site:
-        one = site.start("one", replicas__silence="2s", **over(nats))
-        other = site.start("other", replicas__silence="2s", **over(nats))
+        one = site.start("one", replicas__silence="4s", **over(nats))
+        other = site.start("other", replicas__silence="4s", **over(nats))
         for router in (one, other):
             await router.ready(2)
         for number in range(3):
@@ -152,7 +155,7 @@ async def test_replicas_count_the_same_and_one_that_is_killed_is_forgotten(
 
         await one.until("the same loads everywhere", same)
         assert (await other.route())["worker"] == "2.0"  # which has less to do
-        third = site.start("third", replicas__silence="2s", **over(nats))
+        third = site.start("third", replicas__silence="4s", **over(nats))
         await third.ready(2)
         await third.sees({"1.0": 2, "2.0": 2})
         pools = (await third.get("/v1/replicas"))["models"][0]["pools"]

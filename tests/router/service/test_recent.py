@@ -53,3 +53,20 @@ async def test_a_prompt_of_less_than_a_block_has_no_prefix(world: World) -> None
     await routing.route([1, 2, 3])
     assert routing.assembly.recent.prefixes() == []
     assert routing.assembly.recent.totals.prompt_tokens == 3
+
+
+async def test_output_that_was_told_too_high_is_corrected(world: World) -> None:
+    routing = await world.router()
+    await world.engines.add(1)
+    await routing.see("1.0")
+    await routing.route(list(range(2 * BLOCK)), request="first")
+    placed = routing.assembly.reservations.heard("first")
+    assert placed is not None
+    placed.output(BLOCK)
+    placed.output(-4)
+    placed.output(4)
+    assert (await routing.load("1.0"))["blocks"] == 3, "it is one block of output, not two"
+    placed.output(1)
+    assert (await routing.load("1.0"))["blocks"] == 4
+    placed.end()
+    assert routing.assembly.recent.totals.output_tokens == BLOCK + 1

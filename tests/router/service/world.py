@@ -25,6 +25,7 @@ from runtime.instances import Registration
 from runtime.lifecycle import Lifecycle, State
 from runtime.names import EndpointName, InstanceName
 from runtime.web.server import WebServer
+from tests.plain_http import PLAIN
 from tests.runtime.planes import until
 
 MODEL = "m"
@@ -118,7 +119,7 @@ class Routing:
 
     async def until(self, true: Callable[[dict[str, Any]], bool]) -> None:
         """Of what is explained of any prompt."""
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             while not true(await self.explain([1])):
                 await asyncio.sleep(0.02)
 
@@ -179,12 +180,14 @@ class World:
         await serve_component(service)
         token = settings.http.token_text
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        client = httpx2.AsyncClient(base_url=server.url, headers=headers, timeout=30.0)
+        client = httpx2.AsyncClient(
+            base_url=server.url, headers=headers, timeout=30.0, verify=PLAIN
+        )
         await self._stack.enter_async_context(client)
         await until(lambda: assembly.fleet.is_synced)
         return Routing(service, client)
 
 
 async def soon(work: Any) -> Any:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         return await work

@@ -66,7 +66,7 @@ class KubeServer:
         )
         self._server = uvicorn.Server(config)
         self._task = asyncio.create_task(self._server.serve())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not self._server.started:
                 await asyncio.sleep(0.01)
 

@@ -26,6 +26,7 @@ from runtime.discovery import etcd as etcd_module
 from runtime.discovery import leased as leased_module
 from runtime.embedded_etcd import EmbeddedEtcd
 from runtime.server_process import free_ports
+from tests.plain_http import PLAIN
 from tests.runtime.discovery.conformance import Conformance, Surviving
 from tests.runtime.discovery.world import Members, follow, take_until_synced, until
 
@@ -38,7 +39,9 @@ class EtcdWorld(Members):
         super().__init__(DiscoverySettings(discovery="etcd", ttl=TTL_S, etcd_url=server.url))
 
     def ask(self, path: str, body: dict[str, object]) -> dict[str, object]:
-        response = httpx2.post(f"{self.server.url}{path}", json=body, trust_env=False, timeout=10)
+        response = httpx2.post(
+            f"{self.server.url}{path}", json=body, trust_env=False, timeout=10, verify=PLAIN
+        )
         assert response.status_code == 200, response.text
         answer: dict[str, object] = response.json()
         return answer

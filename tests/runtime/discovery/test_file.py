@@ -83,7 +83,7 @@ async def test_what_the_dead_left_is_swept_by_the_living(tmp_path: Path) -> None
     living = FileStore(directory, 0.02)
     mine = await living.grant(30)
     assert left.exists()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while left.exists():
             await living.renew(mine)
             await asyncio.sleep(0.05)

@@ -32,14 +32,11 @@ def test_a_life_goes_its_way_and_says_when() -> None:
     life = Lifecycle(lambda: next(clock))
     steps: list[tuple[State, State]] = []
     end = life.listen(lambda before, after: steps.append((before, after)))
-    for state in WAY:
+    assert life.since_s == 100.0
+    for at_s, state in enumerate(WAY, 101):
         life.to(state)
-        assert life.state is state
+        assert (life.state, life.since_s) == (state, at_s)
     assert steps == list(itertools.pairwise((State.CREATED, *WAY)))
-    assert list(life.moments_s.items()) == [
-        (state, 100.0 + at) for at, state in enumerate((State.CREATED, *WAY))
-    ]
-    assert life.since_s == 105.0
     end()
     end()
 
@@ -61,7 +58,6 @@ def test_only_the_steps_of_the_table_can_be_taken(wanted: list[State]) -> None:
                 life.to(state)
             assert life.state is before
     assert told == taken
-    assert len(life.moments_s) <= len(State)
 
 
 @pytest.fixture
@@ -85,7 +81,7 @@ async def test_clients_see_an_instance_through_its_life(discoveries: list[Discov
         lambda _, record: seen.append(record.state if record is not None else None),
     )
     await instances.start()
-    await asyncio.wait_for(instances.synced.wait(), 10)
+    await asyncio.wait_for(instances.synced.wait(), 60)
     name = InstanceName(NAME, new_instance_id())
     registration = Registration(server, name, Lifecycle(), "tcp://127.0.0.1:1", {"model": "m"})
     assert await registration.register() == Written()
@@ -94,7 +90,7 @@ async def test_clients_see_an_instance_through_its_life(discoveries: list[Discov
     for state in (State.RUNNING, State.HEALTHY, State.RUNNING, State.HEALTHY):
         await registration.move(state)
         await until(lambda wanted=state: instances.known[name].state is wanted)  # type: ignore[misc]
-    (record,) = await instances.wait_for(1, 10)
+    (record,) = await instances.wait_for(1, 60)
     assert record == registration.record
     assert record.name == name
     assert (record.transport, record.labels) == ("tcp://127.0.0.1:1", {"model": "m"})
@@ -120,7 +116,7 @@ async def test_a_namespace_sees_its_own_only(discoveries: list[Discovery]) -> No
     registration = Registration(server, name, Lifecycle(), "tcp://127.0.0.1:1")
     await registration.register()
     await until(lambda: set(views["prod"].known) == {name})
-    await asyncio.wait_for(views["test"].synced.wait(), 10)
+    await asyncio.wait_for(views["test"].synced.wait(), 60)
     assert views["test"].known == {}
     for view in views.values():
         await view.close()

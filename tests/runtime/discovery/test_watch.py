@@ -99,7 +99,7 @@ async def test_one_that_waits_is_told_at_once_and_ends_when_closed() -> None:
     waiting = asyncio.ensure_future(anext(watch))
     await asyncio.sleep(0)
     watch.change("a", b"1")
-    assert await asyncio.wait_for(waiting, 10) == Put("a", b"1")
+    assert await asyncio.wait_for(waiting, 60) == Put("a", b"1")
     async with watch:
         watch.change("a", None)
     watch.change("b", b"")

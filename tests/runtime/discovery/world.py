@@ -9,7 +9,7 @@ from typing import Protocol
 from runtime.discovery import Discovery, DiscoverySettings, create_discovery
 from runtime.discovery.base import Deleted, Event, Put, Synced, Watch
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class World(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 from runtime.requests import RequestContext, RequestServer
 
-WAIT_S = 15.0
+WAIT_S = 60.0
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -176,7 +176,7 @@ async def test_connections_that_nobody_uses_are_closed(monkeypatch: pytest.Monke
     engine = Engine(WHOLE)
     async with asking(engine, silence_s=0.2) as (upstream, url):
         await body_of(upstream, url)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while upstream._pools:
                 await asyncio.sleep(0.01)
         await body_of(upstream, url)
@@ -189,7 +189,7 @@ async def test_a_connection_that_an_unread_answer_has_stopped_is_not_used_again(
     async with asking(engine) as (upstream, url):
         with await upstream.send(b"POST", url, b"/", [], b"") as answer:
             connection = answer._connection
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not connection._is_paused:
                     await asyncio.sleep(0.01)
         engine.answer = WHOLE
@@ -199,7 +199,7 @@ async def test_a_connection_that_an_unread_answer_has_stopped_is_not_used_again(
 
 async def test_an_answer_to_head_ends_with_its_head() -> None:
     engine = Engine(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
-    async with asking(engine) as (upstream, url), asyncio.timeout(20):
+    async with asking(engine) as (upstream, url), asyncio.timeout(60):
         for _ in range(2):
             assert await body_of(upstream, url, b"", b"HEAD") == (200, b"")
         assert engine.asked[1].startswith(b"HEAD /base/path?a=b HTTP/1.1\r\n")

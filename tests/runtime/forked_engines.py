@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
