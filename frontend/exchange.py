@@ -55,7 +55,7 @@ class Exchange:
             body = await self._gate.body(scope["headers"], receive)
             await _until_client_leaves(receive, self._handler(body, scope, reply, measured))
         except ClientGone:
-            measured.outcome = "cancelled"
+            measured.outcome = "" if measured.is_whole else "cancelled"
         except ApiError as error:
             told = _explained(error, scope["headers"])
             measured.failed(told)

@@ -96,6 +96,10 @@ class Assigned(Protocol):
         """A whole answer of so many has come at once: when each did is not known."""
         ...
 
+    def end(self) -> None:
+        """Its answer is whole. Idempotent."""
+        ...
+
     def failed(self) -> None:
         """The engine could not be reached or broke off: avoid it for a moment."""
         ...

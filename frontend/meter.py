@@ -147,6 +147,7 @@ class Measured:
         self.status = 200
         self.placed = False  # an engine was chosen
         self.is_estimate = False  # how many tokens there were
+        self.is_whole = False  # nothing of its answer is missing
         self._meter = meter
         self._route = route
         self._began = self._latest = time.perf_counter()

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from frontend import headers as names
+from frontend.answers import DONE
 from frontend.attempts import Attempts
 from frontend.errors import UNSUPPORTED, ApiError, bad_request, engine_lost, refused_by_engine
 from frontend.fleet import Assigned, Fleet, Job, Place
@@ -171,14 +172,23 @@ class Relay:
             if more := tally.take(chunk):
                 assigned.output(more)
                 measured.output(more)
+            if chunk.endswith(DONE):  # clients may leave as soon as they have it
+                _end(tally, assigned, measured)
             await reply.part(chunk)
         if first:
             raise EngineFault(assigned.place.url, "its stream was empty", begun=True)
-        if more := tally.end():
-            assigned.output(more)
-            measured.output(more)
-        measured.is_estimate = not tally.is_told
+        if not measured.is_whole:
+            _end(tally, assigned, measured)
         await reply.end()
+
+
+def _end(tally: Tally, assigned: Assigned, measured: Measured) -> None:
+    if more := tally.end():
+        assigned.output(more)
+        measured.output(more)
+    assigned.end()
+    measured.is_estimate = not tally.is_told
+    measured.is_whole = True
 
 
 def _first_token_of(path: str, asked: dict[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,9 @@ class _Assigned:
     def answered(self, tokens: int) -> None:
         self._placed.answered(tokens)
 
+    def end(self) -> None:
+        self._placed.end()
+
     def failed(self) -> None:
         self._fleet.avoid(self.place.instance)
 

@@ -62,6 +62,9 @@ class Given:
     def answered(self, tokens: int) -> None:
         self.notes.append(f"answered {tokens}")
 
+    def end(self) -> None:
+        self.notes.append("whole")
+
     def failed(self) -> None:
         self.notes.append("failed")
 

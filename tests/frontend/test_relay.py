@@ -217,11 +217,7 @@ async def test_a_client_that_leaves_ends_the_engines_work(streamed: bool) -> Non
         await wire.gone.wait()
 
     async with frontend(slow) as running:
-        host, port = running.url.removeprefix("http://").split(":")
-        _, writer = await asyncio.open_connection(host, int(port))
-        body = json.dumps(COMPLETION).encode()
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
-        writer.write(head + body)
+        _, writer = await _asking(running)
         engine = running.fleet.engines[0]
         while not engine.asked:
             await asyncio.sleep(0.01)
@@ -233,6 +229,37 @@ async def test_a_client_that_leaves_ends_the_engines_work(streamed: bool) -> Non
         assert running.outcomes() == {"cancelled": 1.0}
         assert running.gate.requests == 0
         assert running.fleet.given[0].notes[-1] == "end"
+        assert "whole" not in running.fleet.given[0].notes
+
+
+async def test_a_client_may_leave_once_it_has_all() -> None:
+    """As OpenAI's does: its engine may still have to end the stream."""
+
+    async def all_but_the_end(wire: Wire, asked: Asked) -> None:
+        wire.begin()
+        for event in (*EVENTS[:2], b'data: {"usage":{"completion_tokens":9}}\n\n', EVENTS[-1]):
+            wire.part(event)
+        await wire.gone.wait()
+
+    async with frontend(all_but_the_end) as running:
+        reader, writer = await _asking(running)
+        async with asyncio.timeout(60):
+            await reader.readuntil(b"data: [DONE]\n\n")
+            assert running.fleet.given[0].notes[-1] == "whole", "told before the client has it"
+            writer.close()
+            while not running.outcomes():
+                await asyncio.sleep(0.01)
+        assert running.outcomes() == {"success": 1.0}
+        assert _counts(running) == {"told": 9}
+
+
+async def _asking(running: Running) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = running.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    body = json.dumps(COMPLETION).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+    writer.write(head + body)
+    return reader, writer
 
 
 @pytest.mark.parametrize(
