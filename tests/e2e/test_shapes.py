@@ -52,17 +52,21 @@ def node(llama: Path, hybrid: Path, engines: StartEngines, make_daemon: MakeDaem
             "model": llama,
             "socket": socket,
             "arguments": ("--tensor-parallel-size", "2"),
-            "environment": (("VLLM_CPU_OMP_THREADS_BIND", _a_core_for_each_rank()),),
+            "environment": (("VLLM_CPU_OMP_THREADS_BIND", _one_core_for_both_ranks()),),
         },
     )
     wait_until(lambda: daemon.engines() == ENGINES, 60.0, "all engines are connected")
     return Node(daemon, *started)
 
 
-def _a_core_for_each_rank() -> str:
-    """vLLM's CPU build asks for this where it finds one NUMA node only."""
-    cores = sorted(os.sched_getaffinity(0))
-    return f"{cores[0]}|{cores[-1]}"
+def _one_core_for_both_ranks() -> str:
+    """vLLM's CPU build asks for cores where it finds one NUMA node only.
+
+    Ranks spin until a second after each step. With one on each of two cores the daemon was seen to
+    wait as long for its turn, so that lookups ran into their deadline.
+    """
+    core = max(os.sched_getaffinity(0))
+    return f"{core}|{core}"
 
 
 def _multi_connector(socket: Path) -> str:
